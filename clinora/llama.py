@@ -1,0 +1,338 @@
+"""The Llama decoder: RMSNorm, rotary positions, grouped-query attention, SiLU MLP.
+
+Parameters carry the names that they have on the Hugging Face Hub, so a checkpoint loads without a
+converter, and the arithmetic follows Transformers' ``LlamaModel`` operation by operation.
+
+Shapes: B batch, T tokens, D width (``hidden_size``), H query heads, K key/value heads, E head
+width, I MLP width (``intermediate_size``), V vocabulary, C classes.
+
+A batch of notes is ``ids (B, T)``, padded on the right, and ``lengths (B,)``. No position sees a
+later one, so no real token ever sees the padding: there is no attention mask to pass.
+
+Sources: Llama, Touvron et al. 2023, section 2.2; RMSNorm, Zhang & Sennrich 2019, equation 4; RoPE,
+Su et al. 2021, section 3.2.2; grouped-query attention, Ainslie et al. 2023, section 2.2; the gated
+MLP, Shazeer 2020, equation 6.
+"""
+
+import json
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LlamaConfig:
+    """The shape of a Llama, under the names of the Hub's ``config.json``.
+
+    ``num_key_value_heads`` defaults to ``num_attention_heads`` and ``head_dim`` to
+    ``hidden_size / num_attention_heads``. The other defaults are those of Transformers.
+
+    Raises:
+        ValueError: The sizes do not fit together.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10_000.0
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+
+    def __post_init__(self) -> None:
+        if self.num_key_value_heads is None:
+            object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
+        if self.head_dim is None:
+            if self.hidden_size % self.num_attention_heads:
+                raise ValueError(
+                    f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
+                    f"{self.num_attention_heads}: give head_dim"
+                )
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                     "num_attention_heads", "num_key_value_heads", "head_dim"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: expected at least 1")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}: each key head serves the same "
+                "number of query heads"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} is odd: RoPE rotates pairs")
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> "LlamaConfig":
+        """Read a ``config.json``, of Transformers 5 or older.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: It is no Llama's, or asks for something that this decoder does not do.
+        """
+        path = Path(path)
+        try:
+            hub = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is not JSON: {error}") from None
+        if not isinstance(hub, dict) or hub.get("model_type") != "llama":
+            kind = hub.get("model_type") if isinstance(hub, dict) else type(hub).__name__
+            raise ValueError(f"{path}: model_type is {kind!r}, expected 'llama'")
+        # Before Transformers 5, rope_theta stood alone and rope_scaling beside it.
+        rope = dict(hub.get("rope_parameters") or hub.get("rope_scaling") or {})
+        rope_type = rope.pop("rope_type", rope.pop("type", "default"))
+        theta = rope.pop("rope_theta", hub.get("rope_theta"))
+        unsupported = {
+            "quantization_config": (hub.get("quantization_config"), None),
+            "hidden_act": (hub.get("hidden_act", "silu"), "silu"),
+            "attention_dropout": (hub.get("attention_dropout") or 0.0, 0.0),
+            "rope type": (rope_type, "default"),
+            "rope parameters": (rope, {}),
+        }
+        for what, (came, expected) in unsupported.items():
+            if came != expected:
+                raise ValueError(f"{path}: {what} {came!r} is not supported, only {expected!r}")
+        known = {f.name: hub[f.name] for f in fields(cls) if hub.get(f.name) is not None}
+        if theta is not None:
+            known["rope_theta"] = float(theta)
+        missing = [f.name for f in fields(cls) if f.default is MISSING and f.name not in known]
+        if missing:
+            raise ValueError(f"{path} lacks {', '.join(missing)}")
+        return cls(**known)
+
+
+class RMSNorm(nn.Module):
+    """Scale each vector to a root mean square of one: y = w · x / √(mean(x²) + ε), (..., D)."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.float()  # the mean of squares in bfloat16 would keep 8 bits
+        h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * h.to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.numel()}, eps={self.eps:g}"
+
+
+def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> Tensor:
+    """Angles by which RoPE turns each pair: position · θ^(−2i/E), in radians.
+
+    Args:
+        positions: (T,) token positions, from 0.
+        head_dim: E, even.
+        theta: The base θ; the slowest pair needs about 2πθ tokens for a turn.
+
+    Returns:
+        (T, E/2), float32: in bfloat16, positions above 256 would collapse into each other.
+    """
+    exponents = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim
+    return positions.float()[:, None] * (1.0 / theta**exponents)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (x_i, x_{i+E/2}) of each head by their angles.
+
+    (x_i, x_j) → (x_i cos − x_j sin, x_j cos + x_i sin), so that the product of a rotated query
+    and a rotated key depends on the distance of their positions alone.
+
+    Args:
+        x: (..., T, E).
+        cos: Cosines of the angles, (..., T, E/2), in x's dtype.
+        sin: Sines, likewise.
+
+    Returns:
+        (..., T, E).
+    """
+    cos, sin = torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)  # (..., T, E)
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), -1) * sin
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None) -> Tensor:
+    """Grouped-query attention: softmax(q·kᵀ / √E)·v, H/K query heads to a key head.
+
+    Args:
+        q: (B, H, T, E), or (B, H, 1, E) with ``lengths``.
+        k: (B, K, T, E).
+        v: (B, K, T, E).
+        lengths: (B,). None: every position sees itself and those before it. Given: the one
+            query of row b stands at position lengths[b] − 1 and sees the first lengths[b] keys.
+
+    Returns:
+        The shape of q.
+    """
+    seen = None
+    if lengths is not None:  # is_causal would let a single query see position 0 alone
+        seen = torch.arange(k.size(2), device=k.device) < lengths[:, None]  # (B, T)
+        seen = seen[:, None, None, :]
+    grouped = q.size(1) != k.size(1)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=seen, is_causal=seen is None, enable_gqa=grouped
+    )
+
+
+def last_token(x: Tensor, lengths: Tensor) -> Tensor:
+    """Pick the last real position of each row: (B, T, D), (B,) → (B, 1, D)."""
+    # gather refuses an index outside 0 … T−1, where x[rows, lengths − 1] would wrap around
+    return x.gather(1, (lengths - 1)[:, None, None].expand(-1, 1, x.size(-1)))
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions and H/K query heads to a key head."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        width, bias = config.hidden_size, config.attention_bias
+        queries = config.num_attention_heads * config.head_dim
+        keys = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(width, queries, bias=bias)
+        self.k_proj = nn.Linear(width, keys, bias=bias)
+        self.v_proj = nn.Linear(width, keys, bias=bias)
+        self.o_proj = nn.Linear(queries, width, bias=bias)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Attend: x (B, T, D), cos and sin (T, E/2) → (B, T, D), or (B, 1, D) with lengths."""
+        k, v = self._heads(self.k_proj(x)), self._heads(self.v_proj(x))  # (B, K, T, E)
+        k = rotate(k, cos, sin)
+        if lengths is not None:
+            x, last = last_token(x, lengths), lengths[:, None, None] - 1  # (B, 1, D), (B, 1, 1)
+            cos, sin = cos[last], sin[last]  # (B, 1, 1, E/2)
+        q = rotate(self._heads(self.q_proj(x)), cos, sin)  # (B, H, T or 1, E)
+        return self.o_proj(attention(q, k, v, lengths).transpose(1, 2).flatten(2))
+
+    def _heads(self, x: Tensor) -> Tensor:  # (B, T, heads·E) → (B, heads, T, E)
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+
+class MLP(nn.Module):
+    """The gated MLP: y = W_down(SiLU(W_gate x) ⊙ W_up x), (..., D) → (..., I) → (..., D)."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        width, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = nn.Linear(width, inner, bias=bias)
+        self.up_proj = nn.Linear(width, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, width, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    """One layer: x ← x + attention(norm(x)), then x ← x + MLP(norm(x))."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """One step: x (B, T, D) → (B, T, D), or (B, 1, D) with lengths."""
+        attended = self.self_attn(self.input_layernorm(x), cos, sin, lengths)
+        x = (x if lengths is None else last_token(x, lengths)) + attended
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Llama(nn.Module):
+    """The decoder without a head.
+
+    Set ``activation_checkpointing`` to True to keep only each layer's input for the backward pass
+    and compute the rest again: less memory, about a third more time.
+    """
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.activation_checkpointing = False
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=config.initializer_range)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def forward(self, ids: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Compute hidden states.
+
+        With ``lengths`` the last layer still makes every key and value, but queries, the output
+        projection and the MLP for the last real token alone: the same numbers for less work.
+
+        Args:
+            ids: (B, T) token ids, padded on the right with any id.
+            lengths: (B,) real tokens of each row, 1 to T.
+
+        Returns:
+            (B, T, D), or with ``lengths`` the last real token's (B, D).
+        """
+        x = self.embed_tokens(ids)  # (B, T, D)
+        positions = torch.arange(ids.size(1), device=ids.device)
+        angles = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
+        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)  # (T, E/2)
+        recompute = self.activation_checkpointing and self.training and torch.is_grad_enabled()
+        for i, layer in enumerate(self.layers, start=1):
+            arguments = (x, cos, sin, lengths if i == len(self.layers) else None)
+            x = (
+                checkpoint(layer, *arguments, use_reentrant=False)
+                if recompute
+                else layer(*arguments)
+            )
+        x = self.norm(x)
+        return x if lengths is None else x.squeeze(1)  # (B, 1, D) → (B, D)
+
+
+class LlamaForCausalLM(nn.Module):
+    """Llama with the language-model head; a tied head is the embedding itself, read backwards."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.model = Llama(config)
+        self.lm_head = None
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            nn.init.normal_(self.lm_head.weight, std=config.initializer_range)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Score the next token at every position: ids (B, T) → logits (B, T, V)."""
+        x = self.model(ids)  # (B, T, D)
+        if self.lm_head is None:
+            return F.linear(x, self.model.embed_tokens.weight)
+        return self.lm_head(x)
+
+
+class LlamaForSequenceClassification(nn.Module):
+    """Llama with a linear classifier on the last real token.
+
+    ``head_trained`` is False while ``score`` holds random numbers.
+    """
+
+    def __init__(self, config: LlamaConfig, num_labels: int) -> None:
+        super().__init__()
+        self.model = Llama(config)
+        self.score = nn.Linear(config.hidden_size, num_labels, bias=False)
+        nn.init.normal_(self.score.weight, std=config.initializer_range)
+        self.head_trained = False
+
+    def forward(self, ids: Tensor, lengths: Tensor) -> Tensor:
+        """Classify: ids (B, T) padded on the right, lengths (B,) from 1 to T → logits (B, C)."""
+        pooled = self.model(ids, lengths)  # (B, D)
+        return self.score(pooled.to(self.score.weight.dtype))  # a trained head stays float32

@@ -1,0 +1,352 @@
+"""LoRA for any PyTorch model: h = W·x + s·B·A·x, with W frozen and only A and B trained.
+
+A (r × in) and B (out × r) are written as in Hu et al. 2021, section 4.1; s = α/r, or α/√r with
+rank-stabilised scaling (Kalajdzievski 2023, section 3). B starts at zero, so an adapted model
+starts out equal to its base, to the bit.
+
+There is no merged state to get wrong: ``merge_lora`` puts plain ``nn.Linear`` layers back, for
+good, and the one switch, ``lora_strength``, multiplies s.
+
+Shapes: in and out are the widths of the adapted layer, r its rank.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoRAConfig:
+    """What to adapt, and how.
+
+    Attributes:
+        rank: r, the inner width of A and B.
+        alpha: α, the numerator of the scaling.
+        dropout: Probability with which an entry of LoRA's input is dropped in training.
+        targets: Names of the linear layers to adapt: the last segments of their dotted names, as
+            many as tell them apart ("q_proj", or "layers.0.self_attn.q_proj" for one of them).
+        also_train: Names, likewise, of modules to train whole, such as a new head; a name that
+            the model lacks is skipped.
+        rank_stabilized: Scale by α/√r in place of α/r.
+
+    Raises:
+        ValueError: A number is out of its range, or there is no target.
+    """
+
+    rank: int = 8
+    alpha: float = 16
+    dropout: float = 0.05
+    targets: tuple[str, ...] = ("q_proj", "v_proj")
+    also_train: tuple[str, ...] = ("score",)
+    rank_stabilized: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("targets", "also_train"):
+            names = getattr(self, name)
+            if isinstance(names, str):
+                raise ValueError(f"{name} is the string {names!r}: expected a tuple of names")
+            object.__setattr__(self, name, tuple(names))
+        if not isinstance(self.rank, int) or self.rank < 1:
+            raise ValueError(f"rank is {self.rank!r}: expected a whole number of at least 1")
+        if not 0 < self.alpha < math.inf:
+            raise ValueError(f"alpha is {self.alpha}: expected a positive number")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}: expected 0 or more and less than 1")
+        if not self.targets:
+            raise ValueError("targets is empty: name at least one linear layer to adapt")
+
+    @property
+    def scaling(self) -> float:
+        """s, the factor of the update: α/r, or α/√r."""
+        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
+
+
+def dropout(x: Tensor, p: float, training: bool) -> Tensor:
+    """Zero each entry with probability p and divide the others by 1 − p, in training alone."""
+    return F.dropout(x, p, training)
+
+
+class LoRALinear(nn.Module):
+    """A linear layer with a low-rank update: y = W·x + b + s·B·A·dropout(x).
+
+    It shares the base layer's ``weight`` and ``bias``, so their names and storage stay what they
+    were. A is drawn from U(−1/√in, 1/√in) and B is zero, both float32 at least: a step of the
+    optimiser is too small for a bfloat16 weight to keep. ``strength`` multiplies s.
+    """
+
+    def __init__(self, base: nn.Linear, config: LoRAConfig) -> None:
+        super().__init__()
+        self.weight, self.bias = base.weight, base.bias
+        master = {"device": base.weight.device, "dtype": _master_dtype(base.weight)}
+        self.lora_A = nn.Parameter(torch.empty(config.rank, base.in_features, **master))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, config.rank, **master))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # U(±1/√in), as PEFT draws it
+        self.config = config
+        self.strength = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer: (..., in) → (..., out), in the dtype of the base layer's output."""
+        y = F.linear(x, self.weight, self.bias)
+        if self.strength == 0:
+            return y
+        if not _autocasts(x):  # autocast chooses the dtype itself
+            x = x.to(self.lora_A.dtype)
+        x = dropout(x, self.config.dropout, self.training)
+        update = F.linear(
+            F.linear(x, self.lora_A), self.lora_B
+        )  # (..., in) → (..., r) → (..., out)
+        return (y + update * (self.config.scaling * self.strength)).to(y.dtype)
+
+    def extra_repr(self) -> str:
+        width, r = self.lora_A.size(1), self.config.rank
+        added, frozen = self.lora_A.numel() + self.lora_B.numel(), self.weight.numel()
+        return (
+            f"in_features={width}, out_features={self.lora_B.size(0)}, "
+            f"bias={self.bias is not None}, rank={r}, alpha={self.config.alpha:g}, "
+            f"scaling={self.config.scaling:g}, dropout={self.config.dropout:g}, "
+            f"trains {added:,} beside {frozen:,}"
+        )
+
+
+def target_linears(model: nn.Module, targets: tuple[str, ...]) -> dict[str, nn.Linear]:
+    """Find the linear layers that ``targets`` name, by their full names.
+
+    Raises:
+        ValueError: A target names nothing (the message lists what there is), or no nn.Linear.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    found = {name: m for name, m in modules.items() if _is_named(name, targets)}
+    for target in targets:
+        if not any(_is_named(name, (target,)) for name in found):
+            linears = {n.rpartition(".")[2] for n, m in modules.items() if type(m) is nn.Linear}
+            raise ValueError(
+                f"no layer is named {target!r}; this model's linear layers are named: "
+                f"{', '.join(sorted(linears - {''})) or '(none)'}"
+            )
+    for name, module in found.items():
+        if type(module) is not nn.Linear:  # a subclass may compute something else
+            raise ValueError(f"{name} is a {type(module).__name__}: only nn.Linear can be adapted")
+    return found
+
+
+def apply_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
+    """Put LoRA around the target layers and freeze all the rest but ``config.also_train``.
+
+    Changes the model in place and remembers the configuration as ``model.lora_config``. On an
+    error the model is left as it was.
+
+    Returns:
+        The full names of the adapted layers.
+
+    Raises:
+        ValueError: A target is not there or no nn.Linear, the rank exceeds a layer's smaller
+            side, the model is adapted already, or a module of ``also_train`` shares weights with
+            a frozen one or holds a target.
+    """
+    if adapted := [name for name, _ in _lora_layers(model)]:
+        raise ValueError(
+            f"this model is adapted already, at {adapted[0]} and {len(adapted) - 1} more layers: "
+            "merge_lora it first, or start from a fresh model"
+        )
+    linears = target_linears(model, config.targets)
+    for name, linear in linears.items():
+        if config.rank > min(linear.weight.shape):
+            raise ValueError(
+                f"rank {config.rank} is too large for {name} ({linear.out_features} × "
+                f"{linear.in_features}): at most {min(linear.weight.shape)}"
+            )
+    heads = dict(_named_modules(model, config.also_train))
+    _check_heads(model, heads, linears)
+
+    model.requires_grad_(False)
+    wrapped = {linear: LoRALinear(linear, config) for linear in linears.values()}
+    for name, linear in linears.items():
+        model.set_submodule(name, wrapped[linear])
+    for head in heads.values():
+        for parameter in head.parameters():
+            parameter.data = parameter.data.to(_master_dtype(parameter))
+        head.requires_grad_(True).register_forward_pre_hook(_to_master_dtype)
+    model.lora_config = config
+    return list(linears)
+
+
+@contextmanager
+def lora_strength(model: nn.Module, strength: float) -> Iterator[None]:
+    """Multiply every layer's scaling inside a ``with`` block; nests, and restores.
+
+    1 is the adapter as trained, 0 the base's layers (a trained head stays on). It changes the
+    model itself: while one thread holds a strength, the others see it too.
+
+    Raises:
+        ValueError: The model has no LoRA layer.
+    """
+    layers = _require_lora(model)
+    before = [layer.strength for layer in layers]
+    try:
+        for layer in layers:
+            layer.strength = strength
+        yield
+    finally:
+        for layer, value in zip(layers, before, strict=True):
+            layer.strength = value
+
+
+def lora_disabled(model: nn.Module):
+    """Switch the adapter off inside a ``with`` block: ``lora_strength(model, 0)``."""
+    return lora_strength(model, 0.0)
+
+
+@torch.no_grad()
+def merged_weight(layer: LoRALinear) -> Tensor:
+    """W' = W + s·B·A, computed in float32 and rounded once to W's dtype; (out, in), a new tensor."""
+    with torch.autocast(layer.weight.device.type, enabled=False):
+        update = (layer.lora_B @ layer.lora_A) * layer.config.scaling
+        return (layer.weight.to(update.dtype) + update).to(layer.weight.dtype)
+
+
+def merge_lora(model: nn.Module) -> nn.Module:
+    """Replace every LoRA layer by a plain ``nn.Linear`` of its merged weight, for good.
+
+    Changes the model in place and returns it. To undo it, load the base again: subtracting the
+    update would not give W back (in bfloat16 nearly a third of its elements would differ).
+
+    Raises:
+        ValueError: The model has no LoRA layer.
+    """
+    _require_lora(model)
+    merged = {}
+    for name, layer in list(_lora_layers(model)):
+        if layer not in merged:
+            out, width = layer.weight.shape
+            linear = nn.Linear(width, out, bias=False, device="meta")
+            linear.weight = nn.Parameter(merged_weight(layer), requires_grad=False)
+            linear.bias = layer.bias
+            merged[layer] = linear.train(layer.training)
+        model.set_submodule(name, merged[layer])
+    del model.lora_config
+    return model
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterCount:
+    """How many parameters a model has; ``print`` shows a table.
+
+    Attributes:
+        total: All of them, tied ones once.
+        trainable: Those that require a gradient.
+        lora: The elements of all A and B.
+        other: Trainable ones outside A and B, such as the head's.
+    """
+
+    total: int
+    trainable: int
+    lora: int
+    other: int
+
+    def __str__(self) -> str:
+        rows = {
+            "parameters": self.total,
+            "frozen": self.total - self.trainable,
+            "trainable": self.trainable,
+            "LoRA's A and B": self.lora,
+            "trained whole": self.other,
+        }
+        return "\n".join(
+            f"{name:<15} {n:>15,} {n / max(self.total, 1):>9.3%}" for name, n in rows.items()
+        )
+
+
+def count_parameters(model: nn.Module) -> ParameterCount:
+    """Count a model's parameters, tied ones once; PEFT's adapters are counted as LoRA too."""
+    total = trainable = lora = other = 0
+    for name, parameter in model.named_parameters():
+        n = parameter.numel()
+        adapter = not {"lora_A", "lora_B"}.isdisjoint(name.split("."))
+        total += n
+        trainable += n * parameter.requires_grad
+        lora += n * adapter
+        other += n * (parameter.requires_grad and not adapter)
+    return ParameterCount(total, trainable, lora, other)
+
+
+def lora_parameter_count(out_features: int, in_features: int, rank: int) -> int:
+    """Count what LoRA trains for one layer: r·(out + in), where full training has out·in.
+
+    >>> lora_parameter_count(10_000, 20_000, 8)
+    240000
+    """
+    return rank * (out_features + in_features)
+
+
+def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """Collect what an adapter consists of: every A and B, and the modules trained whole.
+
+    Returns:
+        The tensors under their names in ``model.state_dict()``, detached, not copied.
+
+    Raises:
+        ValueError: The model has no LoRA layer.
+    """
+    _require_lora(model)
+    names = {f"{name}.{ab}" for name, _ in _lora_layers(model) for ab in ("lora_A", "lora_B")}
+    for name, head in _named_modules(model, model.lora_config.also_train):
+        names |= {f"{name}.{inner}" for inner in head.state_dict()}
+    return {name: tensor for name, tensor in model.state_dict().items() if name in names}
+
+
+def _autocasts(x: Tensor) -> bool:
+    kind = x.device.type  # the meta device knows no autocast
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+def _master_dtype(weight: Tensor) -> torch.dtype:
+    return torch.promote_types(weight.dtype, torch.float32)
+
+
+def _to_master_dtype(module: nn.Module, inputs: tuple) -> tuple:
+    """Cast what enters a head that trains in float32 beside a frozen half-precision base."""
+    dtype = next(module.parameters()).dtype
+    return tuple(
+        x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs
+    )
+
+
+def _is_named(name: str, endings: tuple[str, ...]) -> bool:
+    return any(f".{name}".endswith(f".{ending}") for ending in endings)
+
+
+def _named_modules(model: nn.Module, endings: tuple[str, ...]) -> Iterator[tuple[str, nn.Module]]:
+    modules = model.named_modules(remove_duplicate=False)
+    return ((name, module) for name, module in modules if _is_named(name, endings))
+
+
+def _lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
+    modules = model.named_modules(remove_duplicate=False)
+    return ((name, module) for name, module in modules if isinstance(module, LoRALinear))
+
+
+def _require_lora(model: nn.Module) -> list[LoRALinear]:
+    layers = [layer for _, layer in _lora_layers(model)]
+    if not layers:
+        raise ValueError("this model has no LoRA layer: apply_lora or load_adapter first")
+    return layers
+
+
+def _check_heads(model: nn.Module, heads: dict[str, nn.Module], linears: dict) -> None:
+    """Refuse to train whole what is also a target, or what a frozen module shares."""
+    owned = {id(p): name for name, head in heads.items() for p in head.parameters()}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        inside = any(f"{name}.".startswith(f"{head}.") for head in heads)
+        if id(parameter) in owned and not inside:
+            raise ValueError(
+                f"{owned[id(parameter)]} shares its weights with {name}: training it whole would "
+                "change the frozen base"
+            )
+    for name in linears:
+        if any(f"{name}.".startswith(f"{head}.") for head in heads):
+            raise ValueError(f"{name} is in targets and in also_train: leave one of them out")
