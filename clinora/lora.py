@@ -12,7 +12,7 @@ Shapes: in and out are the widths of the adapted layer, r its rank.
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -113,17 +113,26 @@ class LoRALinear(nn.Module):
         )
 
 
+def find_modules(model: nn.Module, names: tuple[str, ...]) -> dict[str, nn.Module]:
+    """Find the modules whose dotted names end in one of ``names``, whole segments compared."""
+    return {
+        path: module
+        for path, module in model.named_modules(remove_duplicate=False)
+        if any(f".{path}".endswith(f".{name}") for name in names)
+    }
+
+
 def target_linears(model: nn.Module, targets: tuple[str, ...]) -> dict[str, nn.Linear]:
     """Find the linear layers that ``targets`` name, by their full names.
 
     Raises:
         ValueError: A target names nothing (the message lists what there is), or no nn.Linear.
     """
-    modules = dict(model.named_modules(remove_duplicate=False))
-    found = {name: m for name, m in modules.items() if _is_named(name, targets)}
+    found = find_modules(model, targets)
     for target in targets:
-        if not any(_is_named(name, (target,)) for name in found):
-            linears = {n.rpartition(".")[2] for n, m in modules.items() if type(m) is nn.Linear}
+        if not find_modules(model, (target,)):
+            modules = model.named_modules()
+            linears = {n.rpartition(".")[2] for n, m in modules if type(m) is nn.Linear}
             raise ValueError(
                 f"no layer is named {target!r}; this model's linear layers are named: "
                 f"{', '.join(sorted(linears - {''})) or '(none)'}"
@@ -160,7 +169,7 @@ def apply_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
                 f"rank {config.rank} is too large for {name} ({linear.out_features} × "
                 f"{linear.in_features}): at most {min(linear.weight.shape)}"
             )
-    heads = dict(_named_modules(model, config.also_train))
+    heads = find_modules(model, config.also_train)
     _check_heads(model, heads, linears)
 
     model.requires_grad_(False)
@@ -196,14 +205,14 @@ def lora_strength(model: nn.Module, strength: float) -> Iterator[None]:
             layer.strength = value
 
 
-def lora_disabled(model: nn.Module):
+def lora_disabled(model: nn.Module) -> AbstractContextManager[None]:
     """Switch the adapter off inside a ``with`` block: ``lora_strength(model, 0)``."""
     return lora_strength(model, 0.0)
 
 
 @torch.no_grad()
 def merged_weight(layer: LoRALinear) -> Tensor:
-    """W' = W + s·B·A, computed in float32 and rounded once to W's dtype; (out, in), a new tensor."""
+    """W' = W + s·B·A, in float32, rounded once to W's dtype: a new (out, in) tensor."""
     with torch.autocast(layer.weight.device.type, enabled=False):
         update = (layer.lora_B @ layer.lora_A) * layer.config.scaling
         return (layer.weight.to(update.dtype) + update).to(layer.weight.dtype)
@@ -294,7 +303,7 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """
     _require_lora(model)
     names = {f"{name}.{ab}" for name, _ in _lora_layers(model) for ab in ("lora_A", "lora_B")}
-    for name, head in _named_modules(model, model.lora_config.also_train):
+    for name, head in find_modules(model, model.lora_config.also_train).items():
         names |= {f"{name}.{inner}" for inner in head.state_dict()}
     return {name: tensor for name, tensor in model.state_dict().items() if name in names}
 
@@ -314,15 +323,6 @@ def _to_master_dtype(module: nn.Module, inputs: tuple) -> tuple:
     return tuple(
         x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs
     )
-
-
-def _is_named(name: str, endings: tuple[str, ...]) -> bool:
-    return any(f".{name}".endswith(f".{ending}") for ending in endings)
-
-
-def _named_modules(model: nn.Module, endings: tuple[str, ...]) -> Iterator[tuple[str, nn.Module]]:
-    modules = model.named_modules(remove_duplicate=False)
-    return ((name, module) for name, module in modules if _is_named(name, endings))
 
 
 def _lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:

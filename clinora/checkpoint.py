@@ -1,0 +1,397 @@
+"""Bases from a folder or the Hub, and adapters on disk in PEFT's layout.
+
+Whatever is loaded is checked whole: a missing, extra or wrongly shaped tensor is an error that
+names it. Files are safetensors and JSON, never pickle, and appear whole or not at all.
+"""
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import huggingface_hub
+import torch
+from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from clinora.llama import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+from clinora.lora import LoRAConfig, apply_lora, find_modules, lora_state_dict, target_linears
+
+BUNDLED = Path(__file__).parent / "bundled"
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+# PEFT names every tensor as if the model stood two wrappers deep.
+PEFT_PREFIX = "base_model.model."
+
+
+class CheckpointError(ValueError):
+    """A file of weights, or the configuration beside it, is not what it has to be."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a model came from.
+
+    Attributes:
+        name: "bundled", a folder or a Hub id.
+        revision: The Hub's revision; None for a folder.
+        folder: Where its files lie on this machine.
+    """
+
+    name: str
+    revision: str | None
+    folder: Path
+
+
+def find_base(source: str | Path, revision: str | None = None) -> Source:
+    """Find a base model, downloading it from the Hub if ``source`` is no folder.
+
+    Args:
+        source: "bundled", a folder, or a Hub id such as "TinyLlama/TinyLlama-1.1B-Chat-v1.0".
+        revision: A commit, branch or tag of the Hub; None is its main branch.
+
+    Raises:
+        CheckpointError: It is no folder and cannot be had from the Hub.
+    """
+    if str(source) == "bundled":
+        return Source("bundled", None, BUNDLED / "base")
+    if Path(source).is_dir():
+        return Source(str(Path(source).resolve()), None, Path(source))
+    patterns = ["config.json", "tokenizer.model", WEIGHTS, INDEX, "model-*.safetensors"]
+    folder = Path(_from_hub(source, revision, patterns))
+    return Source(str(source), folder.name, folder)  # the cache names the folder by its commit
+
+
+def find_config(source: str | Path, revision: str | None = None) -> Path:
+    """Find a model's ``config.json``: that file itself, a folder's, or the Hub's.
+
+    Raises:
+        CheckpointError: There is none.
+    """
+    path = BUNDLED / "base" if str(source) == "bundled" else Path(source)
+    if not path.exists():
+        path = Path(_from_hub(source, revision, ["config.json"]))
+    path = path / "config.json" if path.is_dir() else path
+    if not path.is_file():
+        raise CheckpointError(f"there is no {path}")
+    return path
+
+
+def _from_hub(source: str | Path, revision: str | None, patterns: list[str]) -> str:
+    try:
+        return huggingface_hub.snapshot_download(
+            str(source), revision=revision, allow_patterns=patterns
+        )
+    except HFValidationError:
+        raise CheckpointError(f"there is no folder {source}, and it is no id of the Hub") from None
+    except Exception as error:  # the Hub's client raises its own, httpx's and the system's
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(
+            f"there is no folder {source}, and the Hub did not give it: {reason}"
+        ) from None
+
+
+def weights_sha256(folder: Path) -> str:
+    """Hash a base's weight files, in the order of their names, to tell one base from another.
+
+    Raises:
+        CheckpointError: The folder holds no weights.
+    """
+    digest = hashlib.sha256()
+    for file in _weight_files(folder):
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def load_model(
+    source: str | Path,
+    *,
+    num_labels: int | None = None,
+    revision: str | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+) -> LlamaForCausalLM | LlamaForSequenceClassification:
+    """Load a base: a classifier with ``num_labels`` classes, or a causal LM if that is None.
+
+    The model is built on the meta device and takes its tensors from the memory map, so on the CPU
+    loading costs little more than the file's size. A classifier's ``score`` is the file's, or new
+    and random (``head_trained`` says which), and float32.
+
+    Args:
+        source: "bundled", a folder, or a Hub id, which is downloaded.
+        num_labels: C, the number of classes.
+        revision: The Hub's revision.
+        dtype: What to hold the weights in; None is the file's.
+        device: Where to.
+
+    Raises:
+        CheckpointError: The files are missing, damaged or not this model's.
+        ValueError: ``config.json`` asks for what ``LlamaConfig`` does not do.
+    """
+    found = find_base(source, revision)
+    config = LlamaConfig.from_json(find_config(found.folder))
+    with torch.device("meta"):
+        if num_labels is None:
+            model = LlamaForCausalLM(config)
+        else:
+            model = LlamaForSequenceClassification(config, num_labels)
+    tensors = {}
+    for file in _weight_files(found.folder):
+        tensors |= _read_tensors(file)
+    # Left out on purpose: old files' rotary buffers, which the model computes; a tied head, which
+    # is the embedding; the language-model head, for a classifier.
+    ignored = {n for n in tensors if n.endswith(".rotary_emb.inv_freq")}
+    if num_labels is not None or config.tie_word_embeddings:
+        ignored.add("lm_head.weight")
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in ignored}
+    expected = model.state_dict()
+    if num_labels is not None and "score.weight" not in tensors:
+        tensors["score.weight"] = nn.init.normal_(
+            torch.empty(num_labels, config.hidden_size), std=config.initializer_range
+        )
+    elif num_labels is not None:
+        model.head_trained = True
+    _check_names_and_shapes(tensors, expected, f"the weights in {found.folder}")
+    if dtype is None:
+        dtype = tensors["model.embed_tokens.weight"].dtype
+    for name, tensor in tensors.items():
+        tensors[name] = tensor.to(device, torch.float32 if name == "score.weight" else dtype)
+    model.load_state_dict(tensors, assign=True)
+    model.source = found
+    return model
+
+
+def save_adapter(model: nn.Module, folder: str | Path) -> None:
+    """Write the adapter and the head as PEFT would, so that PEFT reads them.
+
+    Writes ``adapter_model.safetensors`` (float32) and ``adapter_config.json`` into ``folder``,
+    which is made if need be; each file is replaced as a whole.
+
+    Raises:
+        ValueError: The model has no LoRA layer.
+        OSError: The folder cannot be written.
+    """
+    state = lora_state_dict(model)
+    if isinstance(model, LlamaForSequenceClassification):
+        state["score.weight"] = model.score.weight  # the head travels even where it did not train
+    config: LoRAConfig = model.lora_config
+    source: Source | None = getattr(model, "source", None)
+    whole = list(find_modules(model, config.also_train))
+    if "score.weight" in state and "score" not in whole:
+        whole.append("score")
+    kinds = {LlamaForSequenceClassification: "SEQ_CLS", LlamaForCausalLM: "CAUSAL_LM"}
+    # The keys that decide, no more: an older PEFT warns of keys that it does not know.
+    peft = {
+        "peft_type": "LORA",
+        "task_type": kinds.get(type(model)),
+        "base_model_name_or_path": source and source.name,
+        "revision": source and source.revision,
+        "inference_mode": True,
+        "r": config.rank,
+        "lora_alpha": config.alpha,
+        "lora_dropout": config.dropout,
+        "target_modules": list(config.targets),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "use_rslora": config.rank_stabilized,
+        "modules_to_save": whole or None,
+    }
+    tensors = {_to_peft(name): tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / ADAPTER_WEIGHTS, save(tensors, metadata={"format": "pt"}))
+    write_atomically(folder / ADAPTER_CONFIG, (json.dumps(peft, indent=2) + "\n").encode())
+
+
+def load_adapter(model: nn.Module, folder: str | Path) -> LoRAConfig:
+    """Apply LoRA to a model and fill it from what ``save_adapter`` or PEFT wrote.
+
+    Returns:
+        The adapter's configuration, also ``model.lora_config``.
+
+    Raises:
+        CheckpointError: A file is missing or damaged, does not belong to this model, or asks for
+            what this library does not do. The model is left as it was.
+        ValueError: The model is adapted already.
+    """
+    folder = Path(folder)
+    config = _read_adapter_config(model, folder / ADAPTER_CONFIG)
+    path = folder / ADAPTER_WEIGHTS
+    tensors = {_from_peft(name): tensor for name, tensor in _read_tensors(path).items()}
+    expected = {}
+    for name, linear in target_linears(model, config.targets).items():
+        out, width = linear.weight.shape
+        expected[f"{name}.lora_A"] = torch.empty(config.rank, width, device="meta")
+        expected[f"{name}.lora_B"] = torch.empty(out, config.rank, device="meta")
+    for name, head in find_modules(model, config.also_train).items():
+        expected |= {f"{name}.{inner}": tensor for inner, tensor in head.state_dict().items()}
+    source = getattr(model, "source", None)
+    made_for = json.loads((folder / ADAPTER_CONFIG).read_text()).get("base_model_name_or_path")
+    about = f"{path} (made for the base {made_for}; this model is {source and source.name})"
+    _check_names_and_shapes(tensors, expected, about)
+    apply_lora(model, config)
+    model.load_state_dict(tensors, strict=False)  # checked above; strict would ask for the base
+    if isinstance(model, LlamaForSequenceClassification) and "score.weight" in tensors:
+        model.head_trained = True
+    return config
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file that appears whole or not at all, even if the machine stops half-way.
+
+    Raises:
+        OSError: The folder cannot be written or the disk is full; the old file is untouched.
+    """
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    if os.name == "posix":  # the rename itself must reach the disk
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+
+def read_json(path: Path) -> dict:
+    """Read a JSON object.
+
+    Raises:
+        CheckpointError: The file is missing or holds something else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"there is no {path}") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a {type(value).__name__}, expected a JSON object")
+    return value
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """List a base's safetensors files: one, or the shards that its index names."""
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if not (folder / INDEX).is_file():
+        raise CheckpointError(
+            f"{folder} holds neither {WEIGHTS} nor {INDEX}: expected weights in safetensors"
+        )
+    names = set(read_json(folder / INDEX).get("weight_map", {}).values())
+    if not names or any(Path(name).name != name for name in names):
+        raise CheckpointError(f"{folder / INDEX} has no usable weight_map")
+    return [folder / name for name in sorted(names)]
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    """Map a safetensors file into memory; nothing is read from the disk until it is used."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise CheckpointError(f"there is no {path}") from None
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} is no safetensors file or is damaged ({error}): copy it again"
+        ) from None
+
+
+def _check_names_and_shapes(
+    came: dict[str, Tensor], expected: dict[str, Tensor], what: str
+) -> None:
+    """Refuse a set of tensors that is not exactly the expected one, naming the first few."""
+    wrong = {
+        "missing": sorted(expected.keys() - came.keys()),
+        "unexpected": sorted(came.keys() - expected.keys()),
+        "of another shape": [
+            f"{name} ({_shape(came[name])}, expected {_shape(expected[name])})"
+            for name in sorted(expected.keys() & came.keys())
+            if came[name].shape != expected[name].shape
+        ],
+    }
+    parts = []
+    for kind, names in wrong.items():
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            parts.append(f"{kind}: {', '.join(names[:3])}{more}")
+    if parts:
+        raise CheckpointError(f"{what} do not fit the model; {'; '.join(parts)}")
+
+
+def _shape(tensor: Tensor) -> str:
+    return " × ".join(map(str, tensor.shape))
+
+
+def _to_peft(name: str) -> str:
+    lora = name.endswith((".lora_A", ".lora_B"))
+    return f"{PEFT_PREFIX}{name}.weight" if lora else f"{PEFT_PREFIX}{name}"
+
+
+def _from_peft(name: str) -> str:
+    """Undo ``_to_peft``; an adapter's name ("default") may stand in files saved by hand."""
+    name = re.sub(r"\.(lora_[AB])(\.default)?\.weight$", r".\1", name)
+    return name.removeprefix(PEFT_PREFIX).replace(".modules_to_save.default.", ".")
+
+
+# What PEFT writes that says nothing of the arithmetic, and the values that ask for nothing.
+PEFT_INFORMATION = {
+    "peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "r",
+    "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "modules_to_save",
+    "init_lora_weights", "auto_mapping", "peft_version", "runtime_config",
+    "megatron_core", "qalora_group_size",
+}  # fmt: skip
+PEFT_NEUTRAL = (None, False, [], {}, "none")
+# Other initialisations change the base's weights too, and these names do not say how.
+PEFT_INITIALISATIONS = (True, False, None, "gaussian", "orthogonal")
+
+
+def _read_adapter_config(model: nn.Module, path: Path) -> LoRAConfig:
+    """Read PEFT's adapter_config.json, refusing by name what is not done here."""
+    peft = read_json(path)
+    if peft.get("peft_type") != "LORA":
+        raise CheckpointError(f"{path}: peft_type is {peft.get('peft_type')!r}, expected 'LORA'")
+    for key, value in peft.items():
+        if key not in PEFT_INFORMATION and value not in PEFT_NEUTRAL:
+            raise CheckpointError(f"{path}: {key} = {value!r} is not supported")
+    if peft.get("init_lora_weights", True) not in PEFT_INITIALISATIONS:
+        raise CheckpointError(
+            f"{path}: init_lora_weights = {peft['init_lora_weights']!r} changes the base, too: "
+            "not supported"
+        )
+    # PEFT falls back on defaults for these, and would scale by another factor without a word.
+    if lacking := [key for key in ("r", "lora_alpha", "target_modules") if not peft.get(key)]:
+        raise CheckpointError(f"{path} lacks {', '.join(lacking)}")
+    targets = peft["target_modules"]
+    try:
+        if isinstance(targets, str):  # a regular expression over whole names
+            targets = [n for n, _ in model.named_modules() if re.fullmatch(targets, n)]
+        return LoRAConfig(
+            rank=peft["r"],
+            alpha=peft["lora_alpha"],
+            dropout=peft.get("lora_dropout") or 0.0,
+            targets=tuple(dict.fromkeys(targets)),
+            also_train=tuple(dict.fromkeys(peft.get("modules_to_save") or ())),
+            rank_stabilized=bool(peft.get("use_rslora")),
+        )
+    except (ValueError, TypeError, re.error) as error:
+        raise CheckpointError(f"{path}: {error}") from None
