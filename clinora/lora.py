@@ -88,6 +88,7 @@ class LoRALinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # U(±1/√in), as PEFT draws it
         self.config = config
         self.strength = 1.0
+        self.train(base.training)  # or a model in evaluation mode would drop out
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer: (..., in) → (..., out), in the dtype of the base layer's output."""

@@ -1,0 +1,75 @@
+"""Write a base of random weights at TinyLlama's exact shape: 201 bfloat16 tensors, 2.2 GB.
+
+    python benchmarks/tinyllama_shape.py FOLDER [--tokenizer tokenizer.model]
+
+Speed and memory do not depend on what the weights say; accuracy does, and nothing about it can be
+learnt here.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from clinora.llama import LlamaConfig, LlamaForCausalLM
+
+# config.json of TinyLlama/TinyLlama-1.1B-Chat-v1.0 at revision fe8a4ea1.
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "initializer_range": 0.02,
+    "intermediate_size": 5632,
+    "max_position_embeddings": 2048,
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 22,
+    "num_key_value_heads": 4,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "vocab_size": 32000,
+}
+
+
+def write_base(folder: Path, tokenizer: Path | None = None, seed: int = 0) -> None:
+    """Write config.json, model.safetensors and, if one is given, a copy of a tokenizer.model."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
+    if tokenizer is not None:
+        shutil.copyfile(tokenizer, folder / "tokenizer.model")
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig.from_json(folder / "config.json"))
+    draw = torch.Generator().manual_seed(seed)
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        weight = torch.empty(tensor.shape, dtype=torch.bfloat16)
+        weights[name] = (
+            weight.fill_(1) if "norm" in name else weight.normal_(0, 0.02, generator=draw)
+        )
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write the folder; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--tokenizer", type=Path, help="a tokenizer.model of 32,000 pieces")
+    args = parser.parse_args(argv)
+    write_base(args.folder, args.tokenizer)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

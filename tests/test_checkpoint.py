@@ -1,0 +1,406 @@
+"""Bases and adapters on disk, against Transformers and PEFT."""
+
+import json
+import os
+import warnings
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import clinora
+from clinora.checkpoint import CheckpointError, weights_sha256, write_atomically
+
+IDS = torch.tensor([[1, 5, 9, 30, 42, 7], [1, 8, 3, 0, 0, 0]])
+LENGTHS = torch.tensor([6, 3])
+CONFIG = clinora.LoRAConfig(rank=4, alpha=8, dropout=0.0)
+
+
+def edit_json(path, **changes):
+    value = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({k: v for k, v in value.items() if v is not ...}))
+
+
+def edit_tensors(path, edit):
+    tensors = load_file(path)
+    edit(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def adapted(folder, **config):
+    """Load a base and put a random adapter on it, B included."""
+    torch.manual_seed(3)
+    model = clinora.load_model(folder, num_labels=5).eval()
+    clinora.apply_lora(model, clinora.LoRAConfig(**{"rank": 4, "alpha": 8, "dropout": 0} | config))
+    with torch.no_grad():
+        for parameter in clinora.lora_state_dict(model).values():
+            parameter.normal_(std=0.2)
+    return model
+
+
+def reference_logits(model):
+    """Let Transformers pool by its own rule: pad is 0, and no real token is."""
+    with torch.no_grad():
+        return model(IDS, attention_mask=(IDS != 0).long()).logits
+
+
+def our_logits(model):
+    with torch.no_grad():
+        return model(IDS, LENGTHS)
+
+
+def peft_adapter(reference, folder, **config):
+    """Let PEFT save an adapter with random A, B and head; returns its model and the base."""
+    base, base_folder = reference()
+    options = {"r": 4, "lora_alpha": 8, "target_modules": ["v_proj", "q_proj"]} | config
+    torch.manual_seed(5)
+    model = peft.get_peft_model(base, peft.LoraConfig(task_type="SEQ_CLS", **options)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.2)
+    model.save_pretrained(folder)
+    return model, base_folder
+
+
+# ------------------------------------------------------------------------------------ bases
+
+
+def test_loaded_classifier_equals_transformers(reference):
+    theirs, folder = reference()
+    model = clinora.load_model(folder, num_labels=5).eval()
+    torch.testing.assert_close(our_logits(model), reference_logits(theirs), rtol=1e-5, atol=1e-6)
+    assert model.head_trained
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_loaded_causal_lm_equals_transformers(reference, tied):
+    theirs, folder = reference(num_labels=None, tie_word_embeddings=tied)
+    model = clinora.load_model(folder).eval()
+    with torch.no_grad():
+        assert torch.equal(model(IDS[:1]), theirs(IDS[:1]).logits)
+
+
+def test_sharded_weights_give_the_same_model(reference, tmp_path):
+    theirs, folder = reference()
+    theirs.save_pretrained(tmp_path / "shards", max_shard_size="40KB")
+    assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 1
+    whole = clinora.load_model(folder, num_labels=5).state_dict()
+    shards = clinora.load_model(tmp_path / "shards", num_labels=5).state_dict()
+    assert whole.keys() == shards.keys()
+    assert all(torch.equal(whole[name], shards[name]) for name in whole)
+
+
+def test_base_without_a_head_gets_a_new_untrained_one(reference):
+    _, folder = reference(num_labels=None)
+    model = clinora.load_model(folder, num_labels=3)
+    assert model.score.weight.shape == (3, 64)
+    assert not model.head_trained
+
+
+def test_base_is_held_in_the_asked_dtype_and_the_head_in_float32(reference):
+    _, folder = reference()
+    model = clinora.load_model(folder, num_labels=5, dtype=torch.bfloat16)
+    dtypes = {name: p.dtype for name, p in model.named_parameters()}
+    assert dtypes.pop("score.weight") == torch.float32
+    assert set(dtypes.values()) == {torch.bfloat16}
+
+
+def test_old_rotary_buffers_are_accepted(reference):
+    _, folder = reference()
+    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    edit_tensors(folder / "model.safetensors", lambda tensors: tensors.update(extra))
+    clinora.load_model(folder, num_labels=5)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda t: t.pop("model.norm.weight"), r"missing: model\.norm\.weight"),
+        (lambda t: t.update(surplus=torch.ones(1)), "unexpected: surplus"),
+        (
+            lambda t: t.update({"model.norm.weight": torch.ones(3)}),
+            r"another shape: model\.norm\.weight \(3, expected 64\)",
+        ),
+    ],
+    ids=["missing", "unexpected", "misshapen"],
+)
+def test_wrong_tensors_are_named(reference, edit, message):
+    _, folder = reference()
+    edit_tensors(folder / "model.safetensors", edit)
+    with pytest.raises(CheckpointError, match=message):
+        clinora.load_model(folder, num_labels=5)
+
+
+def test_head_of_another_number_of_classes_is_refused(reference):
+    _, folder = reference()
+    with pytest.raises(CheckpointError, match=r"score\.weight \(5 × 64, expected 7 × 64\)"):
+        clinora.load_model(folder, num_labels=7)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 1000, -7])
+def test_truncated_weights_are_refused(reference, keep):
+    _, folder = reference()
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match="damaged"):
+        clinora.load_model(folder, num_labels=5)
+
+
+def test_folder_without_weights_is_refused(reference):
+    _, folder = reference()
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="neither"):
+        clinora.load_model(folder, num_labels=5)
+
+
+def test_index_that_points_outside_the_folder_is_refused(reference):
+    _, folder = reference()
+    (folder / "model.safetensors").rename(folder.parent / "elsewhere.safetensors")
+    index = {"weight_map": {"model.norm.weight": "../elsewhere.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="weight_map"):
+        clinora.load_model(folder, num_labels=5)
+
+
+def test_missing_folder_that_is_no_hub_id_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="there is no folder"):
+        clinora.load_model(tmp_path / "a" / "b" / "c", num_labels=5)
+
+
+def test_hub_that_cannot_be_reached_is_one_clear_line(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(CheckpointError, match="the Hub did not give it") as caught:
+        clinora.load_model("nobody/no-such-model", num_labels=5)
+    assert "\n" not in str(caught.value)
+
+
+def test_hash_tells_bases_apart(reference):
+    (_, one), (_, same), (_, other) = reference(), reference(), reference(seed=1)
+    assert weights_sha256(one) == weights_sha256(same) != weights_sha256(other)
+
+
+# --------------------------------------------------------------------------------- adapters
+
+
+def test_peft_reads_ours_without_a_missing_or_unexpected_key(reference, tmp_path):
+    theirs, folder = reference()
+    model = adapted(folder)
+    clinora.save_adapter(model, tmp_path / "adapter")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # PEFT only warns of a missing adapter key
+        read = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
+        names = peft.get_peft_model_state_dict(read).keys()
+    assert names == load_file(tmp_path / "adapter" / "adapter_model.safetensors").keys()
+    torch.testing.assert_close(our_logits(model), reference_logits(read), rtol=1e-5, atol=1e-5)
+
+
+def test_auto_peft_reads_ours(reference, tmp_path):
+    _, folder = reference()
+    model = adapted(folder)
+    clinora.save_adapter(model, tmp_path / "adapter")
+    read = peft.AutoPeftModelForSequenceClassification.from_pretrained(
+        tmp_path / "adapter", num_labels=5, pad_token_id=0
+    ).eval()
+    torch.testing.assert_close(our_logits(model), reference_logits(read), rtol=1e-5, atol=1e-5)
+
+
+def test_peft_reads_our_rank_stabilised_scaling(reference, tmp_path):
+    theirs, folder = reference()
+    model = adapted(folder, rank_stabilized=True)
+    clinora.save_adapter(model, tmp_path / "adapter")
+    read = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
+    torch.testing.assert_close(our_logits(model), reference_logits(read), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"use_rslora": True},
+        {"target_modules": r".*\.layers\.[02]\.self_attn\.(q|o)_proj"},
+        {"target_modules": "all-linear"},
+        {"target_modules": ["self_attn.k_proj", "model.layers.1.mlp.up_proj"]},
+    ],
+    ids=["plain", "rslora", "regex", "all-linear", "paths"],
+)
+def test_we_read_what_peft_saves(reference, tmp_path, config):
+    theirs, folder = peft_adapter(reference, tmp_path / "adapter", **config)
+    model = clinora.load_model(folder, num_labels=5).eval()
+    clinora.load_adapter(model, tmp_path / "adapter")
+    torch.testing.assert_close(our_logits(model), reference_logits(theirs), rtol=1e-5, atol=1e-5)
+    assert model.head_trained
+
+
+def test_we_read_names_with_default_and_bfloat16(reference, tmp_path):
+    theirs, folder = peft_adapter(reference, tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = {n.replace(".weight", ".default.weight") if "lora_" in n else n: t.bfloat16()
+               for n, t in load_file(path).items()}  # fmt: skip
+    save_file(tensors, path, metadata={"format": "pt"})
+    model = clinora.load_model(folder, num_labels=5).eval()
+    clinora.load_adapter(model, tmp_path / "adapter")
+    torch.testing.assert_close(our_logits(model), reference_logits(theirs), rtol=0.05, atol=0.05)
+    assert {t.dtype for t in clinora.lora_state_dict(model).values()} == {torch.float32}
+
+
+def test_our_adapter_comes_back_to_the_bit(reference, tmp_path):
+    _, folder = reference()
+    model = adapted(folder, also_train=())
+    clinora.save_adapter(model, tmp_path / "adapter")
+    again = clinora.load_model(folder, num_labels=5).eval()
+    clinora.load_adapter(again, tmp_path / "adapter")
+    assert torch.equal(our_logits(model), our_logits(again))
+
+
+def test_an_untrained_head_becomes_a_trained_one_with_the_adapter(reference, tmp_path):
+    _, folder = reference(num_labels=None)
+    clinora.save_adapter(adapted(folder), tmp_path / "adapter")
+    model = clinora.load_model(folder, num_labels=5)
+    assert not model.head_trained
+    clinora.load_adapter(model, tmp_path / "adapter")
+    assert model.head_trained
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("use_dora", True),
+        ("rank_pattern", {"q_proj": 2}),
+        ("alpha_pattern", {"q_proj": 2}),
+        ("bias", "all"),
+        ("lora_bias", True),
+        ("fan_in_fan_out", True),
+        ("layers_to_transform", [0]),
+        ("trainable_token_indices", [1]),
+        ("a_key_of_next_year", 1),
+        ("init_lora_weights", "pissa"),
+    ],
+)
+def test_what_is_not_done_is_refused_by_name(reference, tmp_path, key, value):
+    _, folder = reference()
+    clinora.save_adapter(adapted(folder), tmp_path)
+    edit_json(tmp_path / "adapter_config.json", **{key: value})
+    model = clinora.load_model(folder, num_labels=5)
+    with pytest.raises(CheckpointError, match=key):
+        clinora.load_adapter(model, tmp_path)
+
+
+@pytest.mark.parametrize("key", ["r", "lora_alpha", "target_modules", "peft_type"])
+def test_a_key_on_whose_default_the_result_hangs_must_be_there(reference, tmp_path, key):
+    """PEFT falls back to lora_alpha 8 and would halve the update of an adapter made with 16."""
+    _, folder = reference()
+    clinora.save_adapter(adapted(folder), tmp_path)
+    edit_json(tmp_path / "adapter_config.json", **{key: ...})
+    with pytest.raises(CheckpointError, match=key):
+        clinora.load_adapter(clinora.load_model(folder, num_labels=5), tmp_path)
+
+
+def break_rank(folder):
+    edit_json(folder / "adapter_config.json", r=2)
+
+
+def truncate(folder):
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def drop_tensor(folder):
+    edit_tensors(folder / "adapter_model.safetensors", lambda t: t.pop(next(iter(t))))
+
+
+def add_tensor(folder):
+    edit_tensors(
+        folder / "adapter_model.safetensors",
+        lambda t: t.update({"base_model.model.model.norm.weight": torch.ones(64)}),
+    )
+
+
+def unjson(folder):
+    (folder / "adapter_config.json").write_text("{")
+
+
+def remove(folder):
+    (folder / "adapter_model.safetensors").unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (break_rank, "another shape"),
+        (truncate, "damaged"),
+        (drop_tensor, "missing"),
+        (add_tensor, "unexpected"),
+        (unjson, "not JSON"),
+        (remove, "there is no"),
+    ],
+)
+def test_damaged_adapter_is_one_clear_error_and_leaves_the_model(
+    reference, tmp_path, damage, message
+):
+    _, folder = reference()
+    clinora.save_adapter(adapted(folder), tmp_path)
+    damage(tmp_path)
+    model = clinora.load_model(folder, num_labels=5)
+    before = str(model)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        clinora.load_adapter(model, tmp_path)
+    assert "\n" not in str(caught.value)
+    assert str(model) == before
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_adapter_of_another_base_is_refused_with_both_names(reference, tmp_path):
+    _, folder = reference()
+    _, wider = reference(hidden_size=96, head_dim=8)
+    clinora.save_adapter(adapted(folder), tmp_path)
+    with pytest.raises(CheckpointError, match=rf"made for the base .*{folder.name}.*{wider.name}"):
+        clinora.load_adapter(clinora.load_model(wider, num_labels=5), tmp_path)
+
+
+def test_adapter_of_other_classes_is_refused(reference, tmp_path):
+    _, folder = reference(num_labels=None)
+    clinora.save_adapter(adapted(folder), tmp_path)
+    with pytest.raises(CheckpointError, match=r"score\.weight \(5 × 64, expected 3 × 64\)"):
+        clinora.load_adapter(clinora.load_model(folder, num_labels=3), tmp_path)
+
+
+def test_adapter_of_a_bert_comes_back(tmp_path):
+    import transformers
+
+    config = transformers.BertConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=48, num_labels=3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.BertForSequenceClassification(config).eval()
+    base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    lora = clinora.LoRAConfig(targets=("query", "value"), also_train=("classifier",))
+    clinora.apply_lora(model, lora)
+    with torch.no_grad():
+        for tensor in clinora.lora_state_dict(model).values():
+            tensor.normal_(std=0.2)
+    clinora.save_adapter(model, tmp_path)
+    again = transformers.BertForSequenceClassification(config).eval()
+    again.load_state_dict(base)
+    clinora.load_adapter(again, tmp_path)
+    with torch.no_grad():
+        assert torch.equal(model(IDS).logits, again(IDS).logits)
+
+
+# ----------------------------------------------------------------------------------- writing
+
+
+def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "file.json"
+    path.write_bytes(b"old")
+
+    def no_space(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", no_space)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]

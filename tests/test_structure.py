@@ -1,0 +1,89 @@
+"""The house rules that a reader relies on: which module imports which, and how small it stays."""
+
+import ast
+import io
+import sys
+import tokenize
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "clinora"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+# Arrows run one way: a module may import those that stand before it.
+ORDER = [
+    "lora",
+    "llama",
+    "budget",
+    "tokenizer",
+    "testing",
+    "notes",
+    "checkpoint",
+    "classifier",
+    "evaluation",
+    "training",
+    "figures",
+    "report",
+    "serving",
+]
+# These stand alone, so that each can be read, copied and used by itself.
+ALONE = {"lora", "llama", "budget"}
+
+
+def imports(path: Path) -> set[str]:
+    """Give the dotted names imported at the top level of a module."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef):  # what a script's main reads with is its own affair
+            for inner in ast.walk(node):
+                inner.skip = True
+        if getattr(node, "skip", False):
+            continue
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module)
+    return names
+
+
+def lines_of_code(path: Path) -> int:
+    """Count lines that hold code: no blank line, comment or docstring."""
+    source = path.read_text()
+    docstrings = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(
+            node
+        ):
+            docstrings |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    code = set()
+    blank = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in blank and token.string:
+            code |= set(range(token.start[0], token.end[0] + 1))
+    return len(code - docstrings)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_arrows_run_one_way(path):
+    part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    if part == "__init__":
+        return
+    siblings = {n.split(".")[1] for n in imports(path) if n.startswith("clinora.")}
+    siblings.discard(part)  # inside serving/
+    allowed = set() if part in ALONE | {"tokenizer"} else set(ORDER[: ORDER.index(part)])
+    assert siblings <= allowed
+
+
+@pytest.mark.parametrize("name", sorted(ALONE))
+def test_the_heart_needs_torch_and_the_standard_library_alone(name):
+    roots = {n.split(".")[0] for n in imports(PACKAGE / f"{name}.py")}
+    assert roots <= set(sys.stdlib_module_names) | {"torch"}
+
+
+def test_the_heart_stays_under_450_lines_of_code():
+    assert lines_of_code(PACKAGE / "lora.py") + lines_of_code(PACKAGE / "llama.py") < 450
+
+
+def test_the_package_stays_under_3000_lines_of_code():
+    assert sum(map(lines_of_code, MODULES)) < 3000
