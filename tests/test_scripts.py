@@ -1,0 +1,176 @@
+"""The three scripts as a user calls them: whole jobs, and bad input."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib.image
+import peft
+import pytest
+import torch
+import transformers
+
+import clinora
+import eval as eval_script
+import train as train_script
+from clinora.checkpoint import BUNDLED
+
+ROOT = Path(__file__).parents[1]
+# Class is told by one word; the hash puts about a fifth of them on the test side.
+WORDS = {"Heart": "cardiac", "Bone": "fracture"}
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def notes(tmp_path):
+    path = tmp_path / "notes.csv"
+    rows = [f"visit {i}: {word},{label}" for i in range(30) for label, word in WORDS.items()]
+    path.write_text("transcription,medical_specialty\n" + "\n".join(rows) + "\n")
+    return path
+
+
+def train(*options):
+    return train_script.main(["--steps", "60", "--tokens-per-step", "256", *map(str, options)])
+
+
+def test_train_then_eval_on_a_file_of_ones_own(notes, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert train("--notes", notes, "--run", run, "--learning-rate", "5e-3") == 0
+    printed = capsys.readouterr()
+    assert "Before training" in printed.out
+    assert "Linear(128 → 2)" in printed.out
+    assert "60/60" in printed.err  # the progress bar
+    assert "visit" not in printed.out + printed.err + (run / "metrics.jsonl").read_text()
+    trained = json.loads((run / "report" / "metrics.json").read_text())
+    assert trained["after"]["any_label_accuracy"] == 1.0
+    assert trained["before"]["any_label_accuracy"] < 0.9
+    assert {f.name for f in run.iterdir()} == {
+        "adapter_config.json", "adapter_model.safetensors", "clinora.json", "metrics.jsonl",
+        "report",
+    }  # fmt: skip
+
+    (run / "report" / "metrics.json").unlink()
+    assert eval_script.main(["--run", str(run)]) == 0
+    assert json.loads((run / "report" / "metrics.json").read_text()) == trained
+    picture = matplotlib.image.imread(run / "report" / "confusion.png")
+    assert picture.std() > 0.05  # something is drawn
+
+
+def test_peft_reads_what_train_wrote(notes, tmp_path):
+    run = tmp_path / "run"
+    assert train("--notes", notes, "--run", run, "--precision", "fp32") == 0
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(
+        BUNDLED / "base", num_labels=2, dtype=torch.float32
+    )
+    theirs = peft.PeftModel.from_pretrained(base, run).eval()
+    classifier = clinora.Classifier.load(run, device="cpu", precision="fp32")
+    text = "visit 7: fracture"
+    with torch.no_grad():
+        logits = theirs(torch.tensor([classifier.tokenizer.encode(text)])).logits[0]
+    ours = torch.tensor(classifier([text])[0].probabilities)
+    torch.testing.assert_close(ours, logits.softmax(-1), rtol=1e-4, atol=1e-5)
+
+
+def test_notes_that_the_run_has_seen_are_not_measured(notes, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert train("--notes", notes, "--run", run, "--steps", "1") == 0
+    more = tmp_path / "more.csv"
+    more.write_text(notes.read_text() + "a new note,Heart\n")
+    capsys.readouterr()
+    assert eval_script.main(["--run", str(run), "--notes", str(more)]) == 0
+    training = len(clinora.read_notes(notes).on("training"))
+    assert f"Measured on {61 - training} texts" in capsys.readouterr().out
+    assert (run / "report-more" / "metrics.json").is_file()
+
+
+def test_eval_with_no_option_measures_the_bundled_adapter(capsys):
+    assert eval_script.main([]) == 0
+    assert "Measured on 50 texts" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_train_with_no_option_beats_the_base_on_the_bundled_notes(tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py")], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    (run,) = (tmp_path / "runs").iterdir()
+    metrics = json.loads((run / "report" / "metrics.json").read_text())
+    before, after = metrics["before"], metrics["after"]
+    assert after["any_label_accuracy"] > before["any_label_accuracy"] + before["spread"]
+
+
+def test_a_run_is_never_written_over(notes, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "precious").write_text("data")
+    assert_refused(train_script, ["--notes", notes, "--run", tmp_path / "run"], capsys, "not empty")
+    assert (tmp_path / "run" / "precious").read_text() == "data"
+
+
+BAD_FILES = {
+    "missing column": (b"note,medical_specialty\na,A\n", "no column 'transcription'"),
+    "empty": (b"", "is empty"),
+    "one class": (b"transcription,medical_specialty\na,A\nb,A\n", "leaves 1 class"),
+    "not UTF-8": (b"transcription,medical_specialty\n\xe9,A\nb,B\n", "not UTF-8"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_FILES)
+@pytest.mark.parametrize("script", [train_script, eval_script], ids=["train", "eval"])
+def test_a_bad_file_is_one_clear_line(tmp_path, capsys, script, kind):
+    content, message = BAD_FILES[kind]
+    (tmp_path / "bad.csv").write_bytes(content)
+    if script is eval_script and kind == "one class":
+        message = "has no notes of class"
+    assert_refused(script, ["--notes", tmp_path / "bad.csv"], capsys, message)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--notes", "."], "is a folder"),
+        (["--notes", "nowhere.csv"], "nowhere.csv"),
+        (["--base", "a/b/c"], "there is no folder a/b/c"),
+        (["--targets", "q_prj"], "no layer is named 'q_prj'.*q_proj"),
+        (["--rank", "65"], "rank 65 is too large"),
+        (["--rank", "0"], "at least 1"),
+        (["--token-limit", "513"], "token limit 513"),
+        (["--device", "tpu"], "'tpu' is not available"),
+        (["--precision", "int4"], "expected auto, bf16"),
+        (["--steps", "0"], "steps is 0"),
+        (["--classes", "Dentistry", "Surgery"], "no notes of class 'Dentistry'"),
+    ],
+)
+def test_a_bad_option_is_one_clear_line(capsys, tmp_path, options, message):
+    assert_refused(train_script, options, capsys, message)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_that_is_not_there_is_one_clear_line(capsys):
+    assert_refused(eval_script, ["--run", "nowhere"], capsys, "there is no run nowhere")
+
+
+@pytest.mark.parametrize("script", ["train", "eval", "serve"])
+def test_importing_a_script_does_nothing(script, tmp_path):
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {script}"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True
+    )
+    assert (done.stdout, done.stderr, list(tmp_path.iterdir())) == ("", "", [])
+
+
+def assert_refused(script, options, capsys, message):
+    """Expect exit status 2 and one line on standard error."""
+    with pytest.raises(SystemExit) as caught:
+        script.main([str(option) for option in options])
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1, error
+    assert re.search(message, error), error
