@@ -209,6 +209,8 @@ def saved_activation_bytes(config: Any, tuning: FineTuning) -> int:
         _layer_bytes(config, tuning, live=above if layer else tuning.full, last=layer == L - 1)
         for layer in range(L if above else 0)
     )
+    if above and (L > 1 or tuning.full or "k_proj" in tuning.adapted):
+        saved += _rotation_bytes(config, tuning, T)  # one table for all layers
     saved += 8 * B * T if tuning.full else 0  # the embedding's gradient needs the ids, int64
     return saved + _norm_bytes(tuning, B, D, above) + tuning.computed * B * D  # the head's input
 
@@ -227,8 +229,7 @@ def _layer_bytes(config: Any, tuning: FineTuning, live: bool, last: bool) -> int
         + _lora_bytes(config, tuning, "q_proj", N, live)
         + _lora_bytes(config, tuning, "k_proj", B * T, live)
         + _lora_bytes(config, tuning, "v_proj", B * T, live)
-        + (_rotation_bytes(config, tuning, B if last else T) if q else 0)
-        + (_rotation_bytes(config, tuning, T) if k else 0)
+        + (_rotation_bytes(config, tuning, B) if q and last else 0)
         + (_attention_bytes(config, tuning, last) if attended else 0)
         + _lora_bytes(config, tuning, "o_proj", N, attended)
         + _norm_bytes(tuning, N, D, after)

@@ -130,7 +130,7 @@ class RMSNorm(nn.Module):
 
 
 def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> Tensor:
-    """Angles by which RoPE turns each pair: position · θ^(−2i/E), in radians.
+    """Angles by which RoPE turns the pair of entries i and i + E/2: position · θ^(−2i/E), radians.
 
     Args:
         positions: (T,) token positions, from 0.
@@ -138,10 +138,12 @@ def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> Tensor:
         theta: The base θ; the slowest pair needs about 2πθ tokens for a turn.
 
     Returns:
-        (T, E/2), float32: in bfloat16, positions above 256 would collapse into each other.
+        (T, E), float32, its two halves equal. In bfloat16, positions above 256 would collapse into
+        each other.
     """
     exponents = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim
-    return positions.float()[:, None] * (1.0 / theta**exponents)
+    angles = positions.float()[:, None] * (1.0 / theta**exponents)  # (T, E/2)
+    return torch.cat((angles, angles), -1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -152,13 +154,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Args:
         x: (..., T, E).
-        cos: Cosines of the angles, (..., T, E/2), in x's dtype.
+        cos: Cosines of the angles, (..., T, E), in x's dtype.
         sin: Sines, likewise.
 
     Returns:
         (..., T, E).
     """
-    cos, sin = torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)  # (..., T, E)
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), -1) * sin
 
@@ -207,12 +208,12 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(queries, width, bias=bias)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Attend: x (B, T, D), cos and sin (T, E/2) → (B, T, D), or (B, 1, D) with lengths."""
+        """Attend: x (B, T, D), cos and sin (T, E) → (B, T, D), or (B, 1, D) with lengths."""
         k, v = self._heads(self.k_proj(x)), self._heads(self.v_proj(x))  # (B, K, T, E)
         k = rotate(k, cos, sin)
         if lengths is not None:
             x, last = last_token(x, lengths), lengths[:, None, None] - 1  # (B, 1, D), (B, 1, 1)
-            cos, sin = cos[last], sin[last]  # (B, 1, 1, E/2)
+            cos, sin = cos[last], sin[last]  # (B, 1, 1, E)
         q = rotate(self._heads(self.q_proj(x)), cos, sin)  # (B, H, T or 1, E)
         return self.o_proj(attention(q, k, v, lengths).transpose(1, 2).flatten(2))
 
@@ -287,7 +288,7 @@ class Llama(nn.Module):
         x = self.embed_tokens(ids)  # (B, T, D)
         positions = torch.arange(ids.size(1), device=ids.device)
         angles = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
-        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)  # (T, E/2)
+        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)  # (T, E)
         recompute = self.activation_checkpointing and self.training and torch.is_grad_enabled()
         for i, layer in enumerate(self.layers, start=1):
             arguments = (x, cos, sin, lengths if i == len(self.layers) else None)

@@ -1,0 +1,550 @@
+"""The decoder against Transformers, float64 formulas and its own promises."""
+
+import json
+import math
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from clinora.llama import (
+    Llama,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    RMSNorm,
+    attention,
+    last_token,
+    rotary_angles,
+    rotate,
+)
+from clinora.lora import LoRAConfig
+
+SHAPES = {
+    "grouped": {},
+    "ungrouped": {"num_attention_heads": 4, "num_key_value_heads": 4},
+    "head_dim": {"head_dim": 24},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0}},
+    "one layer": {"num_hidden_layers": 1},
+}
+LENGTHS = (13, 1, 29, 7)  # odd ones, a single token, a row without padding
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+any_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+
+
+def small(**changes) -> LlamaConfig:
+    shape = {
+        "vocab_size": 97,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    return LlamaConfig(**shape | changes)
+
+
+def exact_hidden_states(
+    weights: dict[str, torch.Tensor], config: transformers.LlamaConfig, ids: torch.Tensor
+) -> torch.Tensor:
+    """Llama's equations, each in float64: RoPE by complex numbers, attention with a full mask."""
+    width, heads = config.head_dim, config.num_attention_heads
+    theta = config.rope_parameters["rope_theta"]
+
+    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+        rms = (x.square().mean(-1, keepdim=True) + config.rms_norm_eps).sqrt()
+        return x / rms * weights[f"{name}.weight"]
+
+    def linear(x: torch.Tensor, name: str) -> torch.Tensor:
+        return x @ weights[f"{name}.weight"].T + weights.get(f"{name}.bias", 0)
+
+    def split(x: torch.Tensor) -> torch.Tensor:  # (B, T, heads·E) → (B, H, T, E)
+        x = x.unflatten(-1, (-1, width)).transpose(1, 2)
+        return x.repeat_interleave(heads // x.size(1), dim=1)
+
+    x = weights["embed_tokens.weight"][ids]
+    for i in range(config.num_hidden_layers):
+        h, attn = norm(x, f"layers.{i}.input_layernorm"), f"layers.{i}.self_attn"
+        q, k, v = (split(linear(h, f"{attn}.{name}_proj")) for name in "qkv")
+        out = exact_attention(turn(q, theta), turn(k, theta), v).transpose(1, 2).flatten(2)
+        x = x + linear(out, f"{attn}.o_proj")
+        h, mlp = norm(x, f"layers.{i}.post_attention_layernorm"), f"layers.{i}.mlp"
+        gate = linear(h, f"{mlp}.gate_proj")
+        h = gate / (1 + torch.exp(-gate)) * linear(h, f"{mlp}.up_proj")
+        x = x + linear(h, f"{mlp}.down_proj")
+    return norm(x, "norm")
+
+
+def in_float64(theirs: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    weights = {name: p.detach().double() for name, p in theirs.model.named_parameters()}
+    return exact_hidden_states(weights, theirs.config, ids)
+
+
+def turn(x: torch.Tensor, theta: float) -> torch.Tensor:
+    """Multiply each pair, as a complex number, by e^{i m θ_j} (Su et al. 2021, equation 12)."""
+    half = x.size(-1) // 2
+    frequency = theta ** (-torch.arange(half, dtype=torch.float64) / half)
+    angle = torch.arange(x.size(-2), dtype=torch.float64)[:, None] * frequency
+    z = torch.complex(x[..., :half], x[..., half:]) * torch.exp(1j * angle)
+    return torch.cat((z.real, z.imag), -1)
+
+
+def exact_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Causal attention written out, one key head to each query head."""
+    scores = torch.einsum("bhte,bhse->bhts", q, k) / math.sqrt(q.size(-1))
+    weights = scores.exp() * torch.ones(scores.shape[-2:], dtype=q.dtype).tril()
+    return torch.einsum("bhts,bhse->bhte", weights / weights.sum(-1, keepdim=True), v)
+
+
+def cross_entropy(logits: torch.Tensor) -> torch.Tensor:
+    return nn.functional.cross_entropy(logits, torch.arange(len(logits)))
+
+
+def rms(x: torch.Tensor) -> float:
+    return x.double().square().mean().sqrt().item()
+
+
+# Against Transformers
+
+
+@any_shape
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_hidden_states_equal_transformers_to_the_bit(twins, notes, shape, dtype):
+    ours, theirs = twins(dtype=dtype, **shape)
+    for tokens in (1, 2, 7, 33):
+        ids, _ = notes((tokens, tokens, tokens))
+        with torch.no_grad():
+            assert torch.equal(ours.model(ids), theirs.model(ids).last_hidden_state), tokens
+
+
+@any_shape
+@pytest.mark.parametrize("tied", [False, True])
+def test_language_model_logits_equal_transformers_to_the_bit(twins, notes, shape, tied):
+    ours, theirs = twins(num_labels=None, tie_word_embeddings=tied, **shape)
+    ids, _ = notes((17, 17))
+    with torch.no_grad():
+        assert torch.equal(ours(ids), theirs(ids).logits)
+
+
+@any_shape
+def test_classifying_every_position_equals_transformers_to_the_bit(twins, notes, shape):
+    ours, theirs = twins(**shape)
+    ids, lengths = notes(LENGTHS)
+    with torch.no_grad():
+        logits = ours.score(ours.model(ids))[torch.arange(len(ids)), lengths - 1]
+        assert torch.equal(logits, theirs(ids).logits)
+
+
+@any_shape
+def test_classification_is_that_of_transformers(twins, notes, difference, shape):
+    ours, theirs = twins(**shape)
+    ids, lengths = notes(LENGTHS)
+    with torch.no_grad():
+        assert difference(ours(ids, lengths), theirs(ids).logits) <= 1e-6
+
+
+def test_attention_mask_of_transformers_is_not_needed(twins, notes, difference):
+    ours, theirs = twins()
+    ids, lengths = notes(LENGTHS)
+    mask = (ids != 0).long()
+    with torch.no_grad():
+        logits = theirs(ids, attention_mask=mask).logits
+        assert difference(ours(ids, lengths), logits) <= 2e-6
+
+
+@any_shape
+def test_float32_follows_the_equations_in_float64(twins, notes, difference, shape):
+    ours, theirs = twins(**shape)
+    ids, _ = notes((33, 33))
+    with torch.no_grad():
+        assert difference(ours.model(ids), in_float64(theirs, ids)) <= 2e-6
+
+
+@any_shape
+def test_bfloat16_is_as_exact_as_transformers(twins, notes, shape):
+    ours, theirs = twins(dtype=torch.bfloat16, **shape)
+    ids, lengths = notes(LENGTHS * 3)
+    last = torch.arange(len(ids)), lengths - 1
+    with torch.no_grad():
+        exact = in_float64(theirs, ids)
+        bound = 1.2 * rms(theirs.model(ids).last_hidden_state[last] - exact[last])
+        assert 0 < bound < 0.05 * rms(exact)  # else the bound would hold for anything
+        assert rms(ours.model(ids)[last] - exact[last]) <= bound
+        assert rms(ours.model(ids, lengths) - exact[last]) <= bound
+
+
+@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), LINEARS], ids=["q and v", "all seven"])
+@pytest.mark.parametrize("shape", [{}, SHAPES["biases"]], ids=["plain", "biases"])
+def test_gradients_are_those_of_peft(adapted_twins, notes, difference, shape, targets):
+    lora = LoRAConfig(rank=4, alpha=8, dropout=0.0, targets=targets)
+    ours, theirs, pairs = adapted_twins(lora, **shape)
+    ids, lengths = notes(LENGTHS)
+    cross_entropy(theirs(ids).logits).backward()
+    largest = max(p.grad.abs().max().item() for p in pairs.values())
+
+    cross_entropy(ours.score(ours.model(ids))[torch.arange(len(ids)), lengths - 1]).backward()
+    for name, parameter in ours.named_parameters():
+        assert (parameter.grad is not None) == (name in pairs), name
+        if name in pairs:
+            assert difference(parameter.grad, pairs[name].grad) <= 1e-6, name
+
+    ours.zero_grad()
+    cross_entropy(ours(ids, lengths)).backward()
+    for name, parameter in ours.named_parameters():
+        if name in pairs:  # each is some 5e-6 from float64: see below
+            gap = (parameter.grad - pairs[name].grad).abs().max().item()
+            assert gap <= 1e-6 * largest, name
+            assert difference(parameter.grad, pairs[name].grad) <= 4e-6, name
+
+
+def test_gradients_are_those_of_float64(adapted_twins, notes, difference):
+    lora = LoRAConfig(rank=4, alpha=8, dropout=0.0, targets=LINEARS)
+    ours, theirs, pairs = adapted_twins(lora)
+    ids, lengths = notes(LENGTHS)
+    trained = {name: p.detach().double().requires_grad_() for name, p in pairs.items()}
+    weights = {name: p.detach().double() for name, p in ours.model.named_parameters()}
+    for name in [n.removesuffix(".lora_A") for n in trained if n.endswith("lora_A")]:
+        update = 2.0 * trained[f"{name}.lora_B"] @ trained[f"{name}.lora_A"]  # alpha 8 / rank 4
+        weights[name.removeprefix("model.") + ".weight"] += update
+    pooled = exact_hidden_states(weights, theirs.config, ids)[torch.arange(len(ids)), lengths - 1]
+    cross_entropy(pooled @ trained["score.weight"].T).backward()
+    cross_entropy(ours(ids, lengths)).backward()
+    for name, parameter in ours.named_parameters():
+        if name in pairs:
+            assert difference(parameter.grad, trained[name].grad) <= 2e-5, name
+
+
+def test_state_dict_has_the_names_of_the_hub(twins):
+    for shape in ({}, SHAPES["biases"]):
+        ours, theirs = twins(**shape)
+        assert ours.state_dict().keys() == theirs.state_dict().keys()
+
+
+# Batches and the last real token
+
+
+def test_a_note_alone_and_in_a_batch_agree(twins, notes, difference):
+    ours, _ = twins()
+    ids, lengths = notes(LENGTHS)
+    with torch.no_grad():
+        alone = [ours(row[None, :n], n[None]) for row, n in zip(ids, lengths.unbind(), strict=True)]
+        assert difference(ours(ids, lengths), torch.cat(alone)) <= 2e-6
+
+
+@any_shape
+def test_last_token_path_gives_what_the_full_path_gives(twins, notes, difference, shape):
+    ours, _ = twins(**shape)
+    ids, lengths = notes(LENGTHS)
+    with torch.no_grad():
+        full = ours.model(ids)[torch.arange(len(ids)), lengths - 1]
+        assert difference(ours.model(ids, lengths), full) <= 1e-6
+
+
+def test_any_id_may_pad(twins, notes):
+    ours, _ = twins()
+    ids, lengths = notes(LENGTHS)
+    other = torch.where(torch.arange(ids.size(1)) < lengths[:, None], ids, 42)
+    with torch.no_grad():
+        assert torch.equal(ours(ids, lengths), ours(other, lengths))
+
+
+def test_a_real_pad_token_at_the_end_counts(twins, notes):
+    """Transformers pools by id, and skips a real last token that equals the padding."""
+    ours, _ = twins()
+    ids, _ = notes((9,))
+    ids[0, -1] = 0
+    with torch.no_grad():
+        logits = ours(ids, torch.tensor([9]))
+        assert torch.allclose(logits[0], ours.score(ours.model(ids))[0, -1], atol=1e-6)
+        assert not torch.allclose(logits, ours(ids, torch.tensor([8])), atol=1e-3)
+
+
+@pytest.mark.parametrize("length", [0, -1, 8])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_a_length_outside_the_batch_raises(notes, length, layers):
+    model = Llama(small(num_hidden_layers=layers))
+    ids, _ = notes((7, 7))
+    with pytest.raises((RuntimeError, IndexError)):
+        model(ids, torch.tensor([7, length]))
+
+
+def test_last_token_picks_rows_by_their_lengths():
+    x = torch.arange(12.0).reshape(2, 3, 2)
+    picked = last_token(x, torch.tensor([1, 3]))
+    assert picked.tolist() == [[[0.0, 1.0]], [[10.0, 11.0]]]
+
+
+@pytest.mark.parametrize("t", [0, 5, 15])
+def test_a_later_token_changes_nothing_before_it(twins, notes, t):
+    ours, _ = twins()
+    ids, _ = notes((16, 16))
+    changed = ids.clone()
+    changed[0, t] = 3 + (ids[0, t] - 2) % 94
+    with torch.no_grad():
+        before, after = ours.model(ids), ours.model(changed)
+    same = (before == after).all(-1)
+    assert same[1].all() and same[0, :t].all()
+    assert not same[0, t:].any()
+
+
+# RoPE
+
+
+@pytest.mark.parametrize("theta", [10_000.0, 500_000.0])
+def test_rotation_is_multiplication_by_complex_numbers(theta):
+    x = torch.randn(2, 3, 50, 16, dtype=torch.float64)
+    angles = rotary_angles(torch.arange(50), 16, theta).double()
+    assert torch.allclose(rotate(x, angles.cos(), angles.sin()), turn(x, theta), atol=2e-5)
+
+
+def test_angles_of_a_hand_computed_head():
+    angles = rotary_angles(torch.tensor([0, 1, 300]), 4, 10_000.0)
+    assert angles.dtype == torch.float32
+    expected = torch.tensor([[0.0, 0.0] * 2, [1.0, 0.01] * 2, [300.0, 3.0] * 2])
+    assert torch.allclose(angles, expected, rtol=1e-6)
+
+
+def test_rotated_product_depends_on_the_distance_alone():
+    q, k = torch.randn(2, 16, dtype=torch.float64)
+    angles = torch.arange(64, dtype=torch.float64)[:, None] * torch.logspace(
+        0, -3, 8
+    ).double().repeat(2)
+    cos, sin = angles.cos(), angles.sin()
+    products = rotate(q.expand(64, -1), cos, sin) @ rotate(k.expand(64, -1), cos, sin).T
+    for distance in (-40, -1, 0, 3, 17):
+        assert products.diagonal(distance).std() < 1e-12
+    assert products.std() > 0.1
+
+
+def test_rotation_keeps_lengths():
+    x = torch.randn(5, 8, dtype=torch.float64)
+    angles = torch.randn(5, 4, dtype=torch.float64).repeat(1, 2)
+    assert torch.allclose(rotate(x, angles.cos(), angles.sin()).norm(dim=-1), x.norm(dim=-1))
+
+
+# Attention, norm
+
+
+@pytest.mark.parametrize("heads, key_heads", [(8, 2), (4, 4), (6, 1)])
+def test_attention_is_a_softmax_over_repeated_key_heads(heads, key_heads, difference):
+    q = torch.randn(2, heads, 11, 6)
+    k, v = torch.randn(2, 2, key_heads, 11, 6)
+    repeated = [x.double().repeat_interleave(heads // key_heads, dim=1) for x in (k, v)]
+    assert difference(attention(q, k, v), exact_attention(q.double(), *repeated)) <= 1e-6
+
+
+@pytest.mark.parametrize("heads, key_heads", [(8, 2), (4, 4)])
+def test_one_query_sees_the_keys_up_to_its_length(heads, key_heads, difference):
+    """With is_causal, a single query would see position 0 alone."""
+    q = torch.randn(3, heads, 11, 6)
+    k, v = torch.randn(2, 3, key_heads, 11, 6)
+    lengths = torch.tensor([11, 1, 6])
+    rows = torch.arange(3)
+    repeated = [x.double().repeat_interleave(heads // key_heads, dim=1) for x in (k, v)]
+    exact = exact_attention(q.double(), *repeated)[rows, :, lengths - 1]
+    one = attention(q[rows, :, lengths - 1][:, :, None], k, v, lengths)
+    assert difference(one.squeeze(2), exact) <= 1e-6
+
+
+def test_norm_of_a_hand_computed_vector():
+    norm = RMSNorm(2, eps=0.0)
+    nn.init.constant_(norm.weight, 10.0)
+    y = norm(torch.tensor([[3.0, 4.0]]))  # root mean square √12.5
+    assert torch.allclose(y, torch.tensor([[30.0, 40.0]]) / math.sqrt(12.5))
+
+
+def test_epsilon_of_the_norm_is_inside_the_root():
+    y = RMSNorm(4, eps=1e-2)(torch.zeros(4) + 1e-3)
+    assert torch.allclose(y, torch.tensor(1e-3) / math.sqrt(1e-6 + 1e-2))
+
+
+def test_norm_squares_in_float32():
+    """In float16 the squares of numbers above 255 are infinite."""
+    y = RMSNorm(4, eps=0.0)(torch.full((4,), 1000.0, dtype=torch.float16))
+    assert y.tolist() == [1.0] * 4
+
+
+# Training
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_checkpointing_gives_the_same_gradients_to_the_bit(adapted_twins, notes, dropout):
+    ours, _, pairs = adapted_twins(LoRAConfig(rank=4, dropout=dropout))
+    ids, lengths = notes(LENGTHS)
+    ours.train()
+    gradients = []
+    for ours.model.activation_checkpointing in (False, True):
+        torch.manual_seed(3)
+        ours.zero_grad()
+        ours(ids, lengths).square().sum().backward()
+        gradients.append({n: p.grad.clone() for n, p in ours.named_parameters() if n in pairs})
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in pairs)
+    assert all(gradients[1][name].any() for name in pairs)
+
+
+@pytest.mark.parametrize("training, passes", [(True, 2), (False, 1)])
+def test_checkpointing_computes_each_layer_again_in_training_alone(notes, training, passes):
+    model = LlamaForSequenceClassification(small(), 3).train(training)
+    model.model.activation_checkpointing = True
+    calls = []
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_pre_hook(lambda module, _: calls.append(module))
+    ids, lengths = notes((5, 3))
+    model(ids, lengths).sum().backward()
+    assert [calls.count(layer.self_attn) for layer in model.model.layers] == [passes, passes]
+
+
+def test_checkpointing_needs_no_gradient_to_enter_it(adapted_twins, notes):
+    """With a frozen embedding, reentrant checkpointing silently gave no gradients at all."""
+    ours, _, _ = adapted_twins(LoRAConfig(rank=2), num_hidden_layers=1)
+    ours.train().model.activation_checkpointing = True
+    ids, lengths = notes((5, 3))
+    ours(ids, lengths).sum().backward()
+    assert ours.model.layers[0].self_attn.q_proj.lora_B.grad.any()
+
+
+def test_a_new_model_has_an_untrained_head():
+    assert LlamaForSequenceClassification(small(), 3).head_trained is False
+
+
+def test_initial_weights_have_the_configured_spread():
+    model = LlamaForCausalLM(small(vocab_size=4000, initializer_range=0.05, attention_bias=True))
+    for weight in (model.lm_head.weight, model.model.embed_tokens.weight):
+        assert weight.std().item() == pytest.approx(0.05, rel=0.02)
+    assert not model.model.layers[0].self_attn.q_proj.bias.any()
+
+
+def test_a_classification_head_in_float32_reads_a_bfloat16_base(notes):
+    model = LlamaForSequenceClassification(small(), 3).bfloat16()
+    model.score.float()
+    assert model(*notes((4, 2))).dtype == torch.float32
+
+
+# Configuration
+
+OLD = {  # as TinyLlama's
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "initializer_range": 0.02,
+    "intermediate_size": 5632,
+    "max_position_embeddings": 2048,
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 22,
+    "num_key_value_heads": 4,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "rope_theta": 20000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.35.0",
+    "use_cache": True,
+    "vocab_size": 32000,
+}
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "attention_bias",
+    "mlp_bias",
+    "tie_word_embeddings",
+    "initializer_range",
+)
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    """Write a config.json: OLD with changes; a change to ``...`` takes the key out."""
+
+    def write(**changes):
+        path = tmp_path / "config.json"
+        kept = {key: value for key, value in (OLD | changes).items() if value is not ...}
+        path.write_text(json.dumps(kept))
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_key_value_heads": ..., "rope_theta": ..., "rms_norm_eps": ...},
+        {"num_key_value_heads": None, "head_dim": None},
+        {"head_dim": 128, "mlp_bias": True, "attention_bias": True, "tie_word_embeddings": True},
+        {"rope_scaling": {"type": "default"}},
+        {"rope_scaling": ..., "rope_theta": ..., "torch_dtype": ..., "dtype": "bfloat16",
+         "rope_parameters": {"rope_theta": 30000.0, "rope_type": "default"}},
+    ],
+    ids=["old", "absent", "null", "all", "scaling named default", "new"],
+)  # fmt: skip
+def test_config_reads_what_transformers_reads(config_file, changes):
+    path = config_file(**changes)
+    ours, theirs = LlamaConfig.from_json(path), transformers.LlamaConfig.from_pretrained(path)
+    assert [getattr(ours, name) for name in SIZES] == [getattr(theirs, name) for name in SIZES]
+    assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+
+
+def test_config_reads_what_transformers_writes(tmp_path):
+    transformers.LlamaConfig(
+        num_attention_heads=4, rope_parameters={"rope_theta": 5e5, "rope_type": "default"}
+    ).save_pretrained(tmp_path)
+    assert "rope_parameters" in (tmp_path / "config.json").read_text()
+    assert LlamaConfig.from_json(tmp_path / "config.json").rope_theta == 5e5
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"model_type": "mistral"}, "model_type is 'mistral', expected 'llama'"),
+        ({"model_type": ...}, "model_type is None"),
+        ({"quantization_config": {"bits": 4}}, r"quantization_config \{'bits': 4\}"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported, only 'silu'"),
+        ({"attention_dropout": 0.1}, "attention_dropout 0.1"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope type 'linear'"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope type 'yarn'"),
+        ({"rope_scaling": {"rope_type": "dynamic", "type": "dynamic"}}, "rope type 'dynamic'"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope type 'llama3'"),
+        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+         r"rope parameters \{'partial_rotary_factor': 0.5\}"),
+        ({"vocab_size": ..., "hidden_size": ...}, "lacks vocab_size, hidden_size"),
+        ({"num_hidden_layers": None}, "lacks num_hidden_layers"),
+        ({"num_key_value_heads": 5}, "32 is not a multiple of num_key_value_heads 5"),
+        ({"num_attention_heads": 24}, "hidden_size 2048 is not a multiple of .* 24: give head_dim"),
+        ({"head_dim": 65}, "head_dim 65 is odd"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0: expected at least 1"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads is 0: expected at least 1"),
+    ],
+)  # fmt: skip
+def test_config_refuses_by_name_what_the_decoder_does_not_do(config_file, changes, message):
+    with pytest.raises(ValueError, match=message):
+        LlamaConfig.from_json(config_file(**changes))
+
+
+@pytest.mark.parametrize("text, message", [("{", "is not JSON"), ("[1]", "model_type is 'list'")])
+def test_config_refuses_what_is_no_config(tmp_path, text, message):
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        LlamaConfig.from_json(path)
+
+
+def test_a_missing_config_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        LlamaConfig.from_json(tmp_path / "config.json")

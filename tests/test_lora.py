@@ -1,0 +1,680 @@
+"""LoRA against its equations, PEFT and its own promises."""
+
+import copy
+import math
+from contextlib import nullcontext
+
+import peft
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from clinora.llama import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+from clinora.lora import (
+    LoRAConfig,
+    LoRALinear,
+    apply_lora,
+    count_parameters,
+    dropout,
+    find_modules,
+    lora_disabled,
+    lora_parameter_count,
+    lora_state_dict,
+    lora_strength,
+    merge_lora,
+    merged_weight,
+    target_linears,
+)
+
+LENGTHS = (13, 1, 29, 7)
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def mlp(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    """Layers 0 and 2 to adapt, 4 as the head."""
+    layers = nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 10, bias=False), nn.ReLU()
+    return nn.Sequential(*layers, nn.Linear(10, 3)).to(dtype)
+
+
+def mlp_config(**changes) -> LoRAConfig:
+    kept = {"rank": 4, "alpha": 8, "dropout": 0.0, "targets": ("0", "2"), "also_train": ("4",)}
+    return LoRAConfig(**kept | changes)
+
+
+@pytest.fixture
+def adapted_mlp(fill_b):
+    def make(dtype: torch.dtype = torch.float32, **changes) -> nn.Sequential:
+        model = mlp(dtype)
+        apply_lora(model, mlp_config(**changes))
+        return fill_b(model)
+
+    return make
+
+
+def by_hand() -> LoRALinear:
+    """A layer of numbers typed in: W (2 × 3), r = 1, α = 2."""
+    base = nn.Linear(3, 2)
+    layer = LoRALinear(base, LoRAConfig(rank=1, alpha=2, dropout=0.0))
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[1.0, 0.0, 2.0], [0.0, 1.0, 0.0]]))
+        layer.bias.copy_(torch.tensor([0.5, -0.5]))
+        layer.lora_A.copy_(torch.tensor([[1.0, 2.0, 3.0]]))
+        layer.lora_B.copy_(torch.tensor([[1.0], [-1.0]]))
+    return layer
+
+
+# The equation
+
+
+def test_forward_of_a_hand_computed_layer():
+    x = torch.tensor([[1.0, 1.0, 1.0], [2.0, 0.0, -1.0]])
+    # W·x + b = (3.5, 0.5) and (0.5, -0.5); A·x = 6 and -1; s·B·A·x = (12, -12) and (-2, 2)
+    assert by_hand()(x).tolist() == [[15.5, -11.5], [-1.5, 1.5]]
+
+
+def test_merged_weight_of_a_hand_computed_layer():
+    layer = by_hand()
+    assert merged_weight(layer).tolist() == [[3.0, 4.0, 8.0], [-2.0, -3.0, -6.0]]
+    assert layer.weight.tolist() == [[1.0, 0.0, 2.0], [0.0, 1.0, 0.0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_forward_is_the_equation_in_float64(adapted_mlp, difference, dtype):
+    layer = adapted_mlp(dtype)[0]
+    x = torch.randn(5, 7, 12, dtype=dtype)
+    w, b, lora_a, lora_b = (
+        p.double() for p in (layer.weight, layer.bias, layer.lora_A, layer.lora_B)
+    )
+    exact = x.double() @ w.T + b + 2.0 * (x.double() @ lora_a.T) @ lora_b.T  # s = 8 / 4
+    assert layer(x).dtype == dtype
+    assert difference(layer(x), exact) <= (1e-6 if dtype == torch.float32 else 1e-14)
+
+
+@pytest.mark.parametrize(
+    "rank, alpha, stabilized, scaling",
+    [(8, 16, False, 2.0), (8, 16, True, 16 / math.sqrt(8)), (4, 1, False, 0.25), (1, 3, True, 3)],
+)
+def test_scaling_of_the_update(fill_b, difference, rank, alpha, stabilized, scaling):
+    config = LoRAConfig(rank=rank, alpha=alpha, dropout=0.0, rank_stabilized=stabilized)
+    assert config.scaling == pytest.approx(scaling, rel=1e-15)
+    layer = fill_b(LoRALinear(nn.Linear(12, 10, bias=False), config))
+    update = layer(torch.eye(12)).T - layer.weight
+    assert difference(update, scaling * layer.lora_B @ layer.lora_A) <= 1e-6
+
+
+@pytest.mark.parametrize("stabilized", [False, True])
+def test_layer_is_as_exact_as_pefts_in_bfloat16(stabilized):
+    shape = {"rank": 8, "alpha": 16, "dropout": 0.0, "rank_stabilized": stabilized}
+    base = nn.Sequential(nn.Linear(64, 48)).bfloat16()
+    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=["0"], use_rslora=stabilized)
+    theirs = peft.get_peft_model(copy.deepcopy(base), config).base_model.model[0]
+    ours = LoRALinear(base[0], LoRAConfig(**shape))
+    with torch.no_grad():
+        ours.lora_A.copy_(theirs.lora_A["default"].weight)
+        theirs.lora_B["default"].weight.copy_(ours.lora_B.normal_(std=0.1))
+    x = torch.randn(200, 64, dtype=torch.bfloat16)
+    scaling = 16 / (math.sqrt(8) if stabilized else 8)
+    exact = base[0].weight.double() + scaling * ours.lora_B.double() @ ours.lora_A.double()
+    exact = x.double() @ exact.T + base[0].bias.double()
+    with torch.no_grad():
+        errors = [(layer(x).double() - exact).square().mean().sqrt() for layer in (ours, theirs)]
+    assert 0 < errors[0] <= 1.2 * errors[1] < 0.02 * exact.std()
+
+
+# At initialisation
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("training", [False, True])
+def test_output_is_the_bases_to_the_bit(dtype, training):
+    """In training too: dropout sits on LoRA's input, never on what the base layer reads."""
+    model, x = mlp(dtype).train(training), torch.randn(6, 12, dtype=dtype)
+    before = model(x)
+    apply_lora(model, mlp_config(dropout=0.5, also_train=()))
+    assert model.training is training and model[0].training is training
+    assert torch.equal(model(x), before) and model(x).dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_hidden_states_of_a_llama_are_the_bases_to_the_bit(twins, notes, dtype):
+    ours, _ = twins(dtype=dtype)
+    ids, lengths = notes(LENGTHS)
+    with torch.no_grad():
+        before = ours.model(ids), ours.model(ids, lengths)
+        apply_lora(ours, LoRAConfig(rank=8))
+        assert torch.equal(ours.model(ids), before[0])
+        assert torch.equal(ours.model(ids, lengths), before[1])
+
+
+def test_a_is_uniform_within_its_bound():
+    """U(−1/√in, 1/√in): its standard deviation is the bound over √3."""
+    layer = LoRALinear(nn.Linear(400, 300), LoRAConfig(rank=64))
+    bound = 1 / math.sqrt(400)
+    assert 0.999 * bound < layer.lora_A.abs().max().item() <= bound
+    assert layer.lora_A.mean().abs().item() < 0.02 * bound
+    assert layer.lora_A.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.02)
+    assert not layer.lora_B.any()
+
+
+def test_a_is_what_peft_draws_after_its_two_linears():
+    """PEFT makes A and B as nn.Linear, which draw numbers, and draws A again."""
+    base = nn.Sequential(nn.Linear(32, 24))
+    torch.manual_seed(5)
+    theirs = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["0"]))
+    torch.manual_seed(5)
+    nn.Linear(32, 4, bias=False), nn.Linear(4, 24, bias=False)
+    ours = LoRALinear(nn.Linear(32, 24, device="meta").to_empty(device="cpu"), LoRAConfig(rank=4))
+    assert torch.equal(ours.lora_A, theirs.base_model.model[0].lora_A["default"].weight)
+
+
+# Dropout
+
+
+def test_dropout_zeroes_a_share_and_keeps_the_mean():
+    x = dropout(torch.ones(200_000), 0.3, True)
+    assert sorted(set(x.tolist())) == pytest.approx([0.0, 1 / 0.7])
+    assert (x == 0).float().mean().item() == pytest.approx(0.3, abs=0.005)
+    assert torch.equal(dropout(torch.ones(9), 0.3, False), torch.ones(9))
+
+
+def test_dropout_sits_on_the_input_of_a():
+    """With A the identity, whole entries of x are missing from the update, and none from W·x."""
+    layer = LoRALinear(nn.Linear(8, 8), LoRAConfig(rank=8, alpha=8, dropout=0.5))
+    with torch.no_grad():
+        layer.lora_A.copy_(torch.eye(8)), layer.lora_B.copy_(torch.eye(8))
+    x = torch.randn(100, 8)
+    base = nn.functional.linear(x, layer.weight, layer.bias)
+    kept = (layer(x) - base) / (2 * x)  # 1 / (1 − 0.5)
+    assert torch.allclose(kept, kept.round(), atol=1e-3)
+    assert 0.4 < kept.mean().item() < 0.6
+    assert torch.allclose(layer.eval()(x), base + x)
+
+
+# What trains
+
+
+def test_names_adapted_and_what_trains():
+    model = mlp()
+    assert apply_lora(model, mlp_config()) == ["0", "2"]
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"0.lora_A", "0.lora_B", "2.lora_A", "2.lora_B", "4.weight", "4.bias"}
+
+
+def test_only_what_should_train_moves(twins, notes):
+    ours, _ = twins(attention_bias=True)
+    apply_lora(ours, LoRAConfig(rank=2, dropout=0.1))
+    before = copy.deepcopy(dict(ours.named_parameters()))
+    optimizer = torch.optim.AdamW(ours.parameters(), lr=0.1, weight_decay=0.1)
+    ids, lengths = notes(LENGTHS)
+    for _ in range(2):
+        optimizer.zero_grad()
+        ours.train()(ids, lengths).logsumexp(-1).sum().backward()
+        optimizer.step()
+    moved = {n for n, p in ours.named_parameters() if not torch.equal(p, before[n])}
+    wanted = {"score.weight"} | {
+        f"model.layers.{i}.self_attn.{q}_proj.lora_{ab}"
+        for i in range(3)
+        for q in "qv"
+        for ab in "AB"
+    }
+    assert moved == wanted
+
+
+@pytest.mark.parametrize("stabilized", [False, True])
+def test_ten_steps_follow_peft(adapted_twins, notes, difference, stabilized):
+    lora = LoRAConfig(rank=4, alpha=8, dropout=0.0, rank_stabilized=stabilized)
+    ours, theirs, pairs = adapted_twins(lora, random_b=False)
+    mine = {name: p for name, p in ours.named_parameters() if p.requires_grad}
+    start = {name: p.detach().clone() for name, p in mine.items()}
+    optimizers = [torch.optim.AdamW(ps.values(), lr=1e-3) for ps in (mine, pairs)]
+    ours.train(), theirs.train()
+    for step in range(10):
+        ids, lengths = notes(LENGTHS, seed=step)
+        mask = (ids != 0).long()
+        outputs = ours(ids, lengths), theirs(ids, attention_mask=mask).logits
+        assert difference(*outputs) <= 1e-5
+        for logits, optimizer in zip(outputs, optimizers, strict=True):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(logits, torch.tensor([0, 1, 2, 4])).backward()
+            optimizer.step()
+    for name, parameter in mine.items():
+        assert difference(parameter, pairs[name]) <= 1e-5, name
+        assert difference(parameter, start[name]) > 1e-3, name
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_master_weights_are_float32_beside_any_base(twins, notes, dtype, autocast):
+    ours, _ = twins(dtype=dtype)
+    apply_lora(ours, LoRAConfig(rank=2))
+    ids, lengths = notes(LENGTHS)
+    context = torch.autocast("cpu", dtype=torch.bfloat16) if autocast else nullcontext()
+    with context:
+        loss = nn.functional.cross_entropy(ours.train()(ids, lengths).float(), lengths % 5)
+    loss.backward()
+    for name, parameter in ours.named_parameters():
+        assert parameter.dtype == (torch.float32 if parameter.requires_grad else dtype), name
+        if parameter.requires_grad:
+            assert parameter.grad.dtype == torch.float32 and parameter.grad.isfinite().all()
+    assert ours.model.layers[0].self_attn.q_proj.lora_B.grad.any() and ours.score.weight.grad.any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_autocast_computes_close_to_float32(adapted_mlp, difference, dtype):
+    model, x = adapted_mlp(dtype), torch.randn(40, 12, dtype=dtype)
+    with torch.no_grad():
+        exact = copy.deepcopy(model).float()(x.float())
+        assert difference(model(x), exact) <= {torch.float32: 1e-6}.get(dtype, 0.02)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = model(x)
+    assert y.dtype == torch.bfloat16
+    assert 1e-5 < difference(y, exact) <= 0.03
+
+
+# Strength
+
+
+def test_strength_zero_is_the_base_under_the_trained_head(adapted_mlp, difference):
+    model, x = adapted_mlp(dropout=0.5), torch.randn(6, 12)
+    with torch.no_grad():
+        model[4].weight += 1.0
+        base = mlp()
+        base.load_state_dict({n: p for n, p in model.state_dict().items() if "lora" not in n})
+        for context in (lora_strength(model, 0), lora_disabled(model)):
+            with context:
+                assert torch.equal(model(x), base(x))
+        assert difference(model.eval()(x), base(x)) > 0.01
+
+
+def test_strength_multiplies_the_update(adapted_mlp, difference):
+    layer, x = adapted_mlp()[0], torch.randn(6, 12)
+    base = nn.functional.linear(x, layer.weight, layer.bias)
+    update = layer(x) - base
+    for strength in (0.5, 2.0, -1.0):
+        with lora_strength(layer, strength):
+            assert difference(layer(x), base + strength * update) <= 1e-6
+
+
+def test_strength_nests_and_restores(adapted_mlp):
+    model = adapted_mlp()
+    seen = []
+    with lora_strength(model, 0.5):
+        with lora_disabled(model), lora_strength(model, 2.0):
+            seen.append(model[2].strength)
+        seen.append(model[2].strength)
+    assert seen == [2.0, 0.5] and model[0].strength == model[2].strength == 1.0
+
+
+def test_strength_restores_after_an_exception(adapted_mlp):
+    model = adapted_mlp()
+    with pytest.raises(KeyError), lora_strength(model, 0.5):
+        raise KeyError
+    assert model[0].strength == model[2].strength == 1.0
+
+
+def test_strength_restores_layers_that_had_different_ones(adapted_mlp):
+    model = adapted_mlp()
+    model[2].strength = 0.25
+    with lora_disabled(model):
+        assert model[0].strength == model[2].strength == 0.0
+    assert (model[0].strength, model[2].strength) == (1.0, 0.25)
+
+
+# Merging
+
+
+def test_merged_equals_adapted(adapted_mlp, difference):
+    model, x = adapted_mlp().eval(), torch.randn(50, 12)
+    with torch.no_grad():
+        adapted, base = model(x), copy.deepcopy(model)
+        assert difference(merge_lora(model)(x), adapted) <= 1e-6
+        with lora_disabled(base):
+            assert difference(base(x), adapted) > 0.01
+
+
+def test_merged_llama_equals_adapted(adapted_twins, notes, difference):
+    ours, theirs, _ = adapted_twins(LoRAConfig(rank=4, dropout=0.0))
+    ids, lengths = notes(LENGTHS)
+    with torch.no_grad():
+        adapted, theirs = ours(ids, lengths), theirs.merge_and_unload()(ids).logits
+        merged = merge_lora(ours)(ids, lengths)
+    assert difference(merged, adapted) <= 2e-6
+    assert difference(merged, theirs) <= 2e-6
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_merge_rounds_once(adapted_mlp, dtype, autocast):
+    """PEFT's safe_merge rounds the update, then the sum."""
+    layer = adapted_mlp(dtype)[0]
+    exact = layer.weight.double() + 2.0 * layer.lora_B.double() @ layer.lora_A.double()
+    once = exact.float().to(dtype)
+    twice = layer.weight + (2.0 * layer.lora_B @ layer.lora_A).to(dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        merged = merged_weight(layer)
+    assert merged.dtype == dtype and not merged.requires_grad
+    assert torch.equal(merged, once) and not torch.equal(twice, once)
+
+
+def test_merging_leaves_a_plain_model(adapted_mlp):
+    model = adapted_mlp(rank_stabilized=True)
+    weights = [merged_weight(model[i]) for i in (0, 2)]
+    bias = model[0].bias
+    assert merge_lora(model) is model
+    assert not hasattr(model, "lora_config")
+    assert [type(m) for m in model] == [type(m) for m in mlp()]
+    assert list(model.state_dict()) == list(mlp().state_dict())
+    assert torch.equal(model[0].weight, weights[0]) and torch.equal(model[2].weight, weights[1])
+    assert model[0].bias is bias and model[2].bias is None
+    assert (model[0].in_features, model[0].out_features) == (12, 16)
+    assert not model[0].weight.requires_grad and model[4].weight.requires_grad
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_merging_keeps_the_mode(adapted_mlp, training):
+    model = merge_lora(adapted_mlp().train(training))
+    assert {m.training for m in model.modules()} == {training}
+
+
+def test_a_merged_model_can_be_adapted_again(adapted_mlp):
+    model, x = merge_lora(adapted_mlp()), torch.randn(3, 12)
+    before = model(x)
+    assert apply_lora(model, mlp_config(rank=2)) == ["0", "2"]
+    assert torch.equal(model(x), before)
+
+
+# On any model
+
+
+def test_names_and_storage_of_the_base_stay():
+    model = mlp()
+    before = {name: p.data_ptr() for name, p in model.named_parameters()}
+    parameters = dict(model.named_parameters())
+    apply_lora(model, mlp_config())
+    after = dict(model.named_parameters())
+    assert {n: p.data_ptr() for n, p in after.items() if "lora" not in n} == before
+    assert all(after[name] is parameters[name] for name in before)
+
+
+def test_a_base_checkpoint_loads_after_apply_lora():
+    model, checkpoint = mlp(), mlp().state_dict()
+    apply_lora(model, mlp_config())
+    missing, unexpected = model.load_state_dict(checkpoint, strict=False)
+    assert not unexpected and {name.split(".")[1] for name in missing} == {"lora_A", "lora_B"}
+
+
+@pytest.fixture
+def bert():
+    def make(dtype: torch.dtype = torch.float32) -> nn.Module:
+        config = transformers.BertConfig(
+            vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+            intermediate_size=24, num_labels=3,
+        )  # fmt: skip
+        return transformers.BertForSequenceClassification(config).to(dtype).eval()
+
+    return make
+
+
+def test_bert_follows_peft(bert, difference):
+    base, ids = bert(), torch.randint(0, 50, (3, 9))
+    theirs = peft.get_peft_model(
+        copy.deepcopy(base),
+        peft.LoraConfig(task_type="SEQ_CLS", r=4, lora_alpha=8, target_modules=["query", "value"]),
+    )
+    names = apply_lora(
+        base, LoRAConfig(rank=4, alpha=8, targets=("query", "value"), also_train=("classifier",))
+    )
+    with torch.no_grad():
+        for name in names:
+            ours, other = base.get_submodule(name), theirs.base_model.model.get_submodule(name)
+            ours.lora_A.copy_(other.lora_A["default"].weight)
+            other.lora_B["default"].weight.copy_(ours.lora_B.normal_())
+    assert len(names) == 4
+    for model in (base.eval(), theirs.eval()):
+        nn.functional.cross_entropy(model(ids).logits, torch.tensor([0, 1, 2])).backward()
+    for name in names:
+        ours, other = base.get_submodule(name), theirs.base_model.model.get_submodule(name)
+        assert difference(ours.lora_A.grad, other.lora_A["default"].weight.grad) <= 1e-5
+        assert difference(ours.lora_B.grad, other.lora_B["default"].weight.grad) <= 1e-5
+    head = theirs.base_model.model.classifier.modules_to_save["default"]
+    assert difference(base.classifier.weight.grad, head.weight.grad) <= 1e-5
+    assert difference(base(ids).logits, theirs(ids).logits) <= 1e-5
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_bert_in_bfloat16_trains_without_autocast(bert, training):
+    model = bert(torch.bfloat16).train(training)
+    config = LoRAConfig(targets=("query", "value"), also_train=("classifier",), rank=4)
+    apply_lora(model, config)
+    logits = model(torch.randint(0, 50, (3, 9))).logits
+    logits.square().sum().backward()
+    assert logits.dtype == model.classifier.weight.dtype == torch.float32
+    assert model.classifier.weight.grad.any()
+    assert model.bert.encoder.layer[0].attention.self.query.lora_B.grad.any()
+
+
+class Shared(nn.Module):
+    """One linear layer at two places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 6)
+        self.between = nn.ReLU()
+        self.second = self.first
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.between(self.first(x)))
+
+
+def test_a_layer_used_twice_is_adapted_once(fill_b, difference):
+    model, x = Shared(), torch.randn(4, 6)
+    config = LoRAConfig(rank=2, targets=("first", "second"), also_train=(), dropout=0.0)
+    assert apply_lora(model, config) == ["first", "second"]
+    assert model.first is model.second and count_parameters(model).lora == 2 * (6 + 6)
+    fill_b(model)
+    with lora_strength(model, 0.5), lora_strength(model, 0.25):
+        pass
+    assert model.first.strength == 1.0
+    adapted = model(x)
+    assert difference(merge_lora(model)(x), adapted) <= 1e-6
+    assert type(model.first) is nn.Linear and model.first is model.second
+
+
+def test_the_meta_device_needs_no_weights():
+    with torch.device("meta"):
+        model = mlp(torch.bfloat16)
+    apply_lora(model, mlp_config())
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    assert model[0].lora_A.dtype == model[4].weight.dtype == torch.float32
+    assert model(torch.empty(2, 12, dtype=torch.bfloat16, device="meta")).shape == (2, 3)
+    assert count_parameters(model).lora == 4 * (12 + 16) + 4 * (16 + 10)
+
+
+def test_targets_are_told_apart_by_longer_names():
+    model = nn.ModuleDict({"a": mlp(), "b": mlp()})
+    assert apply_lora(model, mlp_config(targets=("b.0", "a.2"), also_train=())) == ["a.2", "b.0"]
+
+
+def test_a_name_in_also_train_may_be_absent():
+    model = mlp()
+    apply_lora(model, mlp_config(also_train=("score", "4")))
+    assert model[4].weight.requires_grad
+
+
+def test_names_match_whole_segments():
+    """With substrings, "proj" would adapt "q_proj", and "score" the new "score_norm"."""
+    model = nn.ModuleDict({"proj": nn.Linear(4, 4), "q_proj": nn.Linear(4, 4)})
+    assert list(find_modules(model, ("proj",))) == ["proj"]
+    assert list(target_linears(model, ("proj",))) == ["proj"]
+    assert apply_lora(model, LoRAConfig(targets=("proj",), rank=1)) == ["proj"]
+    assert type(model["q_proj"]) is nn.Linear
+
+
+def test_an_adapted_model_can_be_copied(adapted_mlp):
+    model, x = adapted_mlp(torch.bfloat16), torch.randn(2, 12, dtype=torch.bfloat16)
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(x), model(x)) and twin.lora_config == model.lora_config
+    with lora_disabled(twin):
+        assert model[0].strength == 1.0
+
+
+# Errors
+
+
+def tied() -> nn.Module:
+    shape = {"vocab_size": 20, "hidden_size": 8, "intermediate_size": 8}
+    config = LlamaConfig(**shape, num_hidden_layers=1, num_attention_heads=2)
+    model = LlamaForCausalLM(config)
+    model.lm_head = nn.Linear(8, 20, bias=False)
+    model.lm_head.weight = model.model.embed_tokens.weight
+    return model
+
+
+@pytest.mark.parametrize(
+    "make, changes, message",
+    [
+        (mlp, {"targets": ("0", "q_proj")},
+         "no layer is named 'q_proj'; this model's linear layers are named: 0, 2, 4$"),
+        (nn.ReLU, {}, r"no layer is named '0'; .* are named: \(none\)"),
+        (mlp, {"rank": 11}, "rank 11 is too large for 2 .10 × 16.: at most 10"),
+        (mlp, {"targets": ("0", "1")}, "1 is a ReLU: only nn.Linear can be adapted"),
+        (mlp, {"targets": ("0", "4"), "rank": 1}, "4 is in targets and in also_train"),
+        (lambda: nn.ModuleDict({"head": mlp()}), {"also_train": ("head",)},
+         "head.0 is in targets and in also_train"),
+        (tied, {"targets": ("q_proj",), "also_train": ("lm_head",)},
+         "lm_head shares its weights with model.embed_tokens.weight"),
+        (lambda: nn.MultiheadAttention(8, 2), {"targets": ("out_proj",)},
+         "out_proj is a NonDynamicallyQuantizableLinear: only nn.Linear"),
+    ],
+    ids=["no match", "no linear", "rank", "no nn.Linear", "head is target", "target in head",
+         "tied head", "subclass"],
+)  # fmt: skip
+def test_an_error_says_what_there_is_and_leaves_the_model(make, changes, message):
+    model = make()
+    before = [(name, id(m)) for name, m in model.named_modules()]
+    flags = [(name, id(p), p.requires_grad) for name, p in model.named_parameters()]
+    with pytest.raises(ValueError, match=message):
+        apply_lora(model, mlp_config(**changes))
+    assert [(name, id(m)) for name, m in model.named_modules()] == before
+    assert [(n, id(p), p.requires_grad) for n, p in model.named_parameters()] == flags
+    assert not hasattr(model, "lora_config")
+
+
+def test_adapting_twice_is_refused(adapted_mlp):
+    model = adapted_mlp()
+    with pytest.raises(ValueError, match="adapted already, at 0 and 1 more layers: merge_lora it"):
+        apply_lora(model, mlp_config(rank=2, targets=("4",), also_train=()))
+    assert model.lora_config == mlp_config() and type(model[4]) is nn.Linear
+
+
+@pytest.mark.parametrize(
+    "use", [merge_lora, lora_state_dict, lambda m: lora_disabled(m).__enter__()]
+)
+def test_a_model_without_lora_is_refused(use):
+    with pytest.raises(ValueError, match="no LoRA layer: apply_lora or load_adapter first"):
+        use(mlp())
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"rank": 0}, "rank is 0: expected a whole number of at least 1"),
+        ({"rank": -1}, "rank is -1"),
+        ({"rank": 8.0}, "rank is 8.0"),
+        ({"alpha": 0}, "alpha is 0: expected a positive number"),
+        ({"alpha": math.nan}, "alpha is nan"),
+        ({"alpha": math.inf}, "alpha is inf"),
+        ({"dropout": 1.0}, "dropout is 1.0: expected 0 or more and less than 1"),
+        ({"dropout": -0.1}, "dropout is -0.1"),
+        ({"dropout": math.nan}, "dropout is nan"),
+        ({"targets": ()}, "targets is empty"),
+        ({"targets": "q_proj"}, "targets is the string 'q_proj': expected a tuple of names"),
+        ({"also_train": "score"}, "also_train is the string 'score'"),
+    ],
+)
+def test_a_bad_configuration_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        LoRAConfig(**changes)
+
+
+def test_a_list_of_targets_becomes_a_tuple():
+    config = LoRAConfig(targets=["a", "b"], also_train=[])
+    assert (config.targets, config.also_train) == (("a", "b"), ())
+    assert hash(config) == hash(LoRAConfig(targets=("a", "b"), also_train=()))
+
+
+# Counting
+
+
+def test_one_layer_trains_rank_times_the_sum_of_its_sides():
+    assert lora_parameter_count(10_000, 20_000, 8) == 240_000
+    layer = LoRALinear(nn.Linear(12, 10), LoRAConfig(rank=4))
+    assert lora_parameter_count(10, 12, 4) == layer.lora_A.numel() + layer.lora_B.numel() == 88
+
+
+def test_tinyllama_counts():
+    """The figures of PEFT for five classes; its total counts the head twice."""
+    config = LlamaConfig(
+        vocab_size=32_000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=22,
+        num_attention_heads=32, num_key_value_heads=4,
+    )  # fmt: skip
+    for rank, trainable in ((1, 151_040), (8, 1_136_640), (64, 9_021_440)):
+        with torch.device("meta"):
+            model = LlamaForSequenceClassification(config, 5)
+        assert count_parameters(model).total == 1_034_522_624
+        apply_lora(model, LoRAConfig(rank=rank))
+        count = count_parameters(model)
+        assert (count.trainable, count.other, count.lora) == (trainable, 10_240, 140_800 * rank)
+        assert count.total == 1_034_522_624 + count.lora
+
+
+def test_tied_weights_count_once():
+    model = tied()
+    norms, linears = 3 * 8, 4 * 8 * 8 + 3 * 8 * 8
+    assert count_parameters(model).total == 20 * 8 + norms + linears
+
+
+def test_pefts_adapters_count_too():
+    config = peft.LoraConfig(r=4, target_modules=["0", "2"], modules_to_save=["4"])
+    model = peft.get_peft_model(mlp(), config)
+    count = count_parameters(model)
+    lora, head = 4 * (12 + 16) + 4 * (16 + 10), 10 * 3 + 3
+    assert (count.lora, count.other, count.trainable) == (lora, head, lora + head)
+    assert (count.trainable, count.total) == model.get_nb_trainable_parameters()
+
+
+def test_counts_print_as_a_table(adapted_mlp):
+    rows = str(count_parameters(adapted_mlp())).splitlines()
+    assert [row.split()[-2:] for row in rows] == [
+        ["617", "100.000%"],
+        ["368", "59.643%"],
+        ["249", "40.357%"],
+        ["216", "35.008%"],
+        ["33", "5.348%"],
+    ]
+
+
+def test_state_dict_holds_the_adapter_and_the_head(adapted_mlp):
+    model = adapted_mlp()
+    state = lora_state_dict(model)
+    assert list(state) == ["0.lora_A", "0.lora_B", "2.lora_A", "2.lora_B", "4.weight", "4.bias"]
+    assert all(state[name].data_ptr() == p.data_ptr() for name, p in model.named_parameters()
+               if name in state)  # fmt: skip
+
+
+def test_state_dict_carries_a_heads_buffers():
+    model = nn.ModuleDict({"body": nn.Linear(4, 4), "head": nn.BatchNorm1d(4)})
+    apply_lora(model, LoRAConfig(rank=1, targets=("body",), also_train=("head",)))
+    inner = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
+    assert lora_state_dict(model).keys() == {"body.lora_A", "body.lora_B"} | {
+        f"head.{name}" for name in inner
+    }
+
+
+def test_printing_a_layer_tells_what_it_trains():
+    text = repr(LoRALinear(nn.Linear(12, 10), LoRAConfig(rank=4, alpha=8)))
+    assert "in_features=12, out_features=10, bias=True, rank=4, alpha=8, scaling=2" in text
+    assert "trains 88 beside 120" in text

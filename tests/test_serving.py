@@ -1,0 +1,728 @@
+"""The page as a person uses it, and what it must not do: leak a note, or answer a stranger."""
+
+import http.client
+import json
+import os
+import re
+import runpy
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import psutil
+import pytest
+from fastapi.testclient import TestClient
+
+import clinora
+from clinora.serving.app import MOST_BODY_BYTES, MOST_WAITING, create_app, one_at_a_time
+from clinora.serving.flags import Flags, FlagsFullError
+from clinora.serving.page import EXAMPLES, MOST_CHARACTERS
+
+ROOT = Path(__file__).parents[1]
+PUBLISHED_NOTE = (
+    "The patient reports severe chest pain and shortness of breath. ECG shows ST elevation. "
+    "Possible myocardial infarction."
+)
+CANARY = "canary-7f3a"  # stands for a note's text, where that must not appear
+
+
+@pytest.fixture(scope="module")
+def classifier(small_run):
+    return clinora.Classifier.load(small_run)
+
+
+@pytest.fixture
+def flags_folder(tmp_path):
+    return tmp_path / "flagged"
+
+
+@pytest.fixture
+def client(classifier, flags_folder):
+    app = create_app(classifier, flags_folder)
+    with TestClient(app, "http://127.0.0.1", raise_server_exceptions=False) as client:
+        yield client
+
+
+def call(client, api, *data, session="one"):
+    """Call a handler through the queue, as the page does: (event, data)."""
+    body = {"data": data, "session_hash": session}
+    joined = client.post(f"/gradio_api/call/{api}", json=body)
+    assert joined.status_code == 200, joined.text
+    events = client.get(f"/gradio_api/call/{api}/{joined.json()['event_id']}").text
+    event, data = re.fullmatch(r"event: (\w+)\ndata: (.*?)\s*", events, re.DOTALL).groups()
+    return event, json.loads(data)
+
+
+# --- What it says ---
+
+
+@pytest.mark.parametrize("note", EXAMPLES)
+def test_both_outputs_have_the_published_form(client, classifier, note):
+    expected = classifier([note])[0]
+    event, (as_json, as_text, *_) = call(client, "predict", note)
+    assert event == "complete"
+    assert as_json == {"predicted_class": expected.index, "label": expected.label}
+    assert as_text == f"Predicted Label: {expected.label}"
+
+
+def test_the_published_example_has_the_published_answer(flags_folder):
+    app = create_app(clinora.Classifier.load("bundled"), flags_folder)
+    with TestClient(app, "http://127.0.0.1") as client:
+        _, (as_json, as_text, *_) = call(client, "predict", PUBLISHED_NOTE)
+    assert as_json == {"predicted_class": 0, "label": "Cardiovascular / Pulmonary"}
+    assert as_text == "Predicted Label: Cardiovascular / Pulmonary"
+
+
+def test_the_published_note_is_the_first_example():
+    assert EXAMPLES[0] == PUBLISHED_NOTE
+
+
+@pytest.mark.parametrize("note", ["", " \n\t", None])
+def test_an_empty_note_is_told(client, note):
+    event, told = call(client, "predict", note)
+    assert (event, told["error"]) == ("error", "Enter a clinical note first.")
+
+
+def test_a_note_beyond_the_most_characters_is_refused_and_one_at_it_is_read(client):
+    assert call(client, "predict", "x" * MOST_CHARACTERS)[0] == "complete"
+    event, told = call(client, "predict", "x" * (MOST_CHARACTERS + 1))
+    assert (event, "100,001 characters" in told["error"]) == ("error", True)
+
+
+def test_a_note_beyond_the_token_limit_is_told_with_both_numbers(client, classifier):
+    tokens = len(classifier.tokenizer.encode("fever " * 300))
+    *_, told, _ = call(client, "predict", "fever " * 300)[1]
+    assert told["value"] == f"The note has {tokens:,} tokens; the first 128 were read."
+    assert told["visible"]
+    *_, told, _ = call(client, "predict", "fever")[1]
+    assert not told["visible"]
+
+
+def test_notes_go_through_the_model_one_at_a_time(classifier, monkeypatch):
+    inside, most, run = 0, 0, classifier.run
+
+    def slow_run(*arguments):
+        nonlocal inside, most
+        inside += 1
+        most = max(most, inside)
+        time.sleep(0.05)
+        inside -= 1
+        return run(*arguments)
+
+    monkeypatch.setattr(classifier, "run", slow_run)
+    classify = one_at_a_time(classifier)
+    threads = [threading.Thread(target=classify, args=(note,)) for note in EXAMPLES]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == 1
+
+
+def test_a_full_queue_refuses_at_once(client, classifier, monkeypatch):
+    may_go_on, run = threading.Event(), classifier.run
+    monkeypatch.setattr(classifier, "run", lambda *a: may_go_on.wait(30) and run(*a))
+    body = {"data": ["fever"]}
+    codes = [
+        client.post("/gradio_api/call/predict", json=body).status_code
+        for _ in range(MOST_WAITING + 2)  # the first may have left the queue for the model
+    ]
+    may_go_on.set()
+    assert codes[:MOST_WAITING] == [200] * MOST_WAITING
+    assert codes[-1] == 503
+
+
+# --- Flags ---
+
+
+def test_a_flag_holds_the_prediction_and_the_notes_hash_but_not_its_text(
+    client, classifier, flags_folder
+):
+    note = f"{CANARY} chest pain"
+    expected = classifier([note])[0]
+    call(client, "predict", f"  {note}\n")
+    assert not flags_folder.exists()  # made at the first flag
+    assert call(client, "flag")[0] == "complete"
+    text = (flags_folder / "flags.jsonl").read_text()
+    assert CANARY not in text
+    record = json.loads(text)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", record.pop("time"))
+    assert record == {
+        "predicted_class": expected.index,
+        "label": expected.label,
+        "sha256": clinora.Note(note, ()).sha256,
+        "tokens": expected.tokens,
+    }
+
+
+def test_nothing_to_flag_is_told_and_a_caller_cannot_make_it_up(client, flags_folder):
+    call(client, "predict", "fever", session="another")
+    for data in [(), ({"label": CANARY},)]:
+        event, told = call(client, "flag", *data)
+        assert (event, told["error"].startswith("There is no prediction")) == ("error", True)
+    assert not flags_folder.exists()
+
+
+def test_flags_are_appended_in_a_folder_and_file_of_their_owners_alone(flags_folder):
+    old = os.umask(0)
+    try:
+        for i in range(2):
+            Flags(flags_folder).add({"i": i})
+    finally:
+        os.umask(old)
+    file = flags_folder / "flags.jsonl"
+    assert stat.S_IMODE(flags_folder.stat().st_mode) == 0o700
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert [json.loads(line)["i"] for line in file.read_text().splitlines()] == [0, 1]
+
+
+def test_flags_do_not_follow_a_link(flags_folder, tmp_path):
+    flags_folder.mkdir()
+    (tmp_path / "other").write_text("as it was")
+    (flags_folder / "flags.jsonl").symlink_to(tmp_path / "other")
+    with pytest.raises(OSError):
+        Flags(flags_folder).add({})
+    assert (tmp_path / "other").read_text() == "as it was"
+
+
+def test_flags_end_at_their_largest_size(client, flags_folder):
+    flags = Flags(flags_folder, most_bytes=100)
+    flags.add({"i": 0})
+    with pytest.raises(FlagsFullError, match="100 bytes"):
+        flags.add({"i": "x" * 60})
+    assert len(flags.path.read_text().splitlines()) == 1
+    with flags.path.open("ab") as file:
+        file.truncate(10_000_000)  # the page's own limit
+    call(client, "predict", "fever")
+    event, told = call(client, "flag")
+    assert (event, told["error"]) == ("error", "The file of flags is full: move it away.")
+
+
+# --- Who may ask, and for what ---
+
+
+@pytest.mark.parametrize("path", ["/", "/gradio_api/info", "/nothing"])
+def test_another_sites_name_is_refused(client, path):
+    assert client.get(path, headers={"Host": "evil.example"}).status_code == 400
+    assert client.get(path, headers={"Host": "localhost:7860"}).status_code != 400
+
+
+@pytest.mark.parametrize("path", ["/", "/config", "/theme.css", "/nothing"])
+def test_every_answer_carries_the_policy(client, path):
+    for headers in [{}, {"Host": "evil.example"}]:
+        policy = client.get(path, headers=headers).headers["Content-Security-Policy"]
+        assert "default-src 'self'" in policy
+        assert "connect-src 'self'" in policy
+        assert "unsafe-eval" not in policy
+
+
+def body_of(size):
+    body = b'{"data": ["' + b"x" * (size - 14) + b'"]}'
+    assert len(body) == size
+    return body
+
+
+def test_a_body_beyond_the_limit_is_refused(client):
+    for size, status in [(MOST_BODY_BYTES, 200), (MOST_BODY_BYTES + 1, 413)]:
+        headers = {"Content-Type": "application/json"}
+        content = body_of(size)
+        answer = client.post("/gradio_api/call/predict", content=content, headers=headers)
+        assert answer.status_code == status
+
+
+@pytest.mark.slow
+def test_a_body_in_chunks_beyond_the_limit_is_refused(served):
+    """No Content-Length tells its size beforehand."""
+    for size, status in [(MOST_BODY_BYTES, 200), (MOST_BODY_BYTES + 1, 413)]:
+        connection = http.client.HTTPConnection(served.url().removeprefix("http://"))
+        chunks = (body_of(size)[i : i + 200_000] for i in range(0, size, 200_000))
+        headers = {"Content-Type": "application/json", "Transfer-Encoding": "chunked"}
+        path = "/gradio_api/call/predict"
+        connection.request("POST", path, chunks, headers, encode_chunked=True)
+        assert connection.getresponse().status == status
+        connection.close()
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/monitoring",
+        "/monitoring/summary",
+        "/gradio_api/runs",
+        "/gradio_api/run-history/records",
+        "/gradio_api/mcp",
+        "/gradio_api/mcp/sse",
+        "/openapi.json",
+        "/docs",
+        "/redoc",
+    ],
+)
+def test_routes_that_the_page_does_not_need_are_closed(client, path):
+    assert client.get(path).status_code in (403, 404)
+
+
+def test_what_gradio_would_add_is_off_whatever_the_environment_says(
+    classifier, flags_folder, monkeypatch
+):
+    for name in ("GRADIO_RUN_HISTORY", "GRADIO_MCP_SERVER", "GRADIO_SSR_MODE"):
+        monkeypatch.setenv(name, "True")
+    app = create_app(classifier, flags_folder)
+    with TestClient(app, "http://127.0.0.1") as client:
+        config = client.get("/config").json()
+    assert config["footer_links"] == []
+    for name in ("analytics_enabled", "run_history", "mcp_server"):
+        assert config[name] is False
+    page = app.state.gradio.get_blocks()
+    assert page.ssr_mode is False
+    assert page.mcp_error is None  # nor was it tried
+
+
+def test_the_queue_cannot_be_passed_by(client):
+    for route in ("run", "api"):
+        answer = client.post(f"/gradio_api/{route}/predict", json={"data": ["fever"]})
+        assert answer.status_code == 404
+
+
+def test_no_file_of_this_machine_is_served(client, flags_folder):
+    Flags(flags_folder).add({})
+    for file in ("/etc/passwd", flags_folder / "flags.jsonl", ROOT / "serve.py", "../serve.py"):
+        assert client.get(f"/gradio_api/file={file}").status_code in (403, 404)
+        assert client.get(f"/static/{file}").status_code in (403, 404)
+
+
+def test_the_pages_content_is_not_written_to_a_file(client):
+    """Gradio's deep link stores every component's value, the note's too, for a link to it."""
+    call(client, "predict", CANARY)
+    for path in ("/gradio_api/deep_link", "/gradio_api/deep_link/"):
+        assert client.get(path, params={"session_hash": "one"}).status_code == 404
+    folder = Path(os.environ["GRADIO_TEMP_DIR"])
+    assert not any(CANARY in p.read_text() for p in folder.rglob("*") if p.is_file())
+
+
+def test_temporary_files_are_their_owners_alone_and_end_with_the_app(classifier, flags_folder):
+    folder = Path(os.environ["GRADIO_TEMP_DIR"])
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    with TestClient(create_app(classifier, flags_folder), "http://127.0.0.1") as client:
+        uploaded = client.post("/gradio_api/upload", files={"files": ("note.txt", b"text")})
+        path = Path(uploaded.json()[0])
+        assert path.is_relative_to(folder)
+        assert path.exists()
+    assert not path.exists()
+
+
+# --- What is told of errors ---
+
+
+def test_an_error_is_told_by_a_reference_that_the_log_explains(
+    client, classifier, monkeypatch, caplog
+):
+    def run(*_):
+        raise RuntimeError(f"could not do {CANARY}")
+
+    monkeypatch.setattr(classifier, "run", run)
+    event, told = call(client, "predict", CANARY)
+    reference = re.fullmatch(r"This did not work; reference (\w{8})\.", told["error"])[1]
+    (line,) = caplog.messages
+    assert line.startswith(f"reference {reference}: RuntimeError at tests/test_serving.py:")
+    assert event == "error"
+    assert CANARY not in caplog.text
+
+
+MALFORMED = [
+    ("call/predict", {"data": []}),
+    ("call/predict", {"data": [], "session_hash": CANARY}),
+    ("call/predict", {"data": {"note": CANARY}}),
+    ("call/predict", {"data": [CANARY, CANARY]}),
+    ("call/predict", {"data": [[CANARY]]}),
+    ("call/predict", {"data": [f"{CANARY} \ud800"]}),
+    ("call/predict", {"data": [{"path": CANARY, "meta": {"_type": "gradio.FileData"}}]}),
+    ("call/flag", {"data": [CANARY, CANARY]}),
+    ("call/load_example", {"data": [CANARY]}),
+    (f"call/{CANARY}", {"data": [CANARY]}),
+    (f"call/v2/{CANARY}", {"note": CANARY}),
+    ("call/v2/predict", {"note": CANARY}),
+    ("call/v2/predict", {CANARY: CANARY}),
+    ("run/predict", {"data": [CANARY]}),
+    ("queue/join", {"data": [CANARY], "fn_index": 99, "session_hash": CANARY}),
+    ("queue/join", {"data": [CANARY], "fn_index": CANARY}),
+    ("queue/join", [CANARY]),
+    ("upload", {"files": CANARY}),
+    ("process_recording", {"data": CANARY}),
+    ("component_server", {"data": CANARY, "component_id": 1, "fn_name": CANARY}),
+]
+
+
+def post_malformed(post):
+    """Post what no page sends, and wait for each event to end."""
+    for path, body in MALFORMED:
+        status, text = post(f"/gradio_api/{path}", json.dumps(body).encode())
+        if status == 200 and "event_id" in text and path.startswith("call"):
+            path = path.replace("v2/", "")
+            post(f"/gradio_api/{path}/{json.loads(text)['event_id']}", None)
+    post("/gradio_api/call/predict", b'{"data": ["' + CANARY.encode())
+
+
+def test_malformed_calls_leave_no_text_in_the_log(client, caplog, capfd):
+    def post(path, body):
+        headers = {"Content-Type": "application/json"}
+        method = "GET" if body is None else "POST"
+        answer = client.request(method, path, content=body, headers=headers)
+        return answer.status_code, answer.text
+
+    post_malformed(post)
+    assert "ValueError at gradio/blocks.py" in caplog.text  # the errors came to the log,
+    assert "TypeError at gradio_client/utils.py" in caplog.text
+    out, err = capfd.readouterr()
+    assert CANARY not in caplog.text + out + err  # their messages did not
+    assert "Traceback" not in out + err
+
+
+# --- serve.py ---
+
+
+@pytest.fixture
+def serve(monkeypatch, tmp_path):
+    """Run serve.py's main here; the handlers of signals are put back."""
+    monkeypatch.chdir(tmp_path)
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    yield runpy.run_path(str(ROOT / "serve.py"))["main"]
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--run", "missing"], "there is no run missing"),
+        (["--run", "{run}", "--base", "{run}"], "neither model.safetensors nor"),
+        (["--run", "{run}", "--device", "abacus"], "device 'abacus'"),
+        (["--run", "{run}", "--precision", "fp1"], "precision 'fp1'"),
+        (["--port", "{taken}"], "in use"),
+        (["--port", "99999"], "99999"),
+    ],
+)
+def test_what_cannot_be_served_gives_one_line_and_status_2(serve, small_run, capsys, options, told):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        values = {"run": small_run, "taken": listener.getsockname()[1]}
+        options = [option.format(**values) for option in options]
+        with pytest.raises(SystemExit) as ended:
+            serve(["--port", "0", *options])
+    out, err = capsys.readouterr()
+    assert ended.value.code == 2
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith("serve.py: ")
+    assert told in err
+
+
+# Notes every name looked up and every address connected to, of any library.
+SITECUSTOMIZE = """
+import sys
+def hook(event, arguments):
+    if event in ("socket.getaddrinfo", "socket.gethostbyname", "socket.connect"):
+        with open({!r}, "a") as file:
+            print(event, arguments[0 if "get" in event else 1], file=file)
+sys.addaudithook(hook)
+"""
+
+
+class Served:
+    """A process of serve.py, in its own folder; its output goes to files there."""
+
+    def __init__(self, folder, *options):
+        self.folder = folder
+        (folder / "site").mkdir()
+        (folder / "tmp").mkdir()
+        (folder / "site" / "sitecustomize.py").write_text(
+            SITECUSTOMIZE.format(str(folder / "calls"))
+        )
+        self.process = subprocess.Popen(
+            [sys.executable, ROOT / "serve.py", *options],
+            cwd=folder,
+            stdout=(folder / "out").open("w"),
+            stderr=(folder / "err").open("w"),
+            env=os.environ | {"PYTHONPATH": f"{folder}/site", "TMPDIR": f"{folder}/tmp"},
+        )
+
+    def read(self, name):
+        return (self.folder / name).read_text() if (self.folder / name).exists() else ""
+
+    def url(self):
+        for _ in range(600):
+            if "\n" in self.read("out"):
+                return self.read("out").split()[-1]
+            assert self.process.poll() is None, self.read("err")
+            time.sleep(0.1)
+        raise TimeoutError(self.read("err"))
+
+    def end(self, number=signal.SIGTERM):
+        self.process.send_signal(number)
+        return self.process.wait(20)
+
+
+@pytest.fixture(scope="module")
+def served(small_run, tmp_path_factory):
+    served = Served(tmp_path_factory.mktemp("served"), "--run", small_run, "--port", "0")
+    try:
+        served.url()
+        yield served
+    finally:
+        served.end()
+
+
+@pytest.mark.slow
+def test_importing_brings_no_gradio_and_does_nothing():
+    code = "import sys, clinora, serve; print([m for m in sys.modules if 'gradio' in m])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+@pytest.mark.slow
+def test_a_missing_run_ends_the_process_with_one_line(tmp_path):
+    served = Served(tmp_path, "--run", "missing", "--port", "0")
+    assert served.process.wait(60) == 2
+    assert served.read("out") == ""
+    assert re.fullmatch(r"serve\.py: there is no run missing.*\n", served.read("err"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_cleanly_even_with_the_page_open(small_run, tmp_path, number):
+    served = Served(tmp_path, "--run", small_run, "--port", "0")
+    with urllib.request.urlopen(f"{served.url()}/gradio_api/heartbeat/one") as stream:
+        stream.readline()
+        (temporary,) = (tmp_path / "tmp").glob("clinora-page-*")
+        assert stat.S_IMODE(temporary.stat().st_mode) == 0o700
+        assert served.end(number) == 0
+    assert served.read("err") == ""
+    assert re.fullmatch(r"Clinora: http://127\.0\.0\.1:\d+\n", served.read("out"))
+    assert not temporary.exists()
+
+
+@pytest.mark.slow
+def test_a_signal_while_it_is_starting_ends_it_cleanly(small_run, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    served = Served(tmp_path, "--run", small_run, "--port", str(port))
+    for _ in range(200):
+        time.sleep(0.05)
+        try:
+            socket.create_connection(("127.0.0.1", port)).close()
+            break
+        except ConnectionRefusedError:
+            pass
+    assert served.end() == 0
+    assert (served.read("out"), served.read("err")) == ("", "")
+
+
+@pytest.mark.slow
+def test_it_listens_on_the_loopback_address_alone(served):
+    sockets = psutil.Process(served.process.pid).net_connections()
+    listening = [s.laddr.ip for s in sockets if s.status == psutil.CONN_LISTEN]
+    assert listening == ["127.0.0.1"]
+
+
+@pytest.mark.slow
+def test_the_process_writes_no_text_to_any_file(served):
+    def post(path, body):
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(served.url() + path, body, headers)
+        try:
+            with urllib.request.urlopen(request) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+
+    post_malformed(post)
+    urllib.request.urlopen(f"{served.url()}/?note={CANARY}").read()
+    assert "TypeError at gradio_client/utils.py" in served.read("err")
+    assert "Traceback" not in served.read("err")
+    files = [p for p in served.folder.rglob("*") if p.is_file()]  # its logs among them
+    assert [p.name for p in files if CANARY.encode() in p.read_bytes()] == []
+
+
+# --- In a browser, as a person clicks ---
+
+LABELS = ("Enter Clinical Note", "Predicted Classification in JSON Format", "Prediction in text")
+
+
+@pytest.fixture(scope="module")
+def chromium(browser_path):
+    from playwright.sync_api import sync_playwright
+
+    quiet = ["background-networking", "component-update", "sync"]
+    arguments = ["--no-sandbox", "--disable-gpu", "--no-first-run"]
+    arguments += [f"--disable-{what}" for what in quiet]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=browser_path, args=arguments)
+        yield browser
+        browser.close()
+
+
+class Person:
+    """Someone at the page, and what the browser noticed meanwhile."""
+
+    def __init__(self, page, url):
+        self.page, self.url, self.complaints, self.strangers = page, url, [], []
+        page.on("console", lambda m: m.type == "error" and self.complaints.append(m.text))
+        page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        page.on("request", self._note_request)
+        page.goto(url)
+        self.note = page.get_by_label("Enter Clinical Note")
+        self.text = page.get_by_label("Prediction in text")
+        self.json = page.locator(".json-holder")
+        self.note.wait_for()
+
+    def _note_request(self, request):
+        own = request.url.startswith((f"{self.url}/", "data:", "blob:"))
+        if not own:
+            self.strangers.append(request.url)
+
+    def press(self, name):
+        self.page.get_by_role("button", name=name, exact=True).click()
+
+    def submit(self, note):
+        self.note.fill(note)
+        self.press("Submit")
+
+
+@pytest.fixture
+def person(chromium, served):
+    context = chromium.new_context(viewport={"width": 1280, "height": 900})
+    person = Person(context.new_page(), served.url())
+    yield person
+    stored = person.page.evaluate("JSON.stringify([{...localStorage}, {...sessionStorage}])")
+    context.close()
+    assert person.strangers == []
+    assert person.complaints == []
+    assert not any(note[:20] in stored for note in [*EXAMPLES, CANARY])
+
+
+@pytest.mark.slow
+def test_the_page_has_the_published_words(person):
+    from playwright.sync_api import expect
+
+    expect(person.page).to_have_title("Clinical Note Classifier")
+    expect(person.page.get_by_role("heading")).to_have_text("Clinical Note Classifier")
+    for text in (
+        "This model classifies clinical notes into diagnosis categories. "
+        "Choose your output format.",
+        "Demonstration only, not a medical device.",
+        "Examples",
+        *LABELS,
+    ):
+        expect(person.page.get_by_text(text, exact=True)).to_be_visible()
+    for name in ("Clear", "Submit", "Flag"):
+        expect(person.page.get_by_role("button", name=name, exact=True)).to_be_visible()
+
+
+@pytest.mark.slow
+def test_an_example_is_filled_in_submitted_and_cleared(person, classifier):
+    from playwright.sync_api import expect
+
+    for example in EXAMPLES:
+        prediction = classifier([example])[0]
+        person.page.get_by_role("button", name=example[:40]).click()
+        expect(person.note).to_have_value(example)
+        person.press("Submit")
+        expect(person.text).to_have_value(prediction.as_text())
+        expect(person.json).to_contain_text(f'"label": "{prediction.label}"')
+        expect(person.json).to_contain_text(f'"predicted_class": {prediction.index}')
+    person.press("Clear")
+    for box in (person.note, person.text):
+        expect(box).to_have_value("")
+    expect(person.json).not_to_be_visible()
+
+
+@pytest.mark.slow
+def test_a_person_flags(person, served, classifier):
+    from playwright.sync_api import expect
+
+    person.press("Flag")
+    expect(person.page.get_by_text("There is no prediction to flag")).to_be_visible()
+    person.submit(f"{CANARY} knee pain")
+    expect(person.text).not_to_have_value("")
+    person.press("Flag")
+    expect(person.page.get_by_text("was flagged, without the note's text")).to_be_visible()
+    file = served.folder / "flagged" / "flags.jsonl"
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert stat.S_IMODE(file.parent.stat().st_mode) == 0o700
+    label = classifier([f"{CANARY} knee pain"])[0].label
+    assert json.loads(file.read_text().splitlines()[-1])["label"] == label
+    assert CANARY not in file.read_text()
+
+
+@pytest.mark.slow
+def test_an_empty_note_gives_a_message_and_leaves_no_stale_prediction(person):
+    from playwright.sync_api import expect
+
+    person.submit("fever")
+    expect(person.text).not_to_have_value("")
+    person.submit("   ")
+    expect(person.page.get_by_text("Enter a clinical note first.")).to_be_visible()
+    expect(person.text).to_have_value("")
+    expect(person.json).not_to_be_visible()
+    person.press("Flag")
+    expect(person.page.get_by_text("There is no prediction to flag")).to_be_visible()
+
+
+@pytest.mark.slow
+def test_a_long_note_is_told_below_the_outputs(person):
+    from playwright.sync_api import expect
+
+    person.submit("fever " * 300)
+    told = person.page.get_by_text(re.compile(r"The note has [\d,]+ tokens; the first 128 were"))
+    expect(told).to_be_visible()
+    assert told.bounding_box()["y"] > person.text.bounding_box()["y"]
+    person.submit("fever")
+    expect(told).not_to_be_visible()
+
+
+@pytest.mark.slow
+def test_a_note_that_is_far_too_long_is_told(person):
+    from playwright.sync_api import expect
+
+    person.submit("fever")
+    expect(person.text).not_to_have_value("")
+    person.submit("x" * (MOST_BODY_BYTES + 1))
+    expect(person.page.get_by_text("This is too long: at most 1,000,000 bytes.")).to_be_visible()
+    expect(person.text).to_have_value("")
+    assert "413" in person.complaints.pop()
+
+
+@pytest.mark.slow
+def test_a_script_in_a_note_does_nothing(person):
+    from playwright.sync_api import expect
+
+    person.submit(f"<img src=/{CANARY} onerror='window.ran=1'><script>window.ran=1</script>")
+    expect(person.text).not_to_have_value("")
+    person.press("Flag")
+    expect(person.page.get_by_text("was flagged")).to_be_visible()
+    assert person.page.evaluate("window.ran") is None
+    assert person.page.locator(f"img[src*={CANARY}]").count() == 0
+
+
+@pytest.mark.slow
+def test_on_a_phone_the_prediction_comes_into_view(person):
+    from playwright.sync_api import expect
+
+    person.page.set_viewport_size({"width": 390, "height": 700})
+    person.submit("fever")
+    expect(person.json).to_be_in_viewport()
+    width = person.page.evaluate("document.documentElement.scrollWidth")
+    assert width <= 390
+
+
+@pytest.mark.slow
+def test_nothing_outside_this_machine_was_asked_for(served, person):
+    person.submit("fever")
+    calls = served.read("calls").splitlines()
+    assert [c for c in calls if not re.search(r"127\.0\.0\.1|localhost", c)] == []
