@@ -21,6 +21,7 @@ block adapted another object, the adapter is still zero.
 """
 
 import copy
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -37,8 +38,8 @@ def assert_trains_exactly(model: nn.Module, names: Iterable[str]) -> None:
         model: Any module, on any device.
         names: Each stands for all parameters whose dotted name holds it as whole segments:
             "lora_A" for every A, "score" for a head, "layers.0.self_attn.q_proj.lora_A" for one.
-            A tied parameter goes by any of its names. The frozen copy that PEFT keeps of a module
-            trained whole (``original_module``) is left out. Empty: all is frozen.
+            A tied parameter goes by any of its names. The copy that PEFT keeps of a module
+            trained whole (``original_module``) must stay frozen. Empty: all is frozen.
 
     Raises:
         AssertionError: Something else trains, something named is frozen, or a name fits nothing.
@@ -53,21 +54,16 @@ def assert_trains_exactly(model: nn.Module, names: Iterable[str]) -> None:
     for parameter, known in aliases.items():
         wanted = {n for n in names if any(f".{n}." in f".{alias}." for alias in known)}
         unused -= wanted
-        if parameter.requires_grad and not wanted:
-            unexpected.append(known[0])
-        if wanted and not parameter.requires_grad and "original_module" not in known[0].split("."):
-            missing.append(known[0])
-    problems = {
-        "trained, but not expected to": unexpected,
-        "expected to train, but frozen": missing,
-        "expected to train, but no parameter is named so": sorted(unused),
-    }
-    lines = [f"{what} ({len(which)}): {_list(which)}" for what, which in problems.items() if which]
-    if lines:
-        raise AssertionError(
-            "\n".join(("not exactly the expected parameters train", *lines))
-            + "\nSet requires_grad, the adapter's targets or these names right."
-        )
+        expected = bool(wanted) and "original_module" not in known[0].split(".")
+        if parameter.requires_grad != expected:
+            (missing if expected else unexpected).append(known[0])
+    lines = [
+        _list("trained, but not expected to", unexpected),
+        _list("expected to train, but frozen", missing),
+        _list("expected to train, but no parameter is named so", sorted(unused)),
+    ]
+    if any(lines):
+        raise AssertionError("\n".join(filter(None, lines)))
 
 
 def assert_trains_at_most(
@@ -94,9 +90,9 @@ def assert_trains_at_most(
     if set(limits.values()) == {None}:
         raise ValueError("no limit is given: expected parameters=, percent= or megabytes=")
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if not trained:
-        raise AssertionError("nothing in this model trains: apply the adapter first")
     count = count_parameters(model)
+    if not trained:
+        raise AssertionError(f"none of {count.total:,} parameters trains: apply the adapter first")
     came = {
         "parameters": count.trainable,
         "percent": 100 * count.trainable / count.total,
@@ -109,10 +105,7 @@ def assert_trains_at_most(
     ]
     if lines:
         largest = sorted(trained, key=lambda name: -trained[name].numel())
-        lines.append(
-            f"The largest first: {_list(f'{n} {tuple(trained[n].shape)}' for n in largest)}"
-        )
-        raise AssertionError("\n".join(lines))
+        raise AssertionError("\n".join((*lines, _list("trained, the largest first", largest))))
 
 
 @contextmanager
@@ -133,26 +126,22 @@ def base_unchanged(model: nn.Module) -> Iterator[None]:
     base, trained = {}, {}
     for path, module in model.named_modules():
         own = dict(module.named_parameters(path, recurse=False))
-        buffers = dict(module.named_buffers(path, recurse=False))
-        trained |= {name: p.detach().clone() for name, p in own.items() if p.requires_grad}
-        base |= {name: p.detach().clone() for name, p in own.items() if not p.requires_grad}
+        for name, parameter in own.items():
+            (trained if parameter.requires_grad else base)[name] = parameter.detach().clone()
         if not own or not all(p.requires_grad for p in own.values()):
-            base |= {name: b.clone() for name, b in buffers.items()}
+            base |= {name: b.clone() for name, b in module.named_buffers(path, recurse=False)}
     yield
     now = dict(model.named_parameters(remove_duplicate=False))
     now |= dict(model.named_buffers(remove_duplicate=False))
-    changed = [name for name in base if not _same_bits(base[name], now.get(name))]
-    if changed:
+    if changed := [name for name in base if not _same_bits(base[name], now.get(name))]:
         raise AssertionError(
-            f"the base changed, in {len(changed)} of {len(base)} frozen tensors: {_list(changed)}\n"
-            "Give the optimiser trained parameters alone, and put layers that keep running "
-            "statistics into evaluation mode."
+            f"{_list(f'the base changed, of its {len(base)} tensors these', changed)}\n"
+            "Optimise trained parameters alone; put running statistics into evaluation mode."
         )
     if all(_same_bits(trained[name], now.get(name)) for name in trained):
         raise AssertionError(
             f"none of the {len(trained)} trained parameters moved, so an unchanged base shows "
-            "nothing: check that the block calls backward and the optimiser's step, that the "
-            "learning rate is not 0, and that the optimiser holds this model's parameters."
+            "nothing: was the optimiser given this model's parameters, a learning rate, a step?"
         )
 
 
@@ -172,23 +161,20 @@ def output_unchanged(model: nn.Module, /, *inputs: object, **kwargs: object) -> 
 
     Raises:
         AssertionError: The output changed, or the block put nothing into the model.
-        ValueError: The model is on the meta device.
+        ValueError: The model is on the meta device, or returns no tensor.
     """
     before, parts = _output(model, inputs, kwargs), _parts(model)
     yield
-    now = _parts(model)
-    if now.keys() == parts.keys() and all(now[name] is parts[name] for name in now):
+    if list(map(id, parts)) == list(map(id, _parts(model))):
         raise AssertionError(
             "the block put no module and no parameter into this model, so an unchanged output "
             "shows nothing: was a copy of it adapted, or another object?"
         )
     after = _output(model, inputs, kwargs)
-    if _form(before) != _form(after):
-        raise AssertionError(f"the output was {_form(before)} and is {_form(after)} now")
-    if not torch.equal(before, after):
+    if before.dtype != after.dtype or not torch.equal(before, after):
         raise AssertionError(
-            f"the output moved by up to {_largest_gap(before, after):.3g} ({_form(after)}): "
-            "a new adapter must add exactly zero: start B (or A) at zero"
+            f"the output was {_form(before)}, is {_form(after)} and moved by up to "
+            f"{_largest_gap(before, after):.3g}: a new adapter must add exactly zero"
         )
 
 
@@ -215,17 +201,13 @@ def assert_merge_moves_at_most(
     before = _output(model, inputs, kwargs)
     if not any(p.any() for name, p in model.named_parameters() if "lora_B" in name.split(".")):
         raise AssertionError(
-            "no lora_B of this model differs from zero, so merging shows nothing: train the "
-            "adapter or fill B with random numbers first"
+            "no lora_B differs from zero, so merging shows nothing: fill B with numbers first"
         )
-    merged = _merge(copy.deepcopy(model))
-    after = _output(merged, inputs, kwargs)
-    moved = _largest_gap(before, after)
-    if not moved <= limit:  # a NaN is no less than a limit
+    after = _output(_merge(copy.deepcopy(model)), inputs, kwargs)
+    if not (moved := _largest_gap(before, after)) <= limit:  # a NaN is no less than a limit
         raise AssertionError(
             f"merging moved the output by up to {moved:.3g}, expected at most {limit:.3g} "
-            f"({_form(after)}, its largest entry {after.abs().max().item():.3g})\n"
-            "Merge in float32 and round once, or allow what the weights' dtype cannot hold."
+            f"({_form(after)}): round once, or allow for what the weights' dtype can hold"
         )
 
 
@@ -238,14 +220,13 @@ def _merge(model: nn.Module) -> nn.Module:
     return model if layers else merge_lora(model)
 
 
-def _list(names: Iterable[str], most: int = 8) -> str:
-    names = list(names)
+def _list(what: str, names: list[str], most: int = 8) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    return f"{what} ({len(names)}): {', '.join(names[:most])}{more}" if names else ""
 
 
-def _parts(model: nn.Module) -> dict[str, nn.Module | nn.Parameter]:
-    return dict(model.named_modules()) | dict(model.named_parameters())
+def _parts(model: nn.Module) -> list[nn.Module | nn.Parameter]:
+    return [*model.modules(), *model.parameters()]
 
 
 def _form(x: Tensor) -> str:
@@ -261,7 +242,7 @@ def _same_bits(a: Tensor, b: Tensor | None) -> bool:
 
 
 def _largest_gap(a: Tensor, b: Tensor) -> float:
-    return (a.double() - b.double()).abs().max().item()
+    return (a.double() - b.double()).abs().max().item() if a.shape == b.shape else math.inf
 
 
 @torch.no_grad()
@@ -270,15 +251,12 @@ def _output(model: nn.Module, inputs: tuple, kwargs: dict) -> Tensor:
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        output = model(*inputs, **kwargs)
+        tensor = _tensor(model(*inputs, **kwargs))
     finally:
         for module, training in modes.items():
             module.training = training
-    tensor = _tensor(output)
-    if tensor is None:
-        raise ValueError(f"the model returned a {type(output).__name__} without a tensor in it")
-    if tensor.is_meta:
-        raise ValueError("the model is on the meta device: its output has no numbers to compare")
+    if tensor is None or tensor.is_meta:
+        raise ValueError("nothing to compare: the model gave no tensor, or one on the meta device")
     return tensor.clone()  # the model may own what it returned
 
 
@@ -286,9 +264,8 @@ def _tensor(output: object) -> Tensor | None:
     """Pick the tensor itself, the logits among several, or else the first."""
     if output is None or isinstance(output, Tensor):
         return output
-    named = isinstance(output, Mapping)
-    logits = output.get("logits") if named else getattr(output, "logits", None)
-    if isinstance(logits, Tensor):
-        return logits
-    parts = output.values() if named else output if isinstance(output, tuple | list) else ()
-    return next((found for part in parts if (found := _tensor(part)) is not None), None)
+    if isinstance(output, Mapping):
+        parts = (output.get("logits"), *output.values())
+    else:
+        parts = output if isinstance(output, tuple | list) else (getattr(output, "logits", None),)
+    return next((found for found in map(_tensor, parts) if found is not None), None)
