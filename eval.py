@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 import clinora
-from clinora.evaluation import evaluate, evaluate_random_heads
-from clinora.report import results_table, write_report
+from clinora.evaluation import assess
+from clinora.report import read_steps, results_table, write_report
+from clinora.training import METRICS
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -18,14 +19,17 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--run", default="bundled", help="a folder that train.py wrote")
-    parser.add_argument("--base", help="where the base is, if it has moved")
-    parser.add_argument("--notes", help="bundled, mtsamples or a CSV file")
-    parser.add_argument("--text-column", default="transcription", help="the notes' column")
-    parser.add_argument("--label-column", default="medical_specialty", help="the classes' column")
-    parser.add_argument("--report", type=Path, help="folder to write (default: the run's report/)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    parser.add_argument("--precision", default="auto", help="auto, bf16, fp16 or fp32")
+    add = parser.add_argument
+    add("--run", default="bundled", help="a folder that train.py wrote")
+    add("--base", help="where the base is, if it has moved")
+    add("--notes", help="bundled, mtsamples or a CSV file (default: the run's)")
+    add("--text-column", help="the notes' column (default: the run's)")
+    add("--label-column", help="the classes' column (default: the run's)")
+    add("--include-seen", action="store_true", help="measure on training notes, too; no test")
+    add("--report", type=Path, help="folder to write (default: the run's report/)")
+    add("--show-text", action="store_true", help="quote mistaken notes in the report")
+    add("--device", default="auto", help="auto, cpu, cuda or mps")
+    add("--precision", default="auto", help="auto, bf16, fp16 or fp32")
     args = parser.parse_args(argv)
     try:
         run_job(args)
@@ -39,27 +43,41 @@ def run_job(args: argparse.Namespace) -> None:
     classifier = clinora.Classifier.load(
         args.run, base=args.base, device=args.device, precision=args.precision
     )
-    recorded = classifier.about["notes"]
-    source, columns = args.notes, (args.text_column, args.label_column)
-    if source is None and args.run == "bundled":
-        source = "bundled"
-    elif source is None:
-        source, columns = recorded["source"], (recorded["text_column"], recorded["label_column"])
+    recorded = classifier.about.get("notes", {})
+    source = args.notes or ("bundled" if args.run == "bundled" else recorded.get("source"))
+    if source is None:
+        raise ValueError(f"{args.run} does not record its notes: name a file with --notes")
     notes = clinora.read_notes(
-        source, text_column=columns[0], label_column=columns[1], classes=classifier.labels
+        source,
+        text_column=args.text_column or recorded.get("text_column", "transcription"),
+        label_column=args.label_column or recorded.get("label_column", "medical_specialty"),
+        classes=classifier.labels,
+        split=recorded.get("split", "texts"),
     )
-    print(f"Notes: {notes}")
-    seen = set(recorded["seen"])
-    own = notes.fingerprint == recorded["fingerprint"]
+    fingerprints = {"notes": notes.fingerprint, "split": notes.split_fingerprint}
+    own = recorded.get("fingerprints") == fingerprints
+    seen = set(recorded.get("seen", ()))
     unseen = notes.on("test") if own else [n for n in notes.notes if n.sha256[:16] not in seen]
-    print(f"Measured on {len(unseen):,} texts that the run was not trained on.")
+    measured = list(notes.notes) if args.include_seen else unseen
+    trained_on = sum(n.sha256[:16] in seen for n in measured) if args.include_seen else 0
+    if not measured:
+        raise ValueError(
+            f"the run was trained on all {len(notes.notes):,} notes: --include-seen measures on "
+            "them all the same"
+        )
+    left_out = len(notes.notes) - len(measured)
+    about = f"Notes: {notes}. {left_out:,} of them, which the run has seen, are left out."
+    print(about, flush=True)
 
-    before = evaluate_random_heads(classifier, unseen)
-    evaluation = evaluate(classifier, unseen)
+    results, answers = assess(classifier, notes, measured, trained_on=trained_on, own_split=own)
     run = Path("runs", "bundled") if args.run == "bundled" else Path(args.run)
-    folder = args.report or run / ("report" if own else f"report-{Path(source).stem}")
-    write_report(folder, classifier.labels, evaluation, before, about=f"Notes: {notes}.")
-    print(f"\n{results_table(classifier.labels, evaluation, before)}\n\nReport: {folder}")
+    name = "report" if own else f"report-{Path(source).stem}"
+    folder = args.report or run / (f"{name}-seen" if args.include_seen else name)
+    write_report(
+        folder, results, answers, measured, token_limit=classifier.token_limit, about=about,
+        steps=read_steps(run / METRICS), show_text=args.show_text,
+    )  # fmt: skip
+    print(f"\n{results_table(results)}\n\nReport: {folder / 'report.md'}")
 
 
 if __name__ == "__main__":

@@ -2,23 +2,27 @@
 
 python train.py                                        # the bundled base and notes, offline
 python train.py --notes notes.csv --base TinyLlama/TinyLlama-1.1B-Chat-v1.0
+torchrun --nproc-per-node=2 train.py --notes notes.csv # on two processes or GPUs
 """
 
 import argparse
 import dataclasses
+import os
+import shlex
 import sys
-import time
 from datetime import datetime
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 import clinora
-from clinora.classifier import choose_device, choose_dtype
-from clinora.evaluation import evaluate, evaluate_random_heads
-from clinora.notes import NAMED_NOTES
-from clinora.report import model_table, results_table, write_report
-from clinora.training import TrainingConfig, train
+from clinora.classifier import base_hashes, choose_device, choose_dtype
+from clinora.evaluation import PROMISE, assess, calibrate
+from clinora.notes import NAMED_NOTES, SPLITS
+from clinora.report import model_table, read_steps, results_table, write_report
+from clinora.resume import world
+from clinora.training import METRICS, InterruptedTraining, TrainingConfig, train
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -26,28 +30,31 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--base", default="bundled", help="bundled, a folder or a Hub id")
-    parser.add_argument("--revision", help="commit, branch or tag of the Hub")
-    parser.add_argument("--notes", default="bundled", help="bundled, mtsamples or a CSV file")
-    parser.add_argument("--text-column", default="transcription", help="the notes' column")
-    parser.add_argument("--label-column", default="medical_specialty", help="the classes' column")
-    parser.add_argument("--classes", nargs="+", help="names, or one number k: the most frequent")
-    parser.add_argument("--run", type=Path, help="folder to write (default: a new one in runs/)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    parser.add_argument("--precision", default="auto", help="auto, bf16, fp16 or fp32")
-    parser.add_argument("--token-limit", type=int, default=512, help="tokens read of a note")
+    add = parser.add_argument
+    add("--base", default="bundled", help="bundled, a folder or a Hub id")
+    add("--revision", help="commit, branch or tag of the Hub")
+    add("--notes", default="bundled", help="bundled, mtsamples or a CSV file")
+    add("--text-column", default="transcription", help="the notes' column")
+    add("--label-column", default="medical_specialty", help="the classes' column")
+    add("--classes", nargs="+", help="names, one number k (the most frequent), or all")
+    add("--split", choices=SPLITS, default="texts", help="rows: as published, for comparison")
+    add("--run", type=Path, help="folder to write (default: a new one in runs/)")
+    add("--resume", action="store_true", help="go on from the last checkpoint of --run")
+    add("--device", default="auto", help="auto, cpu, cuda or mps")
+    add("--precision", default="auto", help="auto, bf16, fp16 or fp32")
+    add("--token-limit", type=int, default=512, help="tokens read of a note")
+    add("--promise", type=float, default=PROMISE, help="share right of what the run will answer")
+    add("--show-text", action="store_true", help="quote mistaken notes in the report")
     lora = clinora.LoRAConfig()
-    parser.add_argument("--rank", type=int, default=lora.rank, help="LoRA's r")
-    parser.add_argument("--alpha", type=float, default=lora.alpha, help="LoRA's α; scaling is α/r")
-    parser.add_argument("--dropout", type=float, default=lora.dropout, help="on LoRA's input")
-    parser.add_argument("--targets", nargs="+", default=lora.targets, help="layers to adapt")
+    add("--rank", type=int, default=lora.rank, help="LoRA's r")
+    add("--alpha", type=float, default=lora.alpha, help="LoRA's alpha; the scaling is alpha / r")
+    add("--dropout", type=float, default=lora.dropout, help="on LoRA's input")
+    add("--targets", nargs="+", default=lora.targets, help="layers to adapt")
     for option in dataclasses.fields(TrainingConfig):
-        parser.add_argument(
-            f"--{option.name.replace('_', '-')}",
-            type=option.type,
-            default=option.default,
-            help=f"{option.metadata['help']} (default: {option.default})",
-        )
+        switch = {"action": "store_true"} if option.type is bool else {"type": option.type}
+        about = f"{option.metadata['help']} (default: {option.default})"
+        flag = f"--{option.name.replace('_', '-')}"
+        add(flag, default=option.default, help=about, **switch)
     return parser
 
 
@@ -55,36 +62,55 @@ def main(argv: list[str] | None = None) -> int:
     """Train and report; returns the exit status."""
     parser = build_parser()
     args = parser.parse_args(argv)
+    args.run = args.run or Path("runs", datetime.now().strftime("%Y-%m-%d-%H%M%S"))
+    again = shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)])
+    again += "" if "--run" in again else f" --run {args.run}"
+    again += "" if args.resume else " --resume"
+    if "RANK" in os.environ:  # torchrun sets it
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        again = again.replace("python", f"torchrun --nproc-per-node={world()[1]}", 1)
     try:
         run_job(args)
     except (OSError, ValueError, FloatingPointError) as error:
         parser.exit(2, f"train.py: {error}\n")
+    except (InterruptedTraining, KeyboardInterrupt) as error:
+        parser.exit(130, f"train.py: {error or 'stopped'}\nTo go on: {again}\n")
+    except RuntimeError:
+        if world()[1] == 1:
+            raise
+        parser.exit(2, f"train.py: another process has ended. To go on: {again}\n")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
     return 0
 
 
 def run_job(args: argparse.Namespace) -> None:
-    """Read, measure, train, write, measure again."""
+    """Read, train, calibrate, write, measure before and after."""
+    rank, processes = world()
+    first = rank == 0
     names = [option.name for option in dataclasses.fields(TrainingConfig)]
     config = TrainingConfig(**{name: getattr(args, name) for name in names})
     lora = clinora.LoRAConfig(
         rank=args.rank, alpha=args.alpha, dropout=args.dropout, targets=tuple(args.targets)
     )
-    run = args.run or Path("runs", datetime.now().strftime("%Y-%m-%d-%H%M%S"))
-    if run.exists() and (not run.is_dir() or any(run.iterdir())):
-        raise ValueError(f"{run} exists and is not empty: choose another --run or remove it")
-    classes = args.classes
-    if classes and len(classes) == 1 and classes[0].isdigit():
-        classes = int(classes[0])
+    check_run(args.run, args.resume)
     notes = clinora.read_notes(
-        args.notes, text_column=args.text_column, label_column=args.label_column, classes=classes
+        args.notes,
+        text_column=args.text_column,
+        label_column=args.label_column,
+        classes=choose_classes(args.classes),
+        split=args.split,
     )
-    print(f"Notes: {notes}")
-    training, test = notes.on("training"), notes.on("test")
+    training, validation, test = (notes.on(side) for side in ("training", "validation", "test"))
     if not training or not test:
         raise ValueError(f"{len(training)} training and {len(test)} test notes: both must be there")
 
     torch.manual_seed(config.seed)
     device = choose_device(args.device)
+    if device.type == "cuda" and processes > 1:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
     dtype = choose_dtype(device, args.precision)
     model = clinora.load_model(
         args.base,
@@ -95,30 +121,66 @@ def run_job(args: argparse.Namespace) -> None:
     )
     clinora.apply_lora(model, lora)
     tokenizer = clinora.Tokenizer(model.source.folder / "tokenizer.model")
+    fingerprints = {"notes": notes.fingerprint, "split": notes.split_fingerprint}
+    precision = str(dtype).removeprefix("torch.")
     about = {
         "notes": {
             "source": args.notes if args.notes in NAMED_NOTES else str(Path(args.notes).resolve()),
             "text_column": args.text_column,
             "label_column": args.label_column,
-            "fingerprint": notes.fingerprint,
-            "seen": sorted(note.sha256[:16] for note in training),
+            "split": args.split,
+            "fingerprints": fingerprints,
+            "seen": sorted({note.sha256[:16] for note in training + validation}),
         },
-        "training": dataclasses.asdict(config) | {"precision": str(dtype).removeprefix("torch.")},
+        "training": dataclasses.asdict(config) | {"precision": precision},
         "versions": {"clinora": clinora.__version__, "torch": torch.__version__},
     }
     classifier = clinora.Classifier(model, tokenizer, notes.classes, args.token_limit, about=about)
-    print(f"Model:\n{model_table(classifier)}")
-    run.mkdir(parents=True, exist_ok=True)
+    if first:
+        print(f"Notes: {notes}\nModel:\n{model_table(classifier)}", flush=True)
+        args.run.mkdir(parents=True, exist_ok=True)
 
-    before = evaluate_random_heads(classifier, test, seed=config.seed)
-    began = time.perf_counter()
-    train(classifier, training, config, run / "metrics.jsonl")
-    print(f"Trained in {time.perf_counter() - began:.0f} s on {device}, {dtype}.")
-    classifier.save(run)
-    evaluation = evaluate(classifier, test)
-    write_report(run / "report", notes.classes, evaluation, before, about=f"Notes: {notes}.")
-    print(f"\n{results_table(notes.classes, evaluation, before)}\n")
-    print(f"Run: {run}; again: python eval.py --run {run}; page: python serve.py --run {run}")
+    identity = {
+        "data": fingerprints,
+        "base": base_hashes(model.source),
+        "lora": dataclasses.asdict(lora),
+        "token_limit": args.token_limit,
+        "precision": precision,
+        "device": device.type,
+    }
+    train(classifier, training, validation, config, args.run, identity=identity, resume=args.resume)
+    if not first:
+        return
+    steps = read_steps(args.run / METRICS)
+    print(f"Trained {len(steps)} steps in {steps[-1]['seconds']:.0f} s on {device}, {precision}.")
+    classifier.calibration = calibrate(classifier, validation, args.promise)
+    classifier.save(args.run)
+    results, answers = assess(classifier, notes, test, seed=config.seed)
+    write_report(
+        args.run / "report", results, answers, test, token_limit=args.token_limit,
+        about=f"Notes: {notes}.", steps=steps, show_text=args.show_text,
+    )  # fmt: skip
+    print(f"\n{results_table(results)}\n\nReport: {args.run / 'report' / 'report.md'}")
+    print(f"Again: python eval.py --run {args.run}; page: python serve.py --run {args.run}")
+
+
+def check_run(run: Path, resume: bool) -> None:
+    """Refuse a folder that training would write over, or that is not there to go on with."""
+    if resume:
+        if not (run / METRICS).is_file():
+            raise ValueError(f"{run} holds no training to resume: give its folder with --run")
+    elif run.exists() and (not run.is_dir() or any(run.iterdir())):
+        raise ValueError(
+            f"{run} exists and is not empty: choose another --run, remove it, or --resume it"
+        )
+
+
+def choose_classes(words: list[str] | None) -> list[str] | int | str | None:
+    """Read ``--classes``: names, k, or "all"."""
+    if words and len(words) == 1:
+        (word,) = words
+        return int(word) if word.isdigit() else word if word == "all" else words
+    return words
 
 
 if __name__ == "__main__":

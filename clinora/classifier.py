@@ -3,18 +3,22 @@
 Shapes: N notes, B batch, T tokens, D width, C classes.
 """
 
+import dataclasses
+import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from clinora.checkpoint import (
     BUNDLED,
     CheckpointError,
+    Source,
     find_base,
     load_adapter,
     load_model,
@@ -29,6 +33,7 @@ from clinora.tokenizer import Tokenizer
 RUN_FILE = "clinora.json"
 SCHEMA = 1
 INFERENCE_TOKENS = 8192  # of a padded batch
+INFERENCE_NOTES = 1024  # tokenised at a time: the memory for ids does not grow with the notes
 
 
 def choose_device(device: str = "auto") -> torch.device:
@@ -73,13 +78,6 @@ def choose_dtype(device: torch.device, precision: str = "auto") -> torch.dtype:
     return torch.float32
 
 
-def autocast(model: torch.nn.Module) -> AbstractContextManager:
-    """Autocast to the dtype in which the model's frozen base is held; nothing for float32."""
-    weight = model.model.embed_tokens.weight
-    half = weight.dtype != torch.float32
-    return torch.autocast(weight.device.type, weight.dtype if half else None, enabled=half)
-
-
 def group_by_length(lengths: Sequence[int], tokens: int) -> list[list[int]]:
     """Group notes of like length, so that little is padded.
 
@@ -99,13 +97,54 @@ def group_by_length(lengths: Sequence[int], tokens: int) -> list[list[int]]:
     return groups
 
 
-def pad(notes: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+def pad(notes: Sequence[Sequence[int] | Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
     """Pad ids on the right with 0, which nothing reads: ids (B, T), lengths (B,)."""
     lengths = torch.tensor([len(note) for note in notes])
     ids = torch.zeros(len(notes), int(lengths.max()), dtype=torch.long)  # (B, T)
     for row, note in zip(ids, notes, strict=True):
-        row[: len(note)] = torch.tensor(note)
+        row[: len(note)] = torch.as_tensor(note)
     return ids.to(device), lengths.to(device)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Calibration:
+    """From probabilities to the confidence that the named label is one of the note's labels.
+
+    logit(confidence) = w₁ · logit(p₁ + p₂) + w₂ · log(p₁ / p₂) + b, with p₁ ≥ p₂ the two largest
+    probabilities. A note under two classes has 1/2 for each as its target, so the largest
+    probability alone would call a perfect answer unsure.
+
+    Attributes:
+        weights: w₁ and w₂.
+        bias: b.
+        promise: The share of the answered notes that should be right.
+        threshold: The confidence below which a note is referred to a person, so that on the
+            validation notes the promise held; above 1 if it never did.
+        notes: How many validation notes it was fitted on.
+        coverage: The share of them that was answered.
+        accuracy: The share of those answered that was right; None if there were none.
+    """
+
+    weights: tuple[float, float]
+    bias: float
+    promise: float
+    threshold: float
+    notes: int
+    coverage: float
+    accuracy: float | None
+
+    def confidence(self, probabilities: np.ndarray) -> np.ndarray:
+        """Give the confidence in the most probable class: (N, C) → (N,)."""
+        logit = calibration_features(probabilities) @ np.asarray(self.weights) + self.bias
+        return 1 / (1 + np.exp(-logit))
+
+
+def calibration_features(probabilities: np.ndarray) -> np.ndarray:
+    """Give logit(p₁ + p₂) and log(p₁ / p₂) of each note: (N, C) → (N, 2), float64."""
+    tiny = 1e-6  # beyond it float32 probabilities say nothing
+    second, first = np.sort(probabilities.astype(np.float64))[:, -2:].clip(tiny).T  # (N,) each
+    both = (first + second).clip(max=1 - tiny)
+    return np.stack((np.log(both / (1 - both)), np.log(first / second)), 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +179,20 @@ class Prediction:
         return f"Predicted Label: {self.label}"
 
 
+def base_hashes(source: Source) -> dict[str, str]:
+    """Give the sha256 of a base's weights and of its tokenizer: what a run is bound to.
+
+    Raises:
+        CheckpointError: The folder holds no weights.
+        FileNotFoundError: It holds no tokenizer.
+    """
+    tokenizer = (source.folder / "tokenizer.model").read_bytes()
+    return {
+        "sha256": weights_sha256(source.folder),
+        "tokenizer_sha256": hashlib.sha256(tokenizer).hexdigest(),
+    }
+
+
 class Classifier:
     """A model, its tokenizer and its labels: texts in, predictions out.
 
@@ -148,7 +201,9 @@ class Classifier:
         tokenizer: The base's.
         labels: Names of the classes, by index.
         token_limit: How many tokens of a note are read.
+        calibration: How sure its answers are; None if the run was not calibrated.
         about: What ``clinora.json`` records beside these (data, versions, …).
+        dtype: What autocast computes in; unless told, that of the base.
     """
 
     def __init__(
@@ -157,7 +212,9 @@ class Classifier:
         tokenizer: Tokenizer,
         labels: Sequence[str],
         token_limit: int,
+        calibration: Calibration | None = None,
         about: dict | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         config = model.model.config
         if tokenizer.vocab_size > config.vocab_size:
@@ -172,7 +229,8 @@ class Classifier:
             )
         self.model, self.tokenizer = model, tokenizer
         self.labels, self.token_limit = tuple(labels), token_limit
-        self.about = about or {}
+        self.calibration, self.about = calibration, about or {}
+        self.dtype = dtype or model.model.embed_tokens.weight.dtype
 
     @classmethod
     def load(
@@ -203,18 +261,23 @@ class Classifier:
             raise CheckpointError(
                 f"{folder / RUN_FILE}: schema {run.get('schema')!r}, expected {SCHEMA}"
             )
+        fields = {"labels": list, "token_limit": int, "base": dict, "calibration": dict | None}
+        for name, kind in fields.items():
+            if not isinstance(run.get(name), kind) or name not in run:
+                raise CheckpointError(f"{folder / RUN_FILE}: {name} is missing or of another kind")
+        labels, limit, recorded = run["labels"], run["token_limit"], run["base"]
         try:
-            labels, limit, recorded = run["labels"], run["token_limit"], run["base"]
             source = find_base(base or recorded["source"], None if base else recorded["revision"])
-            sha256 = recorded["sha256"]
+            expected = {name: recorded[name] for name in ("sha256", "tokenizer_sha256")}
+            calibration = run["calibration"] and Calibration(**run["calibration"])
         except (KeyError, TypeError) as error:
-            raise CheckpointError(f"{folder / RUN_FILE} lacks {error}") from None
-        came = weights_sha256(source.folder)
-        if came != sha256:
+            raise CheckpointError(f"{folder / RUN_FILE} is not whole: {error}") from None
+        if (came := base_hashes(source)) != expected:
+            what = "weights" if came["sha256"] != expected["sha256"] else "tokenizer.model"
             raise CheckpointError(
-                f"the weights in {source.folder} (sha256 {came[:12]}…) are not those that {folder} "
-                f"was trained on ({recorded['source']}, sha256 {sha256[:12]}…): give the right "
-                "one with --base"
+                f"the {what} in {source.folder} is not what {folder} was trained on "
+                f"({recorded['source']}, sha256 {recorded['sha256'][:12]}…): give the right base "
+                "with --base"
             )
         where = choose_device(device)
         model = load_model(
@@ -226,7 +289,7 @@ class Classifier:
         model.source = source
         load_adapter(model, folder)
         tokenizer = Tokenizer(source.folder / "tokenizer.model")
-        return cls(model, tokenizer, labels, limit, about=run)
+        return cls(model, tokenizer, labels, limit, calibration, about=run)
 
     def save(self, folder: str | Path) -> None:
         """Write adapter, head and ``clinora.json``: all that ``load`` needs beside the base.
@@ -240,12 +303,9 @@ class Classifier:
         run = self.about | {
             "schema": SCHEMA,
             "labels": list(self.labels),
-            "base": {
-                "source": source.name,
-                "revision": source.revision,
-                "sha256": weights_sha256(source.folder),
-            },
+            "base": {"source": source.name, "revision": source.revision, **base_hashes(source)},
             "token_limit": self.token_limit,
+            "calibration": self.calibration and dataclasses.asdict(self.calibration),
         }
         write_atomically(folder / RUN_FILE, (json.dumps(run, indent=2) + "\n").encode())
 
@@ -257,48 +317,70 @@ class Classifier:
         """
         if isinstance(texts, str):
             raise ValueError("expected a list of notes, not one string")
-        if not self.model.head_trained:
-            raise ValueError("this model's head was never trained: its answers would be random")
         for i, text in enumerate(texts):
             if not text.strip():
                 raise ValueError(f"note {i + 1} of {len(texts)} is empty")
-        ids = [self.tokenizer.encode(text) for text in texts]
-        logits = self.run([note[: self.token_limit] for note in ids])  # (N, C)
-        predictions = []
-        for note, row in zip(ids, logits.softmax(-1).tolist(), strict=True):
-            index = max(range(len(row)), key=row.__getitem__)
-            predictions.append(
-                Prediction(
-                    label=self.labels[index],
-                    index=index,
-                    confidence=None,
-                    probabilities=tuple(row),
-                    refer=None,
-                    tokens=len(note),
-                    truncated=len(note) > self.token_limit,
-                )
+        probabilities, tokens = self.probabilities(texts)
+        confidence = self.calibration and self.calibration.confidence(probabilities).tolist()
+        named = probabilities.argmax(-1).tolist() if tokens else []
+        return [
+            Prediction(
+                label=self.labels[index],
+                index=index,
+                confidence=confidence and confidence[i],
+                probabilities=tuple(probabilities[i].tolist()),
+                refer=confidence and confidence[i] < self.calibration.threshold,
+                tokens=tokens[i],
+                truncated=tokens[i] > self.token_limit,
             )
-        return predictions
+            for i, index in enumerate(named)
+        ]
 
-    def states(self, texts: Sequence[str]) -> Tensor:
-        """Give the last real token's state, the head's input: (N, D), float32, on the CPU."""
-        ids = [self.tokenizer.encode(text, self.token_limit) for text in texts]
-        return self.run(ids, self.model.model)
+    def probabilities(self, texts: Sequence[str]) -> tuple[np.ndarray, list[int]]:
+        """Give the probabilities of all classes, (N, C) float32, and the tokens of each note.
+
+        Raises:
+            ValueError: The head was never trained.
+        """
+        if not self.model.head_trained:
+            raise ValueError("this model's head was never trained: its answers would be random")
+        rows, tokens = [np.empty((0, len(self.labels)), np.float32)], []
+        for ids in self._encode(texts):
+            rows.append(self.run([note[: self.token_limit] for note in ids]).softmax(-1).numpy())
+            tokens += map(len, ids)
+        return np.concatenate(rows), tokens
+
+    def autocast(self) -> AbstractContextManager:
+        """Autocast to ``dtype``; nothing for float32."""
+        half = self.dtype != torch.float32
+        device = self.model.score.weight.device.type
+        return torch.autocast(device, self.dtype if half else None, enabled=half)
+
+    def states(self, texts: Sequence[str]) -> Iterator[Tensor]:
+        """Give the last real token's states, the head's input, in parts of (n, D), float32."""
+        for ids in self._encode(texts):
+            yield self.run([note[: self.token_limit] for note in ids], self.model.model)
+
+    def _encode(self, texts: Sequence[str]) -> Iterator[list[list[int]]]:
+        for start in range(0, len(texts), INFERENCE_NOTES):
+            yield [self.tokenizer.encode(text) for text in texts[start : start + INFERENCE_NOTES]]
 
     @torch.inference_mode()
-    def run(self, ids: Sequence[Sequence[int]], module: torch.nn.Module | None = None) -> Tensor:
+    def run(
+        self, ids: Sequence[Sequence[int] | Tensor], module: torch.nn.Module | None = None
+    ) -> Tensor:
         """Run the model, or its decoder, over token ids in batches of like length: (N, …)."""
         module = module or self.model
         device = self.model.score.weight.device
         training = self.model.training
         self.model.eval()
-        outputs: list[Tensor] = [torch.empty(0)] * len(ids)
+        outputs: list[Tensor] = [None] * len(ids)
         try:
             for group in group_by_length([len(note) for note in ids], INFERENCE_TOKENS):
-                with autocast(self.model):
+                with self.autocast():
                     output = module(*pad([ids[i] for i in group], device))
                 for i, row in zip(group, output.float().cpu(), strict=True):
                     outputs[i] = row
         finally:
             self.model.train(training)
-        return torch.stack(outputs) if outputs else torch.empty(0, 0)
+        return torch.stack(outputs)

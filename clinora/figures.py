@@ -1,37 +1,218 @@
 """Figures of a report, as matplotlib Figures: no window, no global state, any thread.
 
-They say the same in black and white: numbers stand in every cell, and only lightness varies.
+They say the same in black and white and to the colour-blind: lines differ in dash and marker,
+areas in lightness, and what matters stands there as a number.
+
+Shapes: N notes, C classes.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+BLACK, GREY, LIGHT = "#111111", "#707070", "#c8c8c8"
+BLUE = "#1f5fa8"  # as dark as mid grey
 
 
-def confusion_figure(confusion: Sequence[Sequence[int]], labels: Sequence[str]) -> Figure:
-    """Draw a confusion matrix: counts as numbers, each row's shares as shades.
+def confusion_figure(confusion: np.ndarray, labels: Sequence[str]) -> Figure:
+    """Draw a confusion matrix: counts as numbers, each row's shares as numbers and shades.
 
     Args:
-        confusion: (C, C) rows filed under the one class and named the other.
+        confusion: (C, C) notes filed under the one class and named the other; a wrong note under
+            k classes counts as 1/k in each of their rows.
         labels: Names of the C classes.
     """
-    counts = np.asarray(confusion)
-    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    side = 2.8 + 0.75 * len(labels)
-    figure = Figure(figsize=(side + 1.2, side), layout="constrained")
+    counts = np.asarray(confusion, float)
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1e-9)
+    side = 3.2 + 0.75 * len(labels)
+    figure = Figure(figsize=(side + 1.4, side), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     for (row, column), count in np.ndenumerate(counts):
+        if len(labels) > 12 and not count:  # forty classes leave no room for zeros
+            continue
         share = shares[row, column]
+        text = f"{count:.3g}" if len(labels) > 12 else f"{count:.4g}\n{share:.0%}"
         axes.text(
-            column, row, f"{count}\n{share:.0%}", ha="center", va="center", fontsize=9,
-            color="white" if share > 0.6 else "black",
+            column, row, text, ha="center", va="center",
+            fontsize=9 if len(labels) <= 12 else 7, color="white" if share > 0.6 else "black",
         )  # fmt: skip
     axes.set_xticks(range(len(labels)), labels, rotation=30, ha="right")
     axes.set_yticks(range(len(labels)), labels)
     axes.set_xlabel("named")
     axes.set_ylabel("filed under")
-    axes.set_title("Rows of the file, by filed and named class")
+    axes.set_title(
+        "Notes by filed and named class\n"
+        "A note is right if it is filed under the class named; a wrong note\n"
+        "under k classes counts as 1/k in each of their rows",
+        fontsize=10,
+    )
     figure.colorbar(image, ax=axes, label="share of the row", shrink=0.8)
     return figure
+
+
+def reliability_figure(confidence: np.ndarray, right: np.ndarray) -> Figure:
+    """Draw how often answers of a confidence are right: ten bins of equally many notes.
+
+    Args:
+        confidence: (N,) calibrated.
+        right: (N,) whether the note is filed under the class named.
+    """
+    figure = Figure(figsize=(5.6, 5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot((0, 1), (0, 1), color=GREY, linestyle="--", label="perfectly calibrated")
+    parts = [p for p in np.array_split(np.argsort(confidence, kind="stable"), 10) if len(p)]
+    claimed = [confidence[p].mean() for p in parts]
+    share = np.array([right[p].mean() for p in parts])
+    bounds = np.array([_wilson(right[p].sum(), len(p)) for p in parts]).T
+    axes.errorbar(
+        claimed, share, abs(bounds - share), color=BLACK, marker="o", linestyle="none", capsize=3,
+        label=f"a tenth of the notes each, about {len(parts[0])}, with 95% interval",
+    )  # fmt: skip
+    low = max(0, min(*claimed, bounds.min()) - 0.05)
+    axes.set(xlim=(low, 1.01), ylim=(low, 1.01), xlabel="confidence", ylabel="share right")
+    _percent(axes)
+    axes.set_title("Is a confidence of 90% right nine times in ten?")
+    axes.legend(loc="lower right", fontsize=8)
+    return figure
+
+
+def coverage_figure(
+    confidence: np.ndarray, right: np.ndarray, threshold: float, promise: float
+) -> Figure:
+    """Draw risk against coverage: the share wrong if only the most confident notes are answered.
+
+    Args:
+        confidence: (N,) calibrated.
+        right: (N,) whether the note is filed under the class named.
+        threshold: The confidence under which the run refers a note to a person.
+        promise: The share of the answered notes that should be right.
+    """
+    order = np.argsort(-confidence, kind="stable")
+    coverage = np.arange(1, len(order) + 1) / len(order)
+    risk = np.cumsum(~right[order]) / np.arange(1, len(order) + 1)
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.subplots()
+    axes.step(coverage, risk, where="post", color=BLACK, label="share wrong of those answered")
+    axes.axhline(1 - promise, color=GREY, linestyle="--", label=f"promised: {1 - promise:.0%}")
+    answered = (confidence >= threshold).mean()
+    if answered:
+        here = risk[round(answered * len(order)) - 1]
+        text = f"threshold {threshold:.2f}: {answered:.0%} answered, {here:.1%} wrong"
+        axes.plot(
+            answered, here, color=BLUE, marker="D", markersize=8, linestyle="none", label=text
+        )
+    axes.set(
+        xlim=(0, 1), ylim=(0, None), xlabel="share of the notes answered", ylabel="share wrong"
+    )
+    _percent(axes)
+    axes.set_title("What referring the least confident notes to a person buys")
+    axes.legend(loc="upper left", fontsize=8)
+    return figure
+
+
+def length_figure(tokens: np.ndarray, right: np.ndarray, token_limit: int) -> Figure:
+    """Draw any-label accuracy by note length: four groups of equally many notes.
+
+    Args:
+        tokens: (N,) tokens of the whole note.
+        right: (N,) whether the note is filed under the class named.
+        token_limit: How many tokens of a note were read.
+    """
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.subplots()
+    parts = [p for p in np.array_split(np.argsort(tokens, kind="stable"), 4) if len(p)]
+    for place, part in enumerate(parts):
+        share = right[part].mean()
+        low, high = _wilson(right[part].sum(), len(part))
+        whole = tokens[part].max() <= token_limit
+        axes.bar(
+            place, share, width=0.7, facecolor="white" if whole else LIGHT, edgecolor=BLACK,
+            hatch=None if whole else "//",
+        )  # fmt: skip
+        axes.errorbar(place, share, [[share - low], [high - share]], color=BLACK, capsize=4)
+        axes.text(place, 0.04, f"{share:.1%}\n{len(part)} notes", ha="center", fontsize=9,
+                  backgroundcolor="white")  # fmt: skip
+    names = [f"{tokens[p].min():,}–{tokens[p].max():,}" for p in parts]
+    axes.set_xticks(range(len(parts)), names)
+    axes.set(ylim=(0, 1.04), xlabel="tokens of the note", ylabel="any-label accuracy")
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.set_title(f"Accuracy by note length (hatched: some are cut at {token_limit:,} tokens)")
+    return figure
+
+
+def training_figure(steps: Sequence[dict], validations: Sequence[dict]) -> Figure:
+    """Draw loss and learning rate over the steps of training, and the validation loss.
+
+    Args:
+        steps: Of each step: step, loss (nats), learning_rate.
+        validations: Of each validation: step, validation_loss (nats).
+    """
+    figure = Figure(figsize=(7, 5.2), layout="constrained")
+    above, below = figure.subplots(2, sharex=True, height_ratios=(3, 1))
+    at, loss = np.array([s["step"] for s in steps]), np.array([s["loss"] for s in steps])
+    above.plot(at, loss, color=LIGHT, linewidth=1, label="training, each step")
+    width = max(1, len(loss) // 30)
+    smooth = np.convolve(loss, np.ones(width) / width, "valid")
+    above.plot(at[width - 1 :], smooth, color=BLACK, label=f"training, mean of {width} steps")
+    if validations:
+        above.plot(
+            [v["step"] for v in validations], [v["validation_loss"] for v in validations],
+            color=BLUE, marker="o", linestyle="--", label="validation",
+        )  # fmt: skip
+    above.set_ylabel("loss (nats)")
+    above.set_title("Training")
+    above.legend(fontsize=8)
+    below.plot(at, [s["learning_rate"] for s in steps], color=BLACK)
+    below.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
+    return figure
+
+
+def rank_figure(points: Sequence[dict]) -> Figure:
+    """Draw what the rank buys: any-label accuracy against parameters trained.
+
+    Args:
+        points: Of each way of tuning: name, trainable, and any_label_accuracy, low and high.
+    """
+    figure = Figure(figsize=(7, 4.6), layout="constrained")
+    axes = figure.subplots()
+    kinds = {"head": "s", "lora": "o", "full": "D"}
+    for kind, marker in kinds.items():
+        group = [p for p in points if p["tune"] == kind]
+        if not group:
+            continue
+        share = np.array([p["any_label_accuracy"] for p in group])
+        bounds = np.array([(p["low"], p["high"]) for p in group]).T
+        axes.errorbar(
+            [p["trainable"] for p in group], share, abs(bounds - share), color=BLACK,
+            marker=marker, markerfacecolor="white" if kind != "lora" else BLACK,
+            linestyle="-" if kind == "lora" else "none", capsize=3, label=kind,
+        )  # fmt: skip
+        for p in group:
+            axes.annotate(
+                p["name"], (p["trainable"], p["any_label_accuracy"]), fontsize=8,
+                xytext=(6, -12), textcoords="offset points",
+            )  # fmt: skip
+    axes.set_xscale("log")
+    axes.margins(x=0.12)
+    axes.set(xlabel="parameters trained", ylabel="any-label accuracy")
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.set_title("What does the rank buy?")
+    axes.legend(loc="lower right", fontsize=8)
+    return figure
+
+
+def _percent(axes: Axes) -> None:
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(PercentFormatter(1, decimals=None))
+
+
+def _wilson(hits: int, n: int) -> tuple[float, float]:
+    """Give the 95% interval of a share (Wilson 1927), which also holds near 0 and 1."""
+    z = 1.96
+    middle = (hits + z * z / 2) / (n + z * z)
+    half = z / (n + z * z) * np.sqrt(hits * (n - hits) / n + z * z / 4)
+    return float(middle - half), float(middle + half)

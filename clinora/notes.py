@@ -1,17 +1,21 @@
-"""Clinical notes from CSV files: reading, classes, label sets, and which side a text is on.
+"""Clinical notes from CSV files: reading, classes, label sets, and which side a note is on.
 
 Public note collections file the same text under several specialties. Here a note is a text with
-the set of its labels, so that no text can stand on both sides of a split.
+the set of its labels, so that no text can stand on both sides of a split. The published way, each
+row an example with its own label, is there for comparison.
 """
 
+import codecs
+import csv
 import hashlib
+import math
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import huggingface_hub
-import pandas
+import numpy as np
 
 NAMED_NOTES = ("bundled", "mtsamples")
 
@@ -27,6 +31,26 @@ PUBLISHED_CLASSES = (
 )
 
 MTSAMPLES = {"repo_id": "harishnair04/mtsamples", "filename": "mtsamples.csv", "rows": 4999}
+
+SPLITS = ("texts", "rows")
+SIDES = ("training", "validation", "test")
+SHORT = 50  # characters; a shorter text hardly says what it is about
+LONGEST_CLASS_NAME = 100  # characters; longer ones are notes, taken for classes by mistake
+MOST_CLASSES_LISTED = 100  # in a message, likewise
+
+
+def text_sha256(text: str) -> str:
+    """Hash a stripped text, in hexadecimal."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def side_of(text: str) -> str:
+    """Give the side of a stripped text, by its hash alone: "test", "validation" or "training".
+
+    The sha256 as a number, mod 10: 0 and 1 are test, 2 is validation.
+    """
+    bucket = int(text_sha256(text), 16) % 10
+    return {0: "test", 1: "test", 2: "validation"}.get(bucket, "training")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,16 +73,7 @@ class Note:
     @property
     def sha256(self) -> str:
         """Hash of the text, in hexadecimal."""
-        return hashlib.sha256(self.text.encode()).hexdigest()
-
-    @property
-    def side(self) -> str:
-        """Side of the split, by the text's hash alone: "test", "validation" or "training".
-
-        The hash as a number, mod 10: 0 and 1 are test, 2 is validation.
-        """
-        bucket = int(self.sha256, 16) % 10
-        return {0: "test", 1: "test", 2: "validation"}.get(bucket, "training")
+        return text_sha256(self.text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +82,9 @@ class Notes:
 
     Attributes:
         classes: Names of the classes; a label is an index into them.
-        notes: The different texts, in the file's order.
+        notes: The different texts, in the file's order; split by rows, one note a row.
+        sides: Side of each: "training", "validation" or "test".
+        split: "texts" or "rows".
         rows: Rows of the file.
         without_text: Rows with no text or no label, left out.
         other_classes: Rows of other classes, left out.
@@ -75,29 +92,39 @@ class Notes:
 
     classes: tuple[str, ...]
     notes: tuple[Note, ...]
+    sides: tuple[str, ...]
+    split: str
     rows: int
     without_text: int
     other_classes: int
 
     def on(self, side: str) -> list[Note]:
         """List the notes of one side: "training", "validation" or "test"."""
-        return [note for note in self.notes if note.side == side]
+        return [note for note, on in zip(self.notes, self.sides, strict=True) if on == side]
 
     @property
     def fingerprint(self) -> str:
         """A sha256 of texts, labels and class names; the order of the rows does not matter."""
-        lines = [f"{note.sha256} {note.labels}" for note in self.notes]
-        return hashlib.sha256("\n".join([*self.classes, *sorted(lines)]).encode()).hexdigest()
+        lines = (f"{note.sha256} {note.labels}" for note in self.notes)
+        return text_sha256("\n".join([*self.classes, *sorted(lines)]))
+
+    @property
+    def split_fingerprint(self) -> str:
+        """A sha256 of which text is on which side."""
+        sides = zip(self.notes, self.sides, strict=True)
+        return text_sha256("\n".join(sorted(f"{note.sha256} {side}" for note, side in sides)))
 
     def __str__(self) -> str:
+        counts = Counter(self.sides)
         several = sum(len(note.labels) > 1 for note in self.notes)
-        counts = Counter(note.side for note in self.notes)
+        short = sum(len(note.text) < SHORT for note in self.notes)
+        what = "different texts" if self.split == "texts" else "rows, each with its own label,"
+        several = f", {several:,} of them filed under several" if self.split == "texts" else ""
         return (
             f"{self.rows:,} rows, {self.without_text:,} without text or label, "
-            f"{self.other_classes:,} of other classes; {len(self.notes):,} different texts in "
-            f"{len(self.classes)} classes, {several:,} of them filed under several: "
-            f"{counts['training']:,} training, {counts['validation']:,} validation, "
-            f"{counts['test']:,} test"
+            f"{self.other_classes:,} of other classes; {len(self.notes):,} {what} in "
+            f"{len(self.classes)} classes{several}, {short:,} shorter than {SHORT} characters: "
+            + ", ".join(f"{counts[side]:,} {side}" for side in SIDES)
         )
 
 
@@ -106,7 +133,8 @@ def read_notes(
     *,
     text_column: str = "transcription",
     label_column: str = "medical_specialty",
-    classes: Sequence[str] | int | None = None,
+    classes: Sequence[str] | int | str | None = None,
+    split: str = "texts",
 ) -> Notes:
     """Read notes from a CSV file.
 
@@ -114,36 +142,69 @@ def read_notes(
         source: A UTF-8 CSV file; "bundled"; or "mtsamples", which the Hub is asked for.
         text_column: Name of the column with the texts.
         label_column: Name of the column with the class of each row.
-        classes: The classes to keep, or k for the k most frequent. None: the published five if
-            the file has them all, else all that it has.
+        classes: The classes to keep, k for the k most frequent, or "all". None: the published
+            five if the file has them all, else all that it has.
+        split: "texts": equal texts are one note, on the side that its hash decides. "rows": each
+            row is a note with its own label, a random tenth of them test and another validation,
+            as published; equal texts fall on both sides.
 
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: It is no such CSV file, or leaves fewer than two classes. No message holds
             any text of a note.
     """
+    if split not in SPLITS:
+        raise ValueError(f"split is {split!r}: expected one of {', '.join(SPLITS)}")
     path = _find(source)
-    table = _read_csv(path, (text_column, label_column))
-    if source == "mtsamples" and len(table) != MTSAMPLES["rows"]:
+    filed, rows, without_text = defaultdict(list), 0, 0  # filed: text → (row, class) of each
+    for row, text, label in _read_rows(path, text_column, label_column):
+        rows += 1
+        if text and label:
+            filed[text].append((row, label))
+        else:
+            without_text += 1
+    if source == "mtsamples" and rows != MTSAMPLES["rows"]:
         raise ValueError(
-            f"the Hub's mtsamples.csv has {len(table)} rows, expected {MTSAMPLES['rows']}: "
+            f"the Hub's mtsamples.csv has {rows} rows, expected {MTSAMPLES['rows']}: "
             "download it by hand and give its path"
         )
-    texts, labels = table[text_column].str.strip(), table[label_column].str.strip()
-    usable = texts.fillna("").ne("") & labels.fillna("").ne("")
-    chosen = _choose_classes(Counter(labels[usable]), classes, path)
+    counts = Counter(label for places in filed.values() for _, label in places)
+    chosen = _choose_classes(counts, classes, path)
     index = {name: i for i, name in enumerate(chosen)}
-    filed = defaultdict(list)
-    for text, label in zip(texts[usable], labels[usable], strict=True):
-        if label in index:
-            filed[text].append(index[label])
+    notes, order = [], []
+    for text, places in filed.items():
+        kept = [(row, index[label]) for row, label in places if label in index]
+        if split == "rows":
+            notes += [Note(text, (label,)) for _, label in kept]
+            order += [row for row, _ in kept]
+        elif kept:
+            notes.append(Note(text, tuple(label for _, label in kept)))
+    if split == "rows":
+        notes = [notes[i] for i in np.argsort(order)]
+        sides = row_sides(len(notes))
+    else:
+        sides = [side_of(note.text) for note in notes]
     return Notes(
         classes=chosen,
-        notes=tuple(Note(text, tuple(rows)) for text, rows in filed.items()),
-        rows=len(table),
-        without_text=int((~usable).sum()),
-        other_classes=int((usable & ~labels.isin(chosen)).sum()),
+        notes=tuple(notes),
+        sides=tuple(sides),
+        split=split,
+        rows=rows,
+        without_text=without_text,
+        other_classes=sum(n for name, n in counts.items() if name not in index),
     )
+
+
+def row_sides(rows: int) -> list[str]:
+    """Deal rows to sides at random, always in the same way: a tenth, rounded up, is test.
+
+    As published: 261 of 2,603 rows. The next tenth is validation.
+    """
+    tenth = math.ceil(rows / 10)
+    sides = np.full(rows, "training", dtype=object)
+    order = np.random.default_rng(0).permutation(rows)
+    sides[order[:tenth]], sides[order[tenth : 2 * tenth]] = "test", "validation"
+    return sides.tolist()
 
 
 def _find(source: str | Path) -> Path:
@@ -164,43 +225,93 @@ def _find(source: str | Path) -> Path:
         ) from None
 
 
-def _read_csv(path: Path, columns: tuple[str, str]) -> pandas.DataFrame:
+def _read_rows(path: Path, text_column: str, label_column: str) -> Iterator[tuple[int, str, str]]:
+    """Give number (from 1, the header not counted), stripped text and label of each row."""
+    _check_encoding(path)
+    limit = csv.field_size_limit(2**31 - 1)  # of a field: 131,072 characters unless told
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            table = csv.reader(file, strict=True)
+            header = next(table, [])
+            if not header:
+                raise ValueError(f"{path} is empty: expected a CSV file with a header")
+            text_at, label_at = (_column(path, header, c) for c in (text_column, label_column))
+            row = 0
+            for cells in table:
+                if not cells:  # an empty line
+                    continue
+                row += 1
+                if len(cells) != len(header):
+                    raise ValueError(
+                        f"row {row} of {path} (it ends in line {table.line_num}) has {len(cells)} "
+                        f"fields, the header {len(header)}: a text with commas needs quotes"
+                    )
+                # Windows line ends would make another text, and another hash, of the same note.
+                text = cells[text_at].replace("\r\n", "\n").replace("\r", "\n").strip()
+                label = cells[label_at].strip()
+                if (text, label) == (text_column, label_column):
+                    raise ValueError(f"row {row} of {path} repeats the header: remove that row")
+                if not label.isprintable() or len(label) > LONGEST_CLASS_NAME:
+                    raise ValueError(
+                        f"row {row} of {path} has a class name with control characters or of more "
+                        f"than {LONGEST_CLASS_NAME} characters: is {label_column!r} the column "
+                        "of the classes?"
+                    )
+                yield row, text, label
+    except csv.Error as error:
+        raise ValueError(
+            f"{path} is no CSV file: {error} (in the row that ends in line {table.line_num})"
+        ) from None
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _column(path: Path, header: list[str], name: str) -> int:
+    if (times := header.count(name)) != 1:
+        raise ValueError(
+            f"{path} has {times or 'no'} column{'s' * (times > 1)} {name!r}, expected one; its "
+            f"columns are: {', '.join(map(repr, header))[:500]}"
+        )
+    return header.index(name)
+
+
+def _check_encoding(path: Path) -> None:
+    """Refuse what is no UTF-8 text, naming the line, without holding the file in memory."""
     if path.is_dir():
         raise ValueError(f"{path} is a folder: expected a CSV file")
-    try:
-        header = pandas.read_csv(path, nrows=0, encoding="utf-8-sig").columns
-        if missing := [column for column in columns if column not in header]:
-            raise ValueError(
-                f"{path} has no column {', '.join(map(repr, missing))}; its columns are: "
-                f"{', '.join(map(str, header))}"
-            )
-        # "NA" and "None" may be a note's text; only nothing at all is missing.
-        return pandas.read_csv(
-            path, usecols=list(columns), dtype=str, encoding="utf-8-sig",
-            keep_default_na=False, na_values=[""],
-        )  # fmt: skip
-    except pandas.errors.EmptyDataError:
-        raise ValueError(f"{path} is empty: expected a CSV file with a header") from None
-    except pandas.errors.ParserError:  # pandas' message may quote the file
-        raise ValueError(f"{path} is no CSV file: a row does not fit its header") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 (at byte {error.start}): convert it first") from None
+    decoder, line = codecs.getincrementaldecoder("utf-8")(), 1
+    with path.open("rb") as file:
+        for part in file:  # a line
+            if b"\0" in part:
+                raise ValueError(
+                    f"{path} has a NUL byte in line {line}: no text, or UTF-16: save it as UTF-8"
+                )
+            try:
+                decoder.decode(part)
+            except UnicodeDecodeError:
+                raise ValueError(
+                    f"{path} is not UTF-8 (in line {line}): save it as UTF-8"
+                ) from None
+            line += 1
 
 
 def _choose_classes(
-    counts: Counter, classes: Sequence[str] | int | None, path: Path
+    counts: Counter, classes: Sequence[str] | int | str | None, path: Path
 ) -> tuple[str, ...]:
     if isinstance(classes, int):
+        if classes < 2:
+            raise ValueError(f"the {classes} most frequent classes: expected two or more")
         chosen = [name for name, _ in sorted(counts.items(), key=lambda c: (-c[1], c[0]))[:classes]]
-    elif classes is None:
-        published = all(name in counts for name in PUBLISHED_CLASSES)
+    elif classes is None or classes == "all":
+        published = classes is None and all(name in counts for name in PUBLISHED_CLASSES)
         chosen = list(PUBLISHED_CLASSES if published else counts)
     else:
-        chosen = list(classes)
+        chosen = list(dict.fromkeys(classes))
         if unknown := [name for name in chosen if name not in counts]:
+            many = len(counts) > MOST_CLASSES_LISTED
+            there = f"{len(counts):,} others" if many else ", ".join(sorted(counts))
             raise ValueError(
-                f"{path} has no notes of class {', '.join(map(repr, unknown))}; it has: "
-                f"{', '.join(sorted(counts))}"
+                f"{path} has no notes of class {', '.join(map(repr, unknown))}; it has: {there}"
             )
     if len(chosen) < 2:
         raise ValueError(

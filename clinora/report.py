@@ -1,16 +1,30 @@
 """What a run says of itself: tables for the terminal, ``report/`` for the folder."""
 
+import dataclasses
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
 
 from clinora.checkpoint import write_atomically
 from clinora.classifier import Classifier
-from clinora.evaluation import Evaluation, RandomHeads
-from clinora.figures import confusion_figure
+from clinora.evaluation import Answers, Estimate, Measures, Results
+from clinora.figures import (
+    confusion_figure,
+    coverage_figure,
+    length_figure,
+    reliability_figure,
+    training_figure,
+)
 from clinora.lora import count_parameters
+from clinora.notes import Note
+
+METRICS_SCHEMA = 1
+MISTAKES = 20
+EXCERPT = 300  # characters of a mistaken note, where its text is asked for
 
 
 def model_table(classifier: Classifier) -> str:
@@ -38,53 +52,196 @@ def model_table(classifier: Classifier) -> str:
     return "\n".join(f"  {name:<12} {value}" for name, value in rows.items())
 
 
-def results_table(
-    labels: Sequence[str], evaluation: Evaluation, before: RandomHeads | None = None
-) -> str:
-    """Put accuracy, before and after, and each class's measures into a table."""
-    lines = []
-    if before is not None:
-        lines += [
-            f"Before training: {before.any_label_accuracy:.1%} of the notes right "
-            f"(mean of {before.heads} random heads, ± {before.spread:.1%}); "
-            f"{before.accuracy:.1%} of the rows",
-        ]
-    lines += [
-        f"After training:  {evaluation.any_label_accuracy:.1%} of the notes right "
-        f"({evaluation.notes:,} notes; one of a note's labels is named); "
-        f"{evaluation.accuracy:.1%} of the {evaluation.rows:,} rows (the row's own label)",
-        "",
-        f"{'class (by rows)':<30} {'precision':>9} {'recall':>9} {'F1':>9} {'rows':>7}",
+def results_table(results: Results) -> str:
+    """Say how right the run is, beside its base, simpler classifiers and what is possible."""
+    after, before = results.after, results.before
+    rows = [
+        (
+            f"before training ({before.heads} random heads)",
+            f"{before.any_label_accuracy[0]:.1%} ± {before.any_label_accuracy[1]:.1%}",
+            f"{before.accuracy[0]:.1%} ± {before.accuracy[1]:.1%}",
+        ),
+        *((b.name, _say(b.any_label_accuracy), _say(b.accuracy)) for b in results.baselines),
+        ("this run", _say(after.by_note.accuracy), _say(after.by_row.accuracy)),
+        ("possible at best", "100%", f"{results.ceiling:.1%}"),
     ]
-    measures = (evaluation.precision, evaluation.recall, evaluation.f1, evaluation.support)
-    for label, precision, recall, f1, rows in zip(labels, *measures, strict=True):
-        lines.append(f"{label:<30} {precision:>9.1%} {recall:>9.1%} {f1:>9.1%} {rows:>7,}")
+    lines = [
+        f"{results.notes:,} notes, filed in {results.rows:,} rows{_seen(results)}",
+        "",
+        f"{'':<34} {'notes right':<24} {'rows right':<24}".rstrip(),
+        *(f"{name:<34} {notes:<24} {of_rows:<24}".rstrip() for name, notes, of_rows in rows),
+        "",
+        "A note is right when it is filed under the class named. A row has one label: a text filed",
+        "under two classes is wrong in one of its rows whatever is answered, so no function of the",
+        f"text is right in more than {results.ceiling:.1%} of the rows of these classes in the file",
+        f"({results.test_ceiling:.1%} of the rows measured here). In brackets: 95% intervals.",
+    ]
+    if results.against is not None:
+        value, low, high = (100 * x for x in results.against)
+        lines += [
+            f"Against the better TF-IDF baseline: {value:+.1f} points of the notes right "
+            f"[{low:+.1f}, {high:+.1f}].",
+        ]
+    lines += ["", *_confidence_lines(results), "", *class_table(after.by_note)]
     return "\n".join(lines)
+
+
+def class_table(measures: Measures) -> list[str]:
+    """Put each class's figures into lines of a table."""
+    width = max(30, *(len(c.label) for c in measures.classes))
+    lines = [f"{'class':<{width}} {'precision':<20} {'recall':<20} {'F1':<20} {'notes':>7}"]
+    for c in measures.classes:
+        figures = " ".join(f"{_say(e):<20}" for e in (c.precision, c.recall, c.f1))
+        lines.append(f"{c.label:<{width}} {figures} {c.support:>7,.5g}")
+    lines.append(f"{'mean F1 of the classes':<{width}} {_say(measures.macro_f1)}")
+    return lines
 
 
 def write_report(
     folder: Path,
-    labels: Sequence[str],
-    evaluation: Evaluation,
-    before: RandomHeads | None = None,
-    about: str = "",
+    results: Results,
+    answers: Answers,
+    notes: Sequence[Note],
+    *,
+    token_limit: int,
+    about: str,
+    steps: Sequence[dict] = (),
+    show_text: bool = False,
 ) -> None:
-    """Write ``metrics.json``, ``report.md`` and ``confusion.png`` into a folder, made if need be.
+    """Write ``metrics.json``, ``report.md`` and its figures into a folder, made if need be.
+
+    Args:
+        folder: Where to.
+        results: What was measured.
+        answers: What the classifier said of each note.
+        notes: The notes measured on.
+        token_limit: How many tokens of a note were read.
+        about: A sentence on the notes.
+        steps: The lines of ``metrics.jsonl``, for the figure of training.
+        show_text: Whether to quote the beginnings of mistaken notes.
 
     Raises:
         OSError: The folder cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    metrics = {
-        "schema": 1,
-        "labels": list(labels),
-        "before": before and asdict(before),
-        "after": asdict(evaluation),
-    }
-    write_atomically(folder / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
+    mistakes = find_mistakes(answers, notes, results.labels)
+    metrics = {"schema": METRICS_SCHEMA, "about": about, **_plain(results), "mistakes": mistakes}
+    text = json.dumps(metrics, indent=2, allow_nan=False) + "\n"
+    write_atomically(folder / "metrics.json", text.encode())
+
+    figures = {"confusion": confusion_figure(results.after.by_note.confusion, results.labels)}
+    answered = results.after.answered
+    if answered is not None:
+        confidence = answers.confidence, answers.right
+        figures["reliability"] = reliability_figure(*confidence)
+        figures["coverage"] = coverage_figure(*confidence, answered.threshold, answered.promise)
+    figures["length"] = length_figure(answers.tokens, answers.right, token_limit)
+    if steps:
+        validations = [step for step in steps if "validation_loss" in step]
+        figures["training"] = training_figure(steps, validations)
+    for name, figure in figures.items():
+        write_atomically(folder / f"{name}.png", png(figure))
+    excerpts = {note.sha256: note.text for note in notes} if show_text else {}
+    parts = [
+        f"# Report\n\n{about}",
+        f"```\n{results_table(results)}\n```",
+        *(f"![{name}]({name}.png)" for name in figures),
+        f"## The {len(mistakes)} most confident mistakes",
+        *(_mistake(mistake, excerpts) for mistake in mistakes),
+    ]
+    write_atomically(folder / "report.md", ("\n\n".join(parts) + "\n").encode())
+
+
+def find_mistakes(answers: Answers, notes: Sequence[Note], labels: Sequence[str]) -> list[dict]:
+    """List the wrong answers that were most confident, without the notes' text."""
+    sure = answers.top if answers.confidence is None else answers.confidence
+    wrong = [int(i) for i in np.argsort(-sure, kind="stable") if not answers.right[i]]
+    return [
+        {
+            "sha256": notes[i].sha256,
+            "named": labels[answers.named[i]],
+            "filed": [labels[label] for label in notes[i].labels],
+            "confidence": None if answers.confidence is None else float(answers.confidence[i]),
+            "probability": float(answers.top[i]),
+            "tokens": int(answers.tokens[i]),
+        }
+        for i in wrong[:MISTAKES]
+    ]
+
+
+def read_steps(path: Path) -> list[dict]:
+    """Read ``metrics.jsonl``; nothing if it is not there."""
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def png(figure: Figure) -> bytes:
+    """Draw a figure as a PNG file's bytes."""
     picture = io.BytesIO()
-    confusion_figure(evaluation.confusion, labels).savefig(picture, format="png", dpi=150)
-    write_atomically(folder / "confusion.png", picture.getvalue())
-    table = results_table(labels, evaluation, before)
-    text = f"# Report\n\n{about}\n\n```\n{table}\n```\n\n![confusion matrix](confusion.png)\n"
-    write_atomically(folder / "report.md", text.encode())
+    figure.savefig(picture, format="png", dpi=150)
+    return picture.getvalue()
+
+
+def _confidence_lines(results: Results) -> list[str]:
+    answered, after = results.after.answered, results.after
+    if answered is None:
+        return [
+            "Not calibrated (too few validation notes): no confidence is claimed, and no note is "
+            "referred."
+        ]
+    lines = [
+        f"Confidence differs from the share right by {after.calibration_error.value:.1%} on "
+        f"average (the largest probability alone: {after.top_calibration_error.value:.1%})."
+    ]
+    if answered.accuracy is None:
+        return [*lines, "The threshold was never reached: every note is referred to a person."]
+    return [
+        *lines,
+        f"Answered at a confidence of {answered.threshold:.1%} or more: "
+        f"{answered.coverage.value:.1%} of the notes, {_say(answered.accuracy)} of them right "
+        f"(promised: {answered.promise:.0%}).",
+        f"The other {1 - answered.coverage.value:.1%} are referred to a person.",
+    ]
+
+
+def _seen(results: Results) -> str:
+    said = ""
+    if results.trained_on:
+        said += (
+            f"\nNOT A TEST: the run was trained or calibrated on {results.trained_on:,} of these "
+            "notes"
+        )
+    if results.in_training:
+        said += (
+            f"\n{results.in_training:,} of these notes' texts also stand among the training notes"
+        )
+    return said
+
+
+def _mistake(mistake: dict, excerpts: dict[str, str]) -> str:
+    sure = mistake["confidence"] or mistake["probability"]
+    line = (
+        f"- {sure:.1%} {mistake['named']}; filed under {', '.join(mistake['filed'])}; "
+        f"{mistake['tokens']:,} tokens; sha256 {mistake['sha256'][:16]}"
+    )
+    excerpt = " ".join(excerpts.get(mistake["sha256"], "")[:EXCERPT].split())
+    return f"{line}\n\n      {excerpt}" if excerpt else line
+
+
+def _say(estimate: Estimate) -> str:
+    value, low, high = estimate
+    return f"{value:.1%} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def _plain(value: object) -> object:
+    """Turn measures into what JSON holds; an estimate becomes value, low and high."""
+    if dataclasses.is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Estimate):
+        return value._asdict()
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return value

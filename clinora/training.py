@@ -1,22 +1,39 @@
-"""The training loop: plain PyTorch with automatic mixed precision.
+"""The training loop: plain PyTorch with automatic mixed precision, on one process or several.
+
+A step is a *global batch*: ``accumulate`` batches on each process. Its loss is the sum over all
+its notes divided by their number, so how they are dealt to batches and processes changes nothing
+but rounding.
+
+Whatever decides the next step is in a checkpoint: the trained parameters, AdamW's moments, the
+scaler, the place in the order of notes, every random state. A run that was killed and resumed
+ends with the bits of one that was not.
 
 Shapes: N notes, B batch, C classes.
 """
 
+import dataclasses
 import json
 import math
-import time
+import signal
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from clinora.classifier import Classifier, autocast, group_by_length, pad
+from clinora.checkpoint import write_atomically
+from clinora.classifier import Classifier, group_by_length, pad
+from clinora.evaluation import targets
 from clinora.notes import Note
+from clinora.resume import State, summed, world
+
+METRICS = "metrics.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,21 +45,37 @@ class TrainingConfig:
     """
 
     steps: int = field(default=300, metadata={"help": "optimiser steps"})
-    tokens_per_step: int = field(default=8192, metadata={"help": "tokens of a padded batch"})
+    tokens_per_batch: int = field(
+        default=8192, metadata={"help": "the most tokens of a padded batch on each process"}
+    )
+    accumulate: int = field(default=1, metadata={"help": "batches of a step on each process"})
     learning_rate: float = field(default=1e-3, metadata={"help": "peak, after the warm-up"})
     warmup: float = field(default=0.1, metadata={"help": "share of the steps"})
     weight_decay: float = field(default=0.01, metadata={"help": "AdamW's"})
     clip: float = field(default=1.0, metadata={"help": "largest norm of the gradient"})
+    validate_every: int = field(default=50, metadata={"help": "steps between validations"})
+    patience: int = field(
+        default=5, metadata={"help": "validations without a better one before training stops"}
+    )
+    checkpoint_every: int = field(default=50, metadata={"help": "steps between checkpoints"})
+    activation_checkpointing: bool = field(
+        default=False, metadata={"help": "compute activations again: less memory, more time"}
+    )
     seed: int = field(default=0, metadata={"help": "of head, LoRA, order and dropout"})
 
     def __post_init__(self) -> None:
-        for name in ("steps", "tokens_per_step", "learning_rate", "clip"):
-            if not getattr(self, name) > 0:
+        for name in ("steps", "tokens_per_batch", "accumulate", "learning_rate", "clip",
+                     "validate_every", "patience", "checkpoint_every"):  # fmt: skip
+            if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected more than 0")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup is {self.warmup}: expected 0 or more and less than 1")
-        if self.weight_decay < 0:
+        if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"weight_decay is {self.weight_decay}: expected 0 or more")
+
+
+class InterruptedTraining(Exception):
+    """A signal ended training after a step, whose checkpoint was written."""
 
 
 def batches(lengths: Sequence[int], tokens: int, seed: int) -> Iterator[list[int]]:
@@ -81,77 +114,207 @@ def learning_rate_factor(step: int, config: TrainingConfig) -> float:
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def soft_targets(notes: Sequence[Note], classes: int) -> Tensor:
-    """Give a note under k classes the target 1/k for each of them: (N, C)."""
-    targets = torch.zeros(len(notes), classes)
-    for row, note in zip(targets, notes, strict=True):
-        row[list(note.labels)] = 1 / len(note.labels)
-    return targets
-
-
 def train(
-    classifier: Classifier, notes: Sequence[Note], config: TrainingConfig, metrics: Path
+    classifier: Classifier,
+    notes: Sequence[Note],
+    validation: Sequence[Note],
+    config: TrainingConfig,
+    run: Path,
+    *,
+    identity: dict | None = None,
+    resume: bool = False,
 ) -> None:
-    """Train what ``apply_lora`` left trainable in the classifier's model.
+    """Train what is trainable in the classifier's model; keep what validated best.
+
+    Under torchrun every process calls this with the same arguments.
 
     Args:
         classifier: Its model is trained in place.
         notes: What to train on.
+        validation: What to validate on; if there are none, the last step's parameters are kept.
         config: How.
-        metrics: A file for a JSON line a step: step, loss, learning rate, notes, tokens, seconds.
+        run: The run's folder, for ``metrics.jsonl`` (a JSON line a step: step, loss, learning
+            rate, notes, tokens, padding, seconds; at a validation its loss and accuracy) and
+            ``checkpoint/``.
+        identity: What else decides the result (data, base, LoRA): a checkpoint of another
+            identity is refused.
+        resume: Go on from the run's last whole checkpoint.
 
     Raises:
         ValueError: There are no notes.
+        CheckpointError: There is no whole checkpoint, or it is of another data, config or base.
         FloatingPointError: The loss is not finite.
-        OSError: The file cannot be written.
+        InterruptedTraining: Ctrl-C or SIGTERM came.
+        OSError: A file cannot be written; the last checkpoint is whole.
     """
     if not notes:
         raise ValueError("there are no notes to train on")
-    model = classifier.model
-    device = model.score.weight.device
-    torch.manual_seed(config.seed)
-    ids = [classifier.tokenizer.encode(note.text, classifier.token_limit) for note in notes]
-    targets = soft_targets(notes, len(classifier.labels)).to(device)  # (N, C)
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        trainable, lr=config.learning_rate, weight_decay=config.weight_decay
-    )
-    half = model.model.embed_tokens.weight.dtype == torch.float16
-    scaler = torch.amp.GradScaler(device.type, enabled=half)  # float16 gradients underflow
-    order = batches([len(note) for note in ids], config.tokens_per_step, config.seed)
-    model.train()
-    began = time.perf_counter()
-    with (
-        metrics.open("w", encoding="utf-8") as log,
-        tqdm(total=config.steps, desc="training", unit="step") as bar,
-    ):
-        for step, batch in zip(range(1, config.steps + 1), order, strict=False):
-            for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate * learning_rate_factor(step, config)
-            with autocast(model):
-                logits = model(*pad([ids[i] for i in batch], device))  # (B, C)
-            loss = F.cross_entropy(logits.float(), targets[batch])
-            if not torch.isfinite(loss):
+    rank, processes = world()
+    model, device = classifier.model, classifier.model.score.weight.device
+    model.model.activation_checkpointing = config.activation_checkpointing
+    ids, held_out = encode(classifier, notes), encode(classifier, validation)
+    wanted = torch.from_numpy(targets(notes, len(classifier.labels))).to(device)  # (N, C)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(trained.values(), weight_decay=config.weight_decay)
+    # float16 gradients underflow without it
+    scaler = torch.amp.GradScaler(device.type, enabled=classifier.dtype == torch.float16)
+    torch.manual_seed(config.seed + rank)  # of dropout, which differs between processes
+    identity = {"training": dataclasses.asdict(config), "processes": processes} | (identity or {})
+    state = State(run / "checkpoint", trained, optimizer, scaler, identity)
+    if resume:
+        state.load()
+    parallel = model
+    if processes > 1:  # averages gradients; init_sync would send the frozen base, too
+        parallel = DistributedDataParallel(model, init_sync=False)
+    each = config.accumulate * processes  # batches of a step
+    order = batches([len(note) for note in ids], config.tokens_per_batch, config.seed)
+    order = islice(order, state.step * each, None)
+
+    with Log(run / METRICS, state, config.steps, silent=rank != 0) as log, signals() as caught:
+        while state.step < config.steps and state.worse < config.patience:
+            model.train()
+            step, dealt = state.step + 1, list(islice(order, each))
+            count, mine = sum(map(len, dealt)), dealt[rank::processes]
+            losses = tokens = padded = 0.0
+            for batch in mine:
+                inputs = pad([ids[n] for n in batch], device)
+                with (
+                    parallel.no_sync() if processes > 1 and batch is not mine[-1] else nullcontext()
+                ):
+                    with classifier.autocast():
+                        logits = parallel(*inputs)  # (B, C)
+                    loss = F.cross_entropy(logits.float(), wanted[batch], reduction="sum") / count
+                    scaler.scale(loss * processes).backward()  # averaging divides by processes
+                losses += loss.item()
+                tokens += int(inputs[1].sum())
+                padded += inputs[0].numel()
+            loss, tokens, padded, stop = summed([losses, tokens, padded, len(caught)], device)
+            if not math.isfinite(loss):
                 raise FloatingPointError(
-                    f"the loss is {loss.item()} at step {step}: try a lower --learning-rate or "
-                    "--precision fp32"
+                    f"the loss is {loss} at step {step}: try a lower --learning-rate or "
+                    f"--precision fp32. {state.last_checkpoint()}"
                 )
-            scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(trainable, config.clip)
+            nn.utils.clip_grad_norm_(trained.values(), config.clip)
+            rate = config.learning_rate * learning_rate_factor(step, config)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
-            point = {
-                "step": step,
-                "loss": loss.item(),
-                "learning_rate": optimizer.param_groups[0]["lr"],
-                "notes": len(batch),
-                "tokens": sum(len(ids[i]) for i in batch),
-                "seconds": round(time.perf_counter() - began, 3),
-            }
-            log.write(json.dumps(point) + "\n")
-            bar.set_postfix(loss=f"{point['loss']:.3f}", refresh=False)
-            bar.update()
+
+            state.step = step
+            point = {"step": step, "loss": loss, "learning_rate": rate, "notes": count}
+            point |= {"tokens": int(tokens), "padding": round(1 - tokens / padded, 4)}
+            if validation and (step % config.validate_every == 0 or step == config.steps):
+                point |= validate(classifier, validation, held_out)
+                state.judge(point["validation_loss"])
+            log(point)
+            ended = step == config.steps or state.worse == config.patience
+            if stop or ended or step % config.checkpoint_every == 0:
+                state.save()
+            if stop and not ended:
+                raise InterruptedTraining(f"stopped after step {step}. {state.last_checkpoint()}")
+    state.keep_best()
     model.eval()
     model.head_trained = True
+
+
+def encode(classifier: Classifier, notes: Sequence[Note]) -> list[Tensor]:
+    """Tokenise notes, cut at the token limit: int32, a quarter of a list's memory or less."""
+    limit = classifier.token_limit
+    encoded = (classifier.tokenizer.encode(note.text, limit) for note in notes)
+    return [torch.tensor(ids, dtype=torch.int32) for ids in encoded]
+
+
+def validate(classifier: Classifier, notes: Sequence[Note], ids: Sequence[Tensor]) -> dict:
+    """Give the mean loss (nats) and any-label accuracy; each process computes its share of notes."""
+    rank, processes = world()
+    notes, ids = notes[rank::processes], ids[rank::processes]
+    loss = right = 0.0
+    if notes:
+        log_p = classifier.run(ids).log_softmax(-1)  # (n, C)
+        wanted = torch.from_numpy(targets(notes, log_p.size(1)))
+        loss = -(log_p * wanted).sum().item()
+        named = log_p.argmax(-1).tolist()
+        right = sum(n in note.labels for n, note in zip(named, notes, strict=True))
+    device = classifier.model.score.weight.device
+    loss, right, count = summed([loss, right, len(notes)], device)
+    return {"validation_loss": loss / count, "validation_accuracy": right / count}
+
+
+# --- what a person sees -------------------------------------------------------------------------
+
+
+class Log:
+    """A line of ``metrics.jsonl`` and a stroke of the progress bar for each step.
+
+    Args:
+        path: The file. Of a resumed run it keeps the lines of the steps that the checkpoint has.
+        state: Counts steps and seconds.
+        steps: How many there will be.
+        silent: Neither writes nor shows: every process but the first.
+    """
+
+    def __init__(self, path: Path, state: State, steps: int, silent: bool) -> None:
+        self.path, self.state, self.silent = path, state, silent
+        self.bar = tqdm(
+            total=steps, initial=state.step, desc="training", unit="step", disable=silent
+        )
+        self.shown, self.last = {}, state.elapsed()
+
+    def __enter__(self) -> "Log":
+        if not self.silent:
+            kept = []
+            if self.state.step:  # a kill may have cut the last line, or left lines beyond
+                kept = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+            write_atomically(self.path, "".join(kept[: self.state.step]).encode())
+            self.file = self.path.open("a", encoding="utf-8")
+        return self
+
+    def __call__(self, point: dict) -> None:
+        """Tell of a step."""
+        if self.silent:
+            return
+        seconds = self.state.elapsed()
+        self.file.write(json.dumps(point | {"seconds": round(seconds, 3)}) + "\n")
+        self.file.flush()
+        rate, self.last = point["tokens"] / max(seconds - self.last, 1e-9), seconds
+        self.shown |= {
+            "loss": f"{point['loss']:.3f}",
+            "tokens/s": f"{rate:,.0f}",
+            "padding": f"{point['padding']:.0%}",
+        }
+        if "validation_loss" in point:
+            self.shown["validation"] = f"{point['validation_loss']:.3f}"
+        self.bar.set_postfix(self.shown, refresh=False)
+        self.bar.update()
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+        if not self.silent:
+            self.file.close()
+
+
+@contextmanager
+def signals() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM in a list, for the loop to end after its step.
+
+    A second Ctrl-C ends at once.
+    """
+    caught: list[int] = []
+
+    def catch(number: int, _: object) -> None:
+        if caught and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        caught.append(number)
+
+    try:
+        before = {n: signal.signal(n, catch) for n in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: signals are not ours
+        before = {}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

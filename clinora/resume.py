@@ -1,0 +1,219 @@
+"""Checkpoints of training, from which it goes on to the same bits, on one process or several."""
+
+import hashlib
+import json
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from clinora.checkpoint import CheckpointError, write_atomically
+
+CHECKPOINTS_KEPT = 2
+
+
+def world() -> tuple[int, int]:
+    """Give this process' rank and how many there are: (0, 1) without torchrun."""
+    if dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def summed(values: list[float], device: torch.device) -> list[float]:
+    """Sum each number over all processes."""
+    if world()[1] == 1:
+        return values
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+class State:
+    """What decides the next step, and its checkpoints: ``step-000050.safetensors`` and so on.
+
+    A checkpoint is one file, so it is there whole or not at all: tensors, and in its header a
+    JSON object with the numbers, the identity and a sha256 of the tensors.
+
+    Attributes:
+        step: Steps done.
+        best: The lowest validation loss; None before the first.
+        worse: Validations since then.
+        seconds: Training time of the runs before this one.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        trained: dict[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
+        identity: dict,
+    ) -> None:
+        self.folder, self.trained, self.optimizer, self.scaler = folder, trained, optimizer, scaler
+        self.device = next(iter(trained.values())).device
+        self.identity = json.loads(json.dumps(identity))  # tuples become lists, as in the file
+        self.step, self.best, self.worse, self.seconds = 0, None, 0, 0.0
+        self.best_tensors: dict[str, Tensor] = {}
+        self.began = time.perf_counter()
+
+    def judge(self, loss: float) -> None:
+        """Remember the trained parameters if their validation loss is the lowest so far."""
+        if self.best is None or loss < self.best:
+            self.best, self.worse = loss, 0
+            self.best_tensors = {n: p.detach().clone() for n, p in self.trained.items()}
+        else:
+            self.worse += 1
+
+    @torch.no_grad()
+    def keep_best(self) -> None:
+        """Put the parameters that validated best into the model, if any were validated."""
+        for name, tensor in self.best_tensors.items():
+            self.trained[name].copy_(tensor)
+
+    def elapsed(self) -> float:
+        """Give the seconds of training, those before a resumption included."""
+        return self.seconds + time.perf_counter() - self.began
+
+    def save(self) -> None:
+        """Write a checkpoint, then remove all but the last two; the first process alone writes."""
+        tensors = {f"trained.{n}": p.detach() for n, p in self.trained.items()}
+        tensors |= {f"best.{n}": t for n, t in self.best_tensors.items()}
+        for name, parameter in self.trained.items():
+            for key, value in self.optimizer.state[parameter].items():
+                tensors[f"optimizer.{name}.{key}"] = value
+        for rank, states in enumerate(gathered(self.random_states())):
+            tensors |= {f"random.{rank}.{kind}": t for kind, t in states.items()}
+        if world()[0] != 0:
+            return
+        tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+        numbers = {
+            "step": self.step, "best": self.best, "worse": self.worse, "seconds": self.elapsed(),
+            "scaler": self.scaler.state_dict(), "identity": self.identity,
+            "sha256": hash_tensors(tensors),
+        }  # fmt: skip
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"step-{self.step:06d}.safetensors"
+        write_atomically(path, save(tensors, metadata={"state": json.dumps(numbers)}))
+        for old in self.paths()[:-CHECKPOINTS_KEPT]:
+            old.unlink()
+
+    def load(self) -> None:
+        """Go on from the last whole checkpoint, or from the beginning if there is none yet.
+
+        Raises:
+            CheckpointError: All are damaged, or it is of another data, config or base.
+        """
+        if not self.paths():
+            tqdm.write(f"There is no checkpoint in {self.folder} yet: training from the beginning.")
+            return
+        for path in reversed(self.paths()):
+            try:
+                tensors, numbers = read_state(path)
+                break
+            except CheckpointError as error:
+                tqdm.write(f"{error}: going back to the checkpoint before.")
+        else:
+            raise CheckpointError(
+                f"every checkpoint in {self.folder} is damaged: train again without --resume"
+            )
+        if differences := unlike(numbers["identity"], self.identity):
+            raise CheckpointError(
+                f"{path} is of another run: {'; '.join(differences)}. Resume with the options "
+                "that it was begun with"
+            )
+        with torch.no_grad():
+            for name, parameter in self.trained.items():
+                parameter.copy_(tensors[f"trained.{name}"])
+                prefix = f"optimizer.{name}."
+                self.optimizer.state[parameter] = {
+                    # AdamW keeps its step count on the CPU
+                    key.removeprefix(prefix): t.to(parameter.device if t.ndim else "cpu")
+                    for key, t in tensors.items()
+                    if key.startswith(prefix)
+                }
+        self.best_tensors = {
+            name.removeprefix("best."): t.to(self.device)
+            for name, t in tensors.items()
+            if name.startswith("best.")
+        }
+        self.scaler.load_state_dict(numbers["scaler"])
+        self.step, self.best, self.worse = (numbers[key] for key in ("step", "best", "worse"))
+        self.seconds = numbers["seconds"]
+        torch.set_rng_state(tensors[f"random.{world()[0]}.cpu"])
+        if self.device.type != "cpu":
+            state = tensors[f"random.{world()[0]}.{self.device.type}"]
+            getattr(torch, self.device.type).set_rng_state(state)
+
+    def random_states(self) -> dict[str, Tensor]:
+        """Give the states of the generators that dropout draws from."""
+        states = {"cpu": torch.get_rng_state()}
+        if self.device.type != "cpu":
+            states[self.device.type] = getattr(torch, self.device.type).get_rng_state()
+        return states
+
+    def paths(self) -> list[Path]:
+        """List the checkpoints, the oldest first."""
+        return sorted(self.folder.glob("step-*.safetensors"))
+
+    def last_checkpoint(self) -> str:
+        """Say which checkpoint is the last."""
+        paths = self.paths()
+        return f"The last checkpoint is {paths[-1]}." if paths else "There is no checkpoint yet."
+
+
+def read_state(path: Path) -> tuple[dict[str, Tensor], dict]:
+    """Read a checkpoint whole.
+
+    Raises:
+        CheckpointError: It is damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            numbers = json.loads(file.metadata()["state"])
+        whole = numbers["sha256"] == hash_tensors(tensors)
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError):
+        whole = False
+    if not whole:
+        raise CheckpointError(f"{path} is damaged")
+    return tensors, numbers
+
+
+def hash_tensors(tensors: dict[str, Tensor]) -> str:
+    """Hash names and bits of tensors, in the order of the names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def unlike(was: dict, now: dict, inside: str = "") -> list[str]:
+    """List where two nested dictionaries differ."""
+    found = []
+    for key in sorted(was.keys() | now.keys()):
+        name, a, b = f"{inside}{key}", was.get(key), now.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += unlike(a, b, f"{name}.")
+        elif a != b:
+            found.append(f"{name}: {_short(a)} then, {_short(b)} now")
+    return found
+
+
+def gathered(value: object) -> list:
+    """Collect a value of every process, in the order of their ranks."""
+    if world()[1] == 1:
+        return [value]
+    values = [None] * world()[1]
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:37]}…"
