@@ -29,7 +29,7 @@ from clinora.notes import Note, Notes
 REPLICATES = 1000  # of the bootstrap
 BINS = 10  # of the calibration error
 PROMISE = 0.95  # share right of what is answered
-FEWEST_TO_CALIBRATE = 50  # validation notes; from fewer, no threshold deserves trust
+FEWEST_VALIDATION = 50  # notes; fewer can choose neither a threshold nor the best step
 
 
 class Estimate(NamedTuple):
@@ -401,12 +401,10 @@ def evaluate_random_heads(
     with lora_disabled(model):
         for states in classifier.states([note.text for note in notes]):  # (n, D)
             logits = torch.einsum("hcd,nd->hnc", weights, states)
-            part = notes[start : start + len(states)]
-            losses.append(
-                -(logits.log_softmax(-1) * torch.from_numpy(targets(part, classes))).sum(-1)
-            )
+            wanted = torch.from_numpy(targets(notes[start : start + len(states)], classes))
+            losses.append(-(logits.log_softmax(-1) * wanted).sum(-1))  # (heads, n)
             named.append(logits.argmax(-1))
-            start += len(part)
+            start += len(states)
     named, losses = torch.cat(named, 1).numpy(), torch.cat(losses, 1)  # (heads, N) each
     once = np.ones(len(notes))
     results = []
@@ -446,7 +444,7 @@ def calibrate(
     """
     if not 0 < promise < 1:
         raise ValueError(f"the promised share is {promise}: expected more than 0 and less than 1")
-    if len(notes) < FEWEST_TO_CALIBRATE:
+    if len(notes) < FEWEST_VALIDATION:
         return None
     probabilities, _ = classifier.probabilities([note.text for note in notes])
     named = probabilities.argmax(-1)
@@ -455,7 +453,7 @@ def calibrate(
 
 
 def fit_calibration(probabilities: np.ndarray, right: np.ndarray, promise: float) -> Calibration:
-    """Fit a calibration: probabilities (N, C), and whether the most probable class is right (N,)."""
+    """Fit to probabilities (N, C) and to whether the most probable class is right (N,)."""
     features, n = calibration_features(probabilities), len(right)
     hits = int(right.sum())
     target = np.where(right, (hits + 1) / (hits + 2), 1 / (n - hits + 2))

@@ -73,8 +73,8 @@ def results_table(results: Results) -> str:
         "",
         "A note is right when it is filed under the class named. A row has one label: a text filed",
         "under two classes is wrong in one of its rows whatever is answered, so no function of the",
-        f"text is right in more than {results.ceiling:.1%} of the rows of these classes in the file",
-        f"({results.test_ceiling:.1%} of the rows measured here). In brackets: 95% intervals.",
+        f"text is right in more than {results.ceiling:.1%} of the file's rows of these classes, or",
+        f"in {results.test_ceiling:.1%} of those measured here. In brackets: 95% intervals.",
     ]
     if results.against is not None:
         value, low, high = (100 * x for x in results.against)

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from clinora.checkpoint import write_atomically
 from clinora.classifier import Classifier, group_by_length, pad
-from clinora.evaluation import targets
+from clinora.evaluation import FEWEST_VALIDATION, targets
 from clinora.notes import Note
 from clinora.resume import State, summed, world
 
@@ -131,7 +131,8 @@ def train(
     Args:
         classifier: Its model is trained in place.
         notes: What to train on.
-        validation: What to validate on; if there are none, the last step's parameters are kept.
+        validation: What to validate on; if there are fewer than 50, the last step's parameters
+            are kept, and training does not stop early.
         config: How.
         run: The run's folder, for ``metrics.jsonl`` (a JSON line a step: step, loss, learning
             rate, notes, tokens, padding, seconds; at a validation its loss and accuracy) and
@@ -208,7 +209,8 @@ def train(
             point |= {"tokens": int(tokens), "padding": round(1 - tokens / padded, 4)}
             if validation and (step % config.validate_every == 0 or step == config.steps):
                 point |= validate(classifier, validation, held_out)
-                state.judge(point["validation_loss"])
+                if len(validation) >= FEWEST_VALIDATION:
+                    state.judge(point["validation_loss"])
             log(point)
             ended = step == config.steps or state.worse == config.patience
             if stop or ended or step % config.checkpoint_every == 0:
@@ -228,7 +230,7 @@ def encode(classifier: Classifier, notes: Sequence[Note]) -> list[Tensor]:
 
 
 def validate(classifier: Classifier, notes: Sequence[Note], ids: Sequence[Tensor]) -> dict:
-    """Give the mean loss (nats) and any-label accuracy; each process computes its share of notes."""
+    """Give mean loss (nats) and any-label accuracy; each process computes its share of notes."""
     rank, processes = world()
     notes, ids = notes[rank::processes], ids[rank::processes]
     loss = right = 0.0
