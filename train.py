@@ -2,7 +2,9 @@
 
 python train.py                                        # the bundled base and notes, offline
 python train.py --notes notes.csv --base TinyLlama/TinyLlama-1.1B-Chat-v1.0
-torchrun --nproc-per-node=2 train.py --notes notes.csv # on two processes or GPUs
+torchrun --nproc-per-node=2 -- train.py --run runs/two # on two processes or GPUs
+
+Without the -- torchrun would take --run for its own --run-path.
 """
 
 import argparse
@@ -68,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     again += "" if args.resume else " --resume"
     if "RANK" in os.environ:  # torchrun sets it
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-        again = again.replace("python", f"torchrun --nproc-per-node={world()[1]}", 1)
+        again = again.replace("python", f"torchrun --nproc-per-node={world()[1]} --", 1)
     try:
         run_job(args)
     except (OSError, ValueError, FloatingPointError) as error:
@@ -94,7 +96,8 @@ def run_job(args: argparse.Namespace) -> None:
     lora = clinora.LoRAConfig(
         rank=args.rank, alpha=args.alpha, dropout=args.dropout, targets=tuple(args.targets)
     )
-    check_run(args.run, args.resume)
+    if first:
+        check_run(args.run, args.resume)
     notes = clinora.read_notes(
         args.notes,
         text_column=args.text_column,

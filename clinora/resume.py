@@ -99,7 +99,8 @@ class State:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"step-{self.step:06d}.safetensors"
         write_atomically(path, save(tensors, metadata={"state": json.dumps(numbers)}))
-        for old in self.paths()[:-CHECKPOINTS_KEPT]:
+        # A kill while a checkpoint was written leaves its beginning under a hidden name.
+        for old in [*self.paths()[:-CHECKPOINTS_KEPT], *self.folder.glob(".step-*")]:
             old.unlink()
 
     def load(self) -> None:

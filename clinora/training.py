@@ -176,20 +176,22 @@ def train(
             model.train()
             step, dealt = state.step + 1, list(islice(order, each))
             count, mine = sum(map(len, dealt)), dealt[rank::processes]
-            losses = tokens = padded = 0.0
+            rate = config.learning_rate * learning_rate_factor(step, config)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            losses, padded = torch.zeros((), device=device), 0
             for batch in mine:
                 inputs = pad([ids[n] for n in batch], device)
-                with (
-                    parallel.no_sync() if processes > 1 and batch is not mine[-1] else nullcontext()
-                ):
+                waits = processes > 1 and batch is not mine[-1]  # the last shares the gradients
+                with parallel.no_sync() if waits else nullcontext():
                     with classifier.autocast():
                         logits = parallel(*inputs)  # (B, C)
                     loss = F.cross_entropy(logits.float(), wanted[batch], reduction="sum") / count
                     scaler.scale(loss * processes).backward()  # averaging divides by processes
-                losses += loss.item()
-                tokens += int(inputs[1].sum())
+                losses += loss.detach()
                 padded += inputs[0].numel()
-            loss, tokens, padded, stop = summed([losses, tokens, padded, len(caught)], device)
+            tokens = sum(len(ids[n]) for batch in dealt for n in batch)
+            loss, padded, stop = summed([losses.item(), padded, len(caught)], device)
             if not math.isfinite(loss):
                 raise FloatingPointError(
                     f"the loss is {loss} at step {step}: try a lower --learning-rate or "
@@ -197,16 +199,13 @@ def train(
                 )
             scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(trained.values(), config.clip)
-            rate = config.learning_rate * learning_rate_factor(step, config)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
 
             state.step = step
             point = {"step": step, "loss": loss, "learning_rate": rate, "notes": count}
-            point |= {"tokens": int(tokens), "padding": round(1 - tokens / padded, 4)}
+            point |= {"tokens": tokens, "padding": round(1 - tokens / padded, 4)}
             if validation and (step % config.validate_every == 0 or step == config.steps):
                 point |= validate(classifier, validation, held_out)
                 if len(validation) >= FEWEST_VALIDATION:

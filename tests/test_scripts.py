@@ -36,28 +36,29 @@ def notes(tmp_path):
 
 
 def train(*options):
-    return train_script.main(["--steps", "60", "--tokens-per-step", "256", *map(str, options)])
+    return train_script.main(["--steps", "60", "--tokens-per-batch", "256", *map(str, options)])
 
 
 def test_train_then_eval_on_a_file_of_ones_own(notes, tmp_path, capsys):
     run = tmp_path / "run"
     assert train("--notes", notes, "--run", run, "--learning-rate", "5e-3") == 0
     printed = capsys.readouterr()
-    assert "Before training" in printed.out
+    assert "before training (20 random heads)" in printed.out
     assert "Linear(128 → 2)" in printed.out
     assert "60/60" in printed.err  # the progress bar
     assert "visit" not in printed.out + printed.err + (run / "metrics.jsonl").read_text()
     trained = json.loads((run / "report" / "metrics.json").read_text())
-    assert trained["after"]["any_label_accuracy"] == 1.0
-    assert trained["before"]["any_label_accuracy"] < 0.9
+    assert trained["after"]["by_note"]["accuracy"]["value"] == 1.0
+    assert trained["before"]["any_label_accuracy"][0] < 0.9
     assert {f.name for f in run.iterdir()} == {
-        "adapter_config.json", "adapter_model.safetensors", "clinora.json", "metrics.jsonl",
-        "report",
+        "adapter_config.json", "adapter_model.safetensors", "checkpoint", "clinora.json",
+        "metrics.jsonl", "report",
     }  # fmt: skip
 
     (run / "report" / "metrics.json").unlink()
     assert eval_script.main(["--run", str(run)]) == 0
-    assert json.loads((run / "report" / "metrics.json").read_text()) == trained
+    measured = json.loads((run / "report" / "metrics.json").read_text())
+    assert measured["after"] == trained["after"]
     picture = matplotlib.image.imread(run / "report" / "confusion.png")
     assert picture.std() > 0.05  # something is drawn
 
@@ -84,14 +85,33 @@ def test_notes_that_the_run_has_seen_are_not_measured(notes, tmp_path, capsys):
     more.write_text(notes.read_text() + "a new note,Heart\n")
     capsys.readouterr()
     assert eval_script.main(["--run", str(run), "--notes", str(more)]) == 0
-    training = len(clinora.read_notes(notes).on("training"))
-    assert f"Measured on {61 - training} texts" in capsys.readouterr().out
-    assert (run / "report-more" / "metrics.json").is_file()
+    test = len(clinora.read_notes(notes).on("test"))
+    assert f"\n{test + 1} notes, filed in {test + 1} rows\n" in capsys.readouterr().out
+    assert json.loads((run / "report-more" / "metrics.json").read_text())["trained_on"] == 0
+
+
+def test_measuring_on_seen_notes_must_be_asked_for_and_is_said_everywhere(notes, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert train("--notes", notes, "--run", run, "--steps", "1") == 0
+    read = clinora.read_notes(notes)
+    seen = len(read.on("training")) + len(read.on("validation"))
+    only_training = tmp_path / "training.csv"
+    rows = [f"{note.text},{read.classes[note.labels[0]]}" for note in read.on("training")]
+    only_training.write_text("\n".join(["transcription,medical_specialty", *rows]) + "\n")
+    assert_refused(
+        eval_script, ["--run", run, "--notes", only_training], capsys, "trained on all .* notes"
+    )
+    assert eval_script.main(["--run", str(run), "--include-seen"]) == 0
+    said = f"NOT A TEST: the run was trained or calibrated on {seen} of these"
+    assert said in capsys.readouterr().out
+    report = run / "report-seen"
+    assert said in (report / "report.md").read_text()
+    assert json.loads((report / "metrics.json").read_text())["trained_on"] == seen
 
 
 def test_eval_with_no_option_measures_the_bundled_adapter(capsys):
     assert eval_script.main([]) == 0
-    assert "Measured on 50 texts" in capsys.readouterr().out
+    assert "\n50 notes, filed in 56 rows" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -102,8 +122,8 @@ def test_train_with_no_option_beats_the_base_on_the_bundled_notes(tmp_path):
     assert done.returncode == 0, done.stderr
     (run,) = (tmp_path / "runs").iterdir()
     metrics = json.loads((run / "report" / "metrics.json").read_text())
-    before, after = metrics["before"], metrics["after"]
-    assert after["any_label_accuracy"] > before["any_label_accuracy"] + before["spread"]
+    before, spread = metrics["before"]["any_label_accuracy"]
+    assert metrics["after"]["by_note"]["accuracy"]["value"] > before + spread
 
 
 def test_a_run_is_never_written_over(notes, tmp_path, capsys):

@@ -22,6 +22,7 @@ ORDER = [
     "checkpoint",
     "classifier",
     "evaluation",
+    "resume",
     "training",
     "figures",
     "report",

@@ -12,8 +12,15 @@ from hypothesis import strategies
 
 import clinora
 from clinora.checkpoint import BUNDLED
+from clinora.evaluation import targets
 from clinora.notes import Note
-from clinora.training import TrainingConfig, batches, learning_rate_factor, soft_targets, train
+from clinora.training import (
+    METRICS,
+    TrainingConfig,
+    batches,
+    learning_rate_factor,
+    train,
+)
 
 NOTES = [
     Note("chest pain and shortness of breath, ST elevation", (0,)),
@@ -24,6 +31,17 @@ NOTES = [
 ]
 
 
+VALIDATION = [
+    Note(f"{text}, visit {i}", filed)
+    for i in range(18)
+    for text, filed in [("chest pain", (0, 2)), ("fracture of the hip", (2,)), ("CT scan", (3,))]
+]
+
+
+def points(run):
+    return [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
+
+
 def fresh(dropout=0.0, dtype=torch.float32):
     torch.manual_seed(11)
     model = clinora.load_model("bundled", num_labels=5, dtype=dtype)
@@ -32,12 +50,15 @@ def fresh(dropout=0.0, dtype=torch.float32):
     return clinora.Classifier(model, tokenizer, clinora.PUBLISHED_CLASSES, 512)
 
 
-def test_training_follows_peft_and_transformers(tmp_path):
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_training_follows_peft_and_transformers(tmp_path, accumulate):
     """AdamW divides by the gradient's size: where that is near zero, rounding becomes steps."""
     classifier = fresh()
     start = {n: t.clone() for n, t in clinora.lora_state_dict(classifier.model).items()}
-    config = TrainingConfig(steps=10, tokens_per_step=60, learning_rate=5e-4, weight_decay=0.1)
-    train(classifier, NOTES, config, tmp_path / "metrics.jsonl")
+    config = TrainingConfig(
+        steps=10, tokens_per_batch=60, accumulate=accumulate, learning_rate=5e-4, weight_decay=0.1
+    )
+    train(classifier, NOTES, [], config, tmp_path)
 
     base = transformers.AutoModelForSequenceClassification.from_pretrained(
         BUNDLED / "base", num_labels=5, pad_token_id=0, dtype=torch.float32
@@ -62,7 +83,7 @@ def test_training_follows_peft_and_transformers(tmp_path):
     for step in range(1, 11):
         rate = 5e-4 * (step if step == 1 else (1 + math.cos(math.pi * (step - 2) / 9)) / 2)
         optimizer.param_groups[0]["lr"] = rate
-        batch = next(order)
+        batch = [i for _ in range(accumulate) for i in next(order)]
         width = max(len(ids[i]) for i in batch)
         padded = torch.tensor([ids[i] + [0] * (width - len(ids[i])) for i in batch])
         mask = torch.tensor([[1] * len(ids[i]) + [0] * (width - len(ids[i])) for i in batch])
@@ -82,7 +103,7 @@ def test_one_seed_gives_one_result_to_the_bit(tmp_path, dtype):
     results = []
     for _ in range(2):
         classifier = fresh(dropout=0.1, dtype=dtype)
-        train(classifier, NOTES, TrainingConfig(steps=4), tmp_path / "metrics.jsonl")
+        train(classifier, NOTES, [], TrainingConfig(steps=4), tmp_path)
         results.append(clinora.lora_state_dict(classifier.model))
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
@@ -90,38 +111,117 @@ def test_one_seed_gives_one_result_to_the_bit(tmp_path, dtype):
 def test_only_the_adapter_and_the_head_move(tmp_path):
     classifier = fresh()
     before = {n: p.clone() for n, p in classifier.model.named_parameters()}
-    train(classifier, NOTES, TrainingConfig(steps=3), tmp_path / "metrics.jsonl")
+    train(classifier, NOTES, [], TrainingConfig(steps=3), tmp_path)
     moved = {n for n, p in classifier.model.named_parameters() if not torch.equal(p, before[n])}
     assert moved == clinora.lora_state_dict(classifier.model).keys()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_activation_checkpointing_changes_no_bit(tmp_path, dtype):
+    results = []
+    for recompute in (False, True):
+        classifier = fresh(dropout=0.1, dtype=dtype)
+        config = TrainingConfig(steps=3, activation_checkpointing=recompute)
+        train(classifier, NOTES, [], config, tmp_path)
+        results.append(clinora.lora_state_dict(classifier.model))
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+def test_float16_is_scaled_and_trains(tmp_path):
+    """Gradients of the first steps are some 1e-4: float16 keeps few bits there without a scale."""
+    results = {}
+    for dtype in (torch.float32, torch.float16):
+        classifier = fresh(dtype=dtype)
+        train(classifier, NOTES, [], TrainingConfig(steps=5, learning_rate=5e-4), tmp_path)
+        results[dtype] = clinora.lora_state_dict(classifier.model)
+    start = clinora.lora_state_dict(fresh().model)
+    for name, exact in results[torch.float32].items():
+        moved = (exact - start[name]).norm()
+        assert (results[torch.float16][name] - exact).norm() < 0.1 * moved, name
+
+
+# Validation
+
+
+def test_the_parameters_that_validated_best_are_kept(tmp_path):
+    classifier = fresh()
+    config = TrainingConfig(steps=24, learning_rate=0.05, validate_every=2, patience=99)
+    train(classifier, NOTES[:3], VALIDATION, config, tmp_path)
+    losses = [p["validation_loss"] for p in points(tmp_path) if "validation_loss" in p]
+    assert len(losses) == 12
+    assert min(losses) < losses[-1]  # else any way of choosing would pass
+    probabilities, _ = classifier.probabilities([note.text for note in VALIDATION])
+    log_p = torch.tensor(probabilities).double().log()
+    loss = -torch.stack([log_p[i, list(n.labels)].mean() for i, n in enumerate(VALIDATION)]).mean()
+    assert loss.item() == pytest.approx(min(losses), rel=1e-4)
+
+
+def test_validation_accuracy_counts_any_label(tmp_path):
+    classifier = fresh()
+    train(classifier, NOTES, VALIDATION, TrainingConfig(steps=1), tmp_path)
+    named = [p.index for p in classifier([note.text for note in VALIDATION])]
+    right = [name in note.filed for name, note in zip(named, VALIDATION, strict=True)]
+    assert points(tmp_path)[0]["validation_accuracy"] == pytest.approx(sum(right) / len(right))
+
+
+def test_training_stops_early_when_validation_gets_no_better(tmp_path):
+    config = TrainingConfig(steps=60, learning_rate=0.05, validate_every=2, patience=3)
+    train(fresh(), NOTES[:3], VALIDATION, config, tmp_path)
+    losses = [p["validation_loss"] for p in points(tmp_path) if "validation_loss" in p]
+    best = losses.index(min(losses))
+    assert len(losses) == best + 1 + 3 < 30
+
+
+def test_few_validation_notes_choose_nothing(tmp_path):
+    """Validating draws no random number, and 49 notes change no bit of the result."""
+    results = []
+    for validation in ([], VALIDATION[:49]):
+        classifier = fresh(dropout=0.1)
+        config = TrainingConfig(steps=6, learning_rate=0.05, validate_every=1, patience=1)
+        train(classifier, NOTES[:3], validation, config, tmp_path)
+        results.append(clinora.lora_state_dict(classifier.model))
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+# The rest
 
 
 def test_the_head_is_trained_afterwards(tmp_path):
     classifier = fresh()
     assert not classifier.model.head_trained
-    train(classifier, NOTES, TrainingConfig(steps=1), tmp_path / "metrics.jsonl")
+    train(classifier, NOTES, [], TrainingConfig(steps=1), tmp_path)
     assert classifier.model.head_trained
 
 
 def test_metrics_hold_a_line_a_step_and_no_text(tmp_path):
-    train(fresh(), NOTES, TrainingConfig(steps=3), tmp_path / "metrics.jsonl")
-    text = (tmp_path / "metrics.jsonl").read_text()
-    lines = [json.loads(line) for line in text.splitlines()]
+    train(fresh(), NOTES, [], TrainingConfig(steps=3), tmp_path)
+    lines = points(tmp_path)
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert all(math.isfinite(line["loss"]) for line in lines)
-    assert "chest" not in text
+    assert "chest" not in (tmp_path / METRICS).read_text()
+
+
+def test_metrics_tell_tokens_and_padding(tmp_path):
+    """All five notes fit one batch: as wide as the longest."""
+    classifier = fresh()
+    train(classifier, NOTES, [], TrainingConfig(steps=1), tmp_path)
+    lengths = [len(classifier.tokenizer.encode(note.text)) for note in NOTES]
+    (point,) = points(tmp_path)
+    assert (point["notes"], point["tokens"]) == (5, sum(lengths))
+    assert point["padding"] == pytest.approx(1 - sum(lengths) / (5 * max(lengths)), abs=1e-4)
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_step(tmp_path):
     classifier = fresh()
     with torch.no_grad():
         classifier.model.score.weight.fill_(math.nan)
-    with pytest.raises(FloatingPointError, match="at step 1"):
-        train(classifier, NOTES, TrainingConfig(steps=2), tmp_path / "metrics.jsonl")
+    with pytest.raises(FloatingPointError, match=r"at step 1.*no checkpoint yet"):
+        train(classifier, NOTES, [], TrainingConfig(steps=2), tmp_path)
 
 
 def test_no_notes_are_refused(tmp_path):
     with pytest.raises(ValueError, match="no notes"):
-        train(fresh(), [], TrainingConfig(), tmp_path / "metrics.jsonl")
+        train(fresh(), [], [], TrainingConfig(), tmp_path)
 
 
 @hypothesis.given(
@@ -156,7 +256,7 @@ def test_the_learning_rate_warms_up_linearly_and_falls_as_a_cosine():
 
 
 def test_several_labels_share_the_target():
-    assert soft_targets([Note("a", (2, 2, 0)), Note("b", (1,))], 4).tolist() == [
+    assert targets([Note("a", (2, 2, 0)), Note("b", (1,))], 4).tolist() == [
         [0.5, 0, 0.5, 0],
         [0, 1, 0, 0],
     ]

@@ -1,0 +1,105 @@
+"""Kill a training at random moments, resume it each time, and compare its end with a whole one.
+
+    python -m tests.kill_and_resume --kills 20 --precision bf16
+
+Every other kill waits until a checkpoint is being written. The adapter must be the same to the bit.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+STEPS = 40
+OPTIONS = [
+    "--steps", str(STEPS), "--tokens-per-batch", "256", "--checkpoint-every", "1",
+    "--validate-every", "10", "--device", "cpu", "--rank", "4",
+]  # fmt: skip
+
+
+def write_notes(path: Path, texts: int = 300) -> Path:
+    """Write a file of short notes of two classes, of which the words tell."""
+    words = {"Heart": "chest pain", "Bone": "fracture"}
+    rows = [
+        f"visit {i}: {word},{label}" for i in range(texts // 2) for label, word in words.items()
+    ]
+    path.write_text("transcription,medical_specialty\n" + "\n".join(rows) + "\n")
+    return path
+
+
+def start(notes: Path, run: Path, precision: str, *more: str) -> subprocess.Popen:
+    """Start train.py in a process of its own."""
+    command = [sys.executable, str(ROOT / "train.py"), "--notes", str(notes), "--run", str(run)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*command, "--precision", precision, *OPTIONS, *more], env=environment,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def finish(job: subprocess.Popen) -> None:
+    """Wait for a training to end well."""
+    _, error = job.communicate()
+    if job.returncode:
+        raise RuntimeError(f"train.py ended with {job.returncode}: {error.decode()[-2000:]}")
+
+
+def kill_mid_write(job: subprocess.Popen, folder: Path) -> bool:
+    """Kill the job while a checkpoint is half written; False if it ended before."""
+    while job.poll() is None:
+        if list(folder.glob(".step-*")):
+            job.send_signal(signal.SIGKILL)
+            return True
+    return False
+
+
+def show(folder: Path, precision: str, kills: int, seed: int) -> dict:
+    """Train whole and in pieces; gives how often it was killed and whether the ends are equal."""
+    draw = random.Random(seed)
+    notes = write_notes(folder / "notes.csv")
+    began = time.monotonic()
+    finish(start(notes, folder / "whole", precision))
+    whole = time.monotonic() - began
+    run, killed, cut = folder / "killed", 0, 0
+    while killed < kills:
+        resume = ["--resume"] if (run / "metrics.jsonl").exists() else []
+        job = start(notes, run, precision, *resume)
+        time.sleep(draw.uniform(0.3, 1.0) * whole / 2)
+        if killed % 2:
+            cut += kill_mid_write(job, run / "checkpoint")
+        job.send_signal(signal.SIGKILL)
+        job.communicate()
+        killed += 1
+    resume = ["--resume"] if (run / "metrics.jsonl").exists() else []
+    finish(start(notes, run, precision, *resume))
+    ends = [
+        (folder / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "killed")
+    ]
+    return {
+        "precision": precision, "kills": killed, "while writing": cut,
+        "identical": ends[0] == ends[1],
+    }  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the result; the exit status is 0 if the bits are the same."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as folder:
+        report = show(Path(folder), args.precision, args.kills, args.seed)
+    print(json.dumps(report))
+    return 0 if report["identical"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""The comparison of heads, ranks and full fine-tuning."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import clinora
+from clinora.checkpoint import BUNDLED
+from clinora.training import TrainingConfig, train
+from tests.kill_and_resume import write_notes
+from tools import compare
+
+
+@pytest.fixture
+def options(tmp_path):
+    notes = write_notes(tmp_path / "notes.csv", texts=60)
+    return [
+        "--notes", notes, "--out", tmp_path / "out", "--steps", "3", "--tokens-per-batch", "256",
+        "--device", "cpu", "--precision", "fp32",
+    ]  # fmt: skip
+
+
+def run(options, *more):
+    return compare.main([str(option) for option in (*options, *more)])
+
+
+@pytest.mark.slow
+def test_a_point_is_what_training_alone_gives(options, tmp_path):
+    assert run(options, "--tune", "lora", "--ranks", "2", "--seeds", "5") == 0
+    notes = clinora.read_notes(tmp_path / "notes.csv")
+    torch.manual_seed(5)
+    model = clinora.load_model("bundled", num_labels=2, dtype=torch.float32)
+    clinora.apply_lora(model, clinora.LoRAConfig(rank=2, alpha=4))
+    tokenizer = clinora.Tokenizer(BUNDLED / "base" / "tokenizer.model")
+    classifier = clinora.Classifier(model, tokenizer, notes.classes, 512)
+    config = TrainingConfig(steps=3, tokens_per_batch=256, seed=5)
+    train(classifier, notes.on("training"), notes.on("validation"), config, tmp_path)
+    test = notes.on("test")
+    named = [p.index for p in classifier([note.text for note in test])]
+    result = json.loads((tmp_path / "out" / "r=2-seed5.json").read_text())
+    assert result["right"] == [n in note.labels for n, note in zip(named, test, strict=True)]
+    # Bundled: 4 layers; q 128 × 128 and v 64 × 128 at r = 2, and the head's 2 × 128.
+    assert result["trainable"] == 4 * 2 * (128 + 128 + 64 + 128) + 2 * 128
+
+
+@pytest.mark.slow
+def test_what_is_done_is_not_repeated_and_other_options_are_refused(options, tmp_path, capsys):
+    assert run(options, "--tune", "head", "full", "--seeds", "0") == 0
+    out = tmp_path / "out"
+    (out / "head-seed0.json").unlink()
+    kept = (out / "full-seed0.json").stat().st_mtime_ns
+    capsys.readouterr()
+    assert run(options, "--tune", "head", "full", "--seeds", "0") == 0
+    printed = capsys.readouterr().out
+    assert "head, seed 0: " in printed and "full, seed 0: " not in printed
+    assert (out / "full-seed0.json").stat().st_mtime_ns == kept
+    rows = {row["name"]: row for row in json.loads((out / "results.json").read_text())}
+    base = sum(p.numel() for p in clinora.load_model("bundled", num_labels=2).parameters())
+    assert (rows["head"]["trainable"], rows["full"]["trainable"]) == (2 * 128, base)
+    with pytest.raises(SystemExit) as caught:
+        run(options, "--steps", "4")
+    assert caught.value.code == 2
+    assert "steps: 3 then, 4 now" in capsys.readouterr().err
+
+
+def test_seeds_are_pooled():
+    results = [
+        {"tune": "lora", "rank": 8, "right": right, "trainable": 7, "seconds": s, "peak_bytes": b}
+        for right, s, b in [([1, 1, 0, 0], 2.0, 5), ([1, 0, 0, 0], 4.0, 9)]
+    ]
+    (row,) = compare.summarise(results)
+    assert (row["any_label_accuracy"], row["seconds"], row["peak_bytes"]) == (3 / 8, 3.0, 9)
+    assert row["between_seeds"] == pytest.approx(np.std([0.5, 0.25], ddof=1))
+    assert row["low"] < 3 / 8 < row["high"]

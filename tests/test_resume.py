@@ -1,0 +1,304 @@
+"""Checkpoints: killed, interrupted, damaged or refused, training loses nothing that it had."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import clinora
+import train as train_script
+from clinora import training
+from clinora.checkpoint import BUNDLED, CheckpointError
+from clinora.notes import Note
+from clinora.resume import world
+from clinora.training import METRICS, InterruptedTraining, TrainingConfig, train
+from tests import kill_and_resume
+
+ROOT = Path(__file__).parents[1]
+NOTES = [Note(f"visit {i}: {word}", (i % 2,)) for i in range(8) for word in ("heart", "bone")]
+VALIDATION = [Note(f"case {i}", (i % 2,)) for i in range(50)]
+CONFIG = {"steps": 9, "tokens_per_batch": 40, "checkpoint_every": 2, "validate_every": 3}
+
+
+def fresh(dtype=torch.float32, seed=3):
+    torch.manual_seed(seed)
+    model = clinora.load_model("bundled", num_labels=2, dtype=dtype)
+    clinora.apply_lora(model, clinora.LoRAConfig(dropout=0.2))
+    tokenizer = clinora.Tokenizer(BUNDLED / "base" / "tokenizer.model")
+    return clinora.Classifier(model, tokenizer, ("A", "B"), 64)
+
+
+def begin(run, classifier=None, **changes):
+    """Train from the beginning, or go on if changes say ``resume=True``; gives what it trained."""
+    run.mkdir(exist_ok=True)
+    options = {name: changes.pop(name) for name in ("identity", "resume") if name in changes}
+    classifier = classifier or fresh()
+    train(classifier, NOTES, VALIDATION, TrainingConfig(**CONFIG | changes), run, **options)
+    return clinora.lora_state_dict(classifier.model)
+
+
+def stop_at(step, monkeypatch, number=signal.SIGTERM):
+    """Send this process a signal in the middle of a step."""
+    real = training.learning_rate_factor
+
+    def factor(at, config):
+        if at == step:
+            signal.raise_signal(number)
+        return real(at, config)
+
+    monkeypatch.setattr(training, "learning_rate_factor", factor)
+
+
+def steps(run):
+    return sorted(int(path.stem.split("-")[1]) for path in (run / "checkpoint").glob("step-*"))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """What an uninterrupted training gives."""
+    return begin(tmp_path_factory.mktemp("whole"))
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_an_interrupted_training_goes_on_to_the_same_bits(tmp_path, monkeypatch, dtype):
+    expected = begin(tmp_path / "a", fresh(dtype))
+    with monkeypatch.context() as patch, pytest.raises(InterruptedTraining, match="after step 5"):
+        stop_at(5, patch)
+        begin(tmp_path / "b", fresh(dtype))
+    # Another seed: all that was random must come from the checkpoint.
+    assert same(begin(tmp_path / "b", fresh(dtype, seed=99), resume=True), expected)
+
+
+def test_the_history_goes_on_as_if_nothing_had_happened(tmp_path, monkeypatch, whole):
+    with monkeypatch.context() as patch, pytest.raises(InterruptedTraining):
+        stop_at(4, patch, signal.SIGINT)
+        begin(tmp_path)
+    # A kill may leave lines beyond the checkpoint, the last of them cut.
+    with (tmp_path / METRICS).open("a") as file:
+        file.write('{"step": 5}\n{"st')
+    begin(tmp_path, resume=True)
+    lines = [json.loads(line) for line in (tmp_path / METRICS).read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 10))
+    seconds = [line["seconds"] for line in lines]
+    assert seconds == sorted(seconds)
+
+
+def test_the_last_two_checkpoints_are_kept(tmp_path):
+    begin(tmp_path)
+    assert steps(tmp_path) == [8, 9]
+
+
+def test_what_a_kill_left_half_written_is_removed(tmp_path):
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / ".step-000002.safetensors.abc").write_bytes(b"half")
+    begin(tmp_path)
+    assert steps(tmp_path) == [8, 9]
+
+
+def test_killed_before_the_first_checkpoint_it_begins_again(tmp_path, whole, capsys):
+    (tmp_path / METRICS).write_text('{"step": 1}\n')
+    assert same(begin(tmp_path, resume=True), whole)
+    assert "no checkpoint" in capsys.readouterr().out
+    assert len((tmp_path / METRICS).read_text().splitlines()) == 9
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "bit"])
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path, whole, capsys, damage):
+    begin(tmp_path)
+    newest = tmp_path / "checkpoint" / "step-000009.safetensors"
+    data = bytearray(newest.read_bytes())
+    data[-100] ^= 1
+    newest.write_bytes({"cut": data[:-1], "empty": b"", "bit": data}[damage])
+    assert same(begin(tmp_path, resume=True), whole)
+    assert "step-000009.safetensors is damaged: going back" in capsys.readouterr().out
+
+
+def test_without_a_whole_checkpoint_it_does_not_begin_again_in_silence(tmp_path):
+    begin(tmp_path)
+    for path in (tmp_path / "checkpoint").iterdir():
+        path.write_bytes(b"nothing")
+    with pytest.raises(CheckpointError, match=r"every checkpoint in .* is damaged"):
+        begin(tmp_path, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "difference"),
+    [
+        ({"learning_rate": 0.5}, r"training.learning_rate: 0.001 then, 0.5 now"),
+        ({"seed": 1}, r"training.seed: 0 then, 1 now"),
+        ({"identity": {"base": {"sha256": "b"}}}, r'base.sha256: "a" then, "b" now'),
+        ({"identity": {}}, r'base: \{"sha256": "a"\} then, null now'),
+    ],
+)
+def test_a_checkpoint_of_something_else_is_refused_with_the_difference(
+    tmp_path, changes, difference
+):
+    begin(tmp_path, identity={"base": {"sha256": "a"}})
+    with pytest.raises(CheckpointError, match=difference):
+        begin(tmp_path, resume=True, **{"identity": {"base": {"sha256": "a"}}} | changes)
+
+
+@pytest.fixture
+def without_rights():
+    """Give up root's right to write anywhere, if this is root."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    yield
+    os.seteuid(0)
+
+
+@pytest.mark.parametrize("read_only", [".", "checkpoint"])
+def test_a_folder_that_cannot_be_written_leaves_the_old_checkpoint_whole(
+    tmp_path, request, read_only
+):
+    begin(tmp_path, steps=3)
+    before = {p.name: p.read_bytes() for p in (tmp_path / "checkpoint").iterdir()}
+    for folder in (tmp_path, tmp_path / "checkpoint"):
+        folder.chmod(0o777)
+    (tmp_path / METRICS).unlink()
+    (tmp_path / read_only).chmod(0o555)
+    for parent in (tmp_path.parent, tmp_path.parent.parent, tmp_path.parent.parent.parent):
+        if os.geteuid() == 0:
+            parent.chmod(0o755)
+    classifier = fresh()
+    request.getfixturevalue("without_rights")
+    with pytest.raises(PermissionError, match=str(tmp_path / read_only)):
+        begin(tmp_path, classifier)
+    after = {p.name: p.read_bytes() for p in (tmp_path / "checkpoint").iterdir()}
+    assert after == before
+
+
+FULL = """
+import resource, sys
+import train
+import safetensors.torch  # its file is larger than any that the imports write
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
+train.main(sys.argv[2:])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files")
+def test_a_full_disk_ends_with_one_line_and_the_old_checkpoint_whole(tmp_path):
+    """No file may grow beyond what the second checkpoint, with the best parameters, needs."""
+    notes = kill_and_resume.write_notes(tmp_path / "notes.csv", texts=700)
+    options = ["--notes", notes, "--run", tmp_path / "run", *kill_and_resume.OPTIONS]
+    options += ["--checkpoint-every", "2", "--validate-every", "3"]
+    code = [sys.executable, "-c", FULL]
+    done = subprocess.run(
+        [*code, "115000", *map(str, options)], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 2, done.stderr
+    error = done.stderr.splitlines()[-1]
+    assert error.startswith("train.py: ") and "File too large" in error
+    assert "Traceback" not in done.stderr
+    assert steps(tmp_path / "run") == [2]
+    done = subprocess.run(
+        [*code, "-1", *map(str, options), "--resume"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_killed_at_any_moment_it_ends_with_the_same_bits(tmp_path, precision):
+    report = kill_and_resume.show(tmp_path, precision, kills=3, seed=1)
+    assert report["kills"] == 3
+    assert report["identical"]
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    notes = kill_and_resume.write_notes(tmp_path / "notes.csv")
+    options = ["--notes", notes, "--run", tmp_path / "run", *kill_and_resume.OPTIONS]
+    options = [str(option) for option in options]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as caught:
+        stop_at(3, patch, signal.SIGINT)
+        train_script.main(options)
+    assert caught.value.code == 130
+    error = capsys.readouterr().err
+    assert "stopped after step 3" in error
+    go_on = error.splitlines()[-1].removeprefix("To go on: python train.py ").split()
+    assert train_script.main(go_on) == 0
+    assert len((tmp_path / "run" / METRICS).read_text().splitlines()) == kill_and_resume.STEPS
+
+
+# Several processes
+
+
+def torchrun(*options, processes=2):
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
+    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "--", "train.py"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*command, *map(str, options)], cwd=ROOT, env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def test_alone_it_is_the_first_of_one_process():
+    assert world() == (0, 1)
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_does_on_the_same_global_batches(tmp_path):
+    notes = kill_and_resume.write_notes(tmp_path / "notes.csv")
+    options = ["--notes", notes, *kill_and_resume.OPTIONS, "--dropout", "0", "--precision", "fp32"]
+    two = torchrun(*options, "--run", tmp_path / "two", "--accumulate", "2")
+    output, error = two.communicate()
+    assert two.returncode == 0, error
+    one = [*options, "--run", tmp_path / "one", "--accumulate", "4"]
+    assert train_script.main(list(map(str, one))) == 0
+
+    adapters = [load_file(tmp_path / run / "adapter_model.safetensors") for run in ("one", "two")]
+    for name, tensor in adapters[0].items():
+        torch.testing.assert_close(adapters[1][name], tensor, rtol=0, atol=1e-5)
+    histories = [
+        [json.loads(line) for line in (tmp_path / run / METRICS).read_text().splitlines()]
+        for run in ("one", "two")
+    ]
+    for a, b in zip(*histories, strict=True):
+        assert (a["notes"], a["tokens"], a["padding"]) == (b["notes"], b["tokens"], b["padding"])
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+    # Every validation note counts once, whoever computed it.
+    assert histories[0][-1]["validation_loss"] == pytest.approx(
+        histories[1][-1]["validation_loss"], abs=1e-5
+    )
+    assert histories[0][-1]["validation_accuracy"] == histories[1][-1]["validation_accuracy"]
+    assert output.count("Report: ") == 1  # the first process alone speaks and writes
+
+
+@pytest.mark.slow
+def test_a_dead_worker_ends_all_and_training_can_go_on(tmp_path):
+    notes = kill_and_resume.write_notes(tmp_path / "notes.csv")
+    options = ["--notes", notes, "--run", tmp_path / "run", *kill_and_resume.OPTIONS]
+    options += ["--checkpoint-every", "2", "--steps", "4000"]
+    job = torchrun(*options)
+    while not list(tmp_path.glob("run/checkpoint/step-*")) and job.poll() is None:
+        time.sleep(0.05)
+    workers = [p for p in psutil.Process(job.pid).children() if "train.py" in p.cmdline()]
+    workers[1].kill()
+    _, error = job.communicate(timeout=120)
+    assert job.returncode != 0
+    assert "train.py: another process has ended. To go on: torchrun --nproc-per-node=2 --" in error
+    last = max(steps(tmp_path / "run"))
+    job = torchrun(*options, "--resume")
+    while max(steps(tmp_path / "run")) <= last and job.poll() is None:
+        time.sleep(0.05)
+    job.send_signal(signal.SIGTERM)
+    _, error = job.communicate(timeout=120)
+    assert "damaged" not in error
+    assert max(steps(tmp_path / "run")) > last

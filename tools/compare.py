@@ -1,0 +1,245 @@
+"""What does the rank buy? Head, LoRA and full fine-tuning, over ranks and seeds, side by side.
+
+    python -m tools.compare --notes mtsamples --out runs/compare --ranks 1 4 8 16 64 --seeds 0 1 2
+
+Each training runs in a process of its own, which gives its peak of memory. One that was stopped
+goes on from its checkpoint; those that are done are not repeated. LoRA's alpha is twice the rank,
+so that the scaling is the same at every rank.
+"""
+
+import argparse
+import dataclasses
+import json
+import multiprocessing
+import shutil
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import clinora
+from clinora.checkpoint import write_atomically
+from clinora.classifier import base_hashes, choose_device, choose_dtype
+from clinora.evaluation import bootstrap, classify
+from clinora.figures import rank_figure
+from clinora.notes import SPLITS
+from clinora.report import png, read_steps
+from clinora.resume import unlike
+from clinora.training import METRICS, TrainingConfig, train
+from train import choose_classes
+
+TUNES = ("head", "lora", "full")
+# Peaks at which each way did well on the bundled base: the fewer parameters, the larger.
+LEARNING_RATES = {"head": 1e-2, "lora": 1e-3, "full": 2e-4}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Point:
+    """One training.
+
+    Attributes:
+        tune: "head", "lora" or "full".
+        rank: LoRA's r; 0 for the others.
+        seed: Of initialisation, order and dropout.
+    """
+
+    tune: str
+    rank: int
+    seed: int
+
+    @property
+    def group(self) -> str:
+        """What it has in common with the other seeds."""
+        return f"r={self.rank}" if self.tune == "lora" else self.tune
+
+
+def train_point(point: Point, args: argparse.Namespace) -> dict:
+    """Train and measure one point; called in a fresh process."""
+    notes = read(args)
+    torch.manual_seed(point.seed)
+    device = choose_device(args.device)
+    dtype = choose_dtype(device, args.precision)
+    model = clinora.load_model(
+        args.base,
+        num_labels=len(notes.classes),
+        # What trains is float32 always, and of full fine-tuning that is everything.
+        dtype=torch.float32 if point.tune == "full" else dtype,
+        device=device,
+    )
+    lora = None
+    if point.tune == "lora":
+        targets = tuple(args.targets)
+        lora = clinora.LoRAConfig(rank=point.rank, alpha=2 * point.rank, targets=targets)
+        clinora.apply_lora(model, lora)
+    elif point.tune == "head":
+        model.model.requires_grad_(False)
+    tokenizer = clinora.Tokenizer(model.source.folder / "tokenizer.model")
+    classifier = clinora.Classifier(model, tokenizer, notes.classes, args.token_limit, dtype=dtype)
+    config = TrainingConfig(
+        steps=args.steps,
+        tokens_per_batch=args.tokens_per_batch,
+        learning_rate=getattr(args, f"learning_rate_{point.tune}"),
+        seed=point.seed,
+    )
+    run = args.out / f"{point.group}-seed{point.seed}"
+    run.mkdir(exist_ok=True)
+    identity = {
+        "data": [notes.fingerprint, notes.split_fingerprint],
+        "base": base_hashes(model.source),
+        "lora": lora and dataclasses.asdict(lora),
+        "token_limit": args.token_limit,
+        "precision": str(dtype),
+    }
+    train(
+        classifier, notes.on("training"), notes.on("validation"), config, run,
+        identity=identity, resume=(run / METRICS).is_file(),
+    )  # fmt: skip
+    steps = read_steps(run / METRICS)
+    peak = peak_bytes()
+    answers = classify(classifier, notes.on("test"))
+    result = dataclasses.asdict(point) | {
+        "trainable": clinora.count_parameters(model).trainable,
+        "steps": len(steps),
+        "seconds": steps[-1]["seconds"],
+        "peak_bytes": peak,
+        "right": answers.right.astype(int).tolist(),
+    }
+    write_atomically(args.out / f"{run.name}.json", json.dumps(result).encode())
+    shutil.rmtree(run)  # of full fine-tuning, several times the base
+    return result
+
+
+def peak_bytes() -> int | None:
+    """Give the most memory that this process has held; None where the system does not tell."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    try:
+        with open("/proc/self/status") as status:
+            return 1024 * next(int(x.split()[1]) for x in status if x.startswith("VmHWM"))
+    except OSError:
+        return None
+
+
+def summarise(results: Sequence[dict]) -> list[dict]:
+    """Pool the seeds of each way of tuning.
+
+    The interval is a bootstrap over notes of the mean over seeds.
+    """
+    groups = {}
+    for result in results:
+        groups.setdefault((result["tune"], result["rank"]), []).append(result)
+    rows = []
+    for (tune, rank), group in groups.items():
+        right = np.array([result["right"] for result in group], float)  # (seeds, N)
+        share = right.mean(0)
+        (accuracy,) = bootstrap(lambda w, s=share: np.array([w @ s / w.sum()]), right.shape[1])
+        peaks = [result["peak_bytes"] for result in group if result["peak_bytes"]]
+        rows.append(
+            {
+                "name": Point(tune=tune, rank=rank, seed=0).group,
+                "tune": tune,
+                "trainable": group[0]["trainable"],
+                "seeds": len(group),
+                "seconds": float(np.mean([result["seconds"] for result in group])),
+                "peak_bytes": max(peaks) if peaks else None,
+                "any_label_accuracy": accuracy.value,
+                "low": accuracy.low,
+                "high": accuracy.high,
+                "between_seeds": float(right.mean(1).std(ddof=1)) if len(group) > 1 else None,
+            }
+        )
+    return rows
+
+
+def table(rows: Sequence[dict]) -> str:
+    """Put the summary into a Markdown table."""
+    lines = [
+        "| tuned | parameters trained | seeds | seconds | peak MB | notes right | 95% interval |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        peak = f"{row['peak_bytes'] / 1e6:,.0f}" if row["peak_bytes"] else ""
+        lines.append(
+            f"| {row['name']} | {row['trainable']:,} | {row['seeds']} | {row['seconds']:.0f} | "
+            f"{peak} | {row['any_label_accuracy']:.1%} | {row['low']:.1%} to {row['high']:.1%} |"
+        )
+    return "\n".join(lines)
+
+
+def read(args: argparse.Namespace) -> clinora.Notes:
+    """Read the notes that the options name."""
+    return clinora.read_notes(
+        args.notes,
+        text_column=args.text_column,
+        label_column=args.label_column,
+        classes=choose_classes(args.classes),
+        split=args.split,
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train what is not there yet, then write table and figure; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    defaults = TrainingConfig()
+    add = parser.add_argument
+    add("--out", type=Path, required=True, help="folder for results, table and figure")
+    add("--tune", nargs="+", choices=TUNES, default=TUNES, help="what to train")
+    add("--ranks", nargs="+", type=int, default=(1, 4, 8, 16, 64), help="LoRA's ranks")
+    add("--seeds", nargs="+", type=int, default=(0, 1, 2), help="one training each")
+    add("--targets", nargs="+", default=clinora.LoRAConfig().targets, help="layers to adapt")
+    add("--base", default="bundled", help="bundled, a folder or a Hub id")
+    add("--notes", default="bundled", help="bundled, mtsamples or a CSV file")
+    add("--text-column", default="transcription", help="the notes' column")
+    add("--label-column", default="medical_specialty", help="the classes' column")
+    add("--classes", nargs="+", help="names, one number k (the most frequent), or all")
+    add("--split", choices=SPLITS, default="texts", help="rows: as published, for comparison")
+    add("--device", default="auto", help="auto, cpu, cuda or mps")
+    add("--precision", default="auto", help="auto, bf16, fp16 or fp32")
+    add("--token-limit", type=int, default=512, help="tokens read of a note")
+    add("--steps", type=int, default=defaults.steps, help="optimiser steps of each training")
+    add("--tokens-per-batch", type=int, default=defaults.tokens_per_batch, help="of a batch")
+    for tune, rate in LEARNING_RATES.items():
+        add(f"--learning-rate-{tune}", type=float, default=rate, help=f"peak (default: {rate})")
+    args = parser.parse_args(argv)
+    points = [
+        Point(tune=tune, rank=rank, seed=seed)
+        for seed in args.seeds
+        for tune in args.tune
+        for rank in (args.ranks if tune == "lora" else [0])
+    ]
+    fixed = {k: v for k, v in vars(args).items() if k not in ("out", "seeds", "ranks", "tune")}
+    fixed = json.loads(json.dumps(fixed))  # tuples become lists, as in the file
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        options = args.out / "options.json"
+        if options.is_file() and (differences := unlike(json.loads(options.read_text()), fixed)):
+            raise ValueError(f"{args.out} holds other results: {'; '.join(differences)}")
+        write_atomically(options, (json.dumps(fixed, indent=2) + "\n").encode())
+        print(f"Notes: {read(args)}; {len(points)} trainings", flush=True)
+        spawn = multiprocessing.get_context("spawn")
+        for point in points:
+            if (args.out / f"{point.group}-seed{point.seed}.json").is_file():
+                continue
+            with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+                result = pool.submit(train_point, point, args).result()
+            share = np.mean(result["right"])
+            print(f"{point.group}, seed {point.seed}: {share:.1%}", flush=True)
+    except (OSError, ValueError, FloatingPointError) as error:
+        parser.exit(2, f"compare.py: {error}\n")
+    paths = [args.out / f"{p.group}-seed{p.seed}.json" for p in points]
+    rows = summarise([json.loads(path.read_text()) for path in paths])
+    write_atomically(args.out / "results.json", (json.dumps(rows, indent=2) + "\n").encode())
+    write_atomically(args.out / "table.md", (table(rows) + "\n").encode())
+    write_atomically(args.out / "rank.png", png(rank_figure(rows)))
+    print(f"\n{table(rows)}\n\nFigure: {args.out / 'rank.png'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
