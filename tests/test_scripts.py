@@ -98,6 +98,7 @@ def test_measuring_on_seen_notes_must_be_asked_for_and_is_said_everywhere(notes,
     only_training = tmp_path / "training.csv"
     rows = [f"{note.text},{read.classes[note.labels[0]]}" for note in read.on("training")]
     only_training.write_text("\n".join(["transcription,medical_specialty", *rows]) + "\n")
+    capsys.readouterr()
     assert_refused(
         eval_script, ["--run", run, "--notes", only_training], capsys, "trained on all .* notes"
     )
