@@ -323,7 +323,9 @@ class LlamaForCausalLM(nn.Module):
 class LlamaForSequenceClassification(nn.Module):
     """Llama with a linear classifier on the last real token.
 
-    ``head_trained`` is False while ``score`` holds random numbers.
+    ``head_trained`` is False while ``score`` holds random numbers: such a head predicts nothing and
+    is not saved. ``load_model``, ``load_adapter`` and ``clinora.training.train`` set it; whoever
+    trains with a loop of their own sets ``model.head_trained = True``.
     """
 
     def __init__(self, config: LlamaConfig, num_labels: int) -> None:

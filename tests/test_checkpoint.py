@@ -36,6 +36,7 @@ def adapted(folder, **config):
     with torch.no_grad():
         for parameter in clinora.lora_state_dict(model).values():
             parameter.normal_(std=0.2)
+    model.head_trained = True  # as a training loop says when it has done its work
     return model
 
 
@@ -164,6 +165,74 @@ def test_index_that_points_outside_the_folder_is_refused(reference):
         clinora.load_model(folder, num_labels=5)
 
 
+@pytest.fixture
+def shards(reference, tmp_path):
+    """A base in several files, as Transformers writes it, and their index."""
+    theirs, _ = reference()
+    theirs.save_pretrained(tmp_path / "shards", max_shard_size="40KB")
+    return tmp_path / "shards", tmp_path / "shards" / "model.safetensors.index.json"
+
+
+def test_a_tensor_in_two_shards_is_refused(shards):
+    """The second copy would silently take the place of the first."""
+    folder, index = shards
+    files = json.loads(index.read_text())["weight_map"]
+    name = "model.norm.weight"
+    other = next(folder / file for file in files.values() if file != files[name])
+    edit_tensors(other, lambda tensors: tensors.update({name: torch.zeros(64)}))
+    with pytest.raises(CheckpointError, match=rf"{other.name} .*model\.norm\.weight"):
+        clinora.load_model(folder, num_labels=5)
+
+
+def test_a_tensor_that_the_index_places_elsewhere_is_refused(shards):
+    folder, index = shards
+    files = json.loads(index.read_text())["weight_map"]
+    other = next(file for file in files.values() if file != files["score.weight"])
+    edit_json(index, weight_map=files | {"score.weight": other})
+    with pytest.raises(CheckpointError, match=r"score\.weight"):
+        clinora.load_model(folder, num_labels=5)
+
+
+@pytest.mark.parametrize("weight_map", [None, [], ["a"], {}, {"a": 1}, {"a": None}, "a", ...])
+def test_an_unusable_index_is_refused(shards, weight_map):
+    folder, index = shards
+    edit_json(index, weight_map=weight_map)
+    with pytest.raises(CheckpointError, match="has no usable weight_map"):
+        clinora.load_model(folder, num_labels=5)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.bool])
+@pytest.mark.parametrize("which", ["model.norm.weight", "model.embed_tokens.weight", ""])
+def test_quantised_weights_are_refused_by_name(reference, which, dtype):
+    """Without a quantization_config, their scales are nowhere: cast, they are other weights."""
+    _, folder = reference()
+    edit_tensors(
+        folder / "model.safetensors",
+        lambda ts: ts.update({n: t.to(dtype) for n, t in ts.items() if n.endswith(which)}),
+    )
+    kind = str(dtype).removeprefix("torch.")
+    named = which or "model.embed_tokens.weight"
+    with pytest.raises(CheckpointError, match=rf"another dtype: {named} \({kind}, expected"):
+        clinora.load_model(folder, num_labels=5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_a_base_is_held_in_the_files_dtype(reference, dtype):
+    _, folder = reference()
+    edit_tensors(
+        folder / "model.safetensors",
+        lambda tensors: tensors.update({n: t.to(dtype) for n, t in tensors.items()}),
+    )
+    assert clinora.load_model(folder, num_labels=5).model.norm.weight.dtype == dtype
+
+
+@pytest.mark.parametrize("num_labels", [0, -1, 2.0, "5"])
+def test_a_head_needs_at_least_one_class(reference, num_labels):
+    _, folder = reference(num_labels=None)
+    with pytest.raises(ValueError, match=f"num_labels is {num_labels!r}: expected .* at least 1"):
+        clinora.load_model(folder, num_labels=num_labels)
+
+
 def test_missing_folder_that_is_no_hub_id_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="there is no folder"):
         clinora.load_model(tmp_path / "a" / "b" / "c", num_labels=5)
@@ -254,6 +323,16 @@ def test_our_adapter_comes_back_to_the_bit(reference, tmp_path):
     assert torch.equal(our_logits(model), our_logits(again))
 
 
+def test_an_untrained_head_is_not_saved(reference, tmp_path):
+    """Loading marks a head as trained: a random one would have become a trained one on its way."""
+    _, folder = reference(num_labels=None)
+    model = clinora.load_model(folder, num_labels=5)
+    clinora.apply_lora(model, CONFIG)
+    with pytest.raises(ValueError, match=r"never trained: .* set model\.head_trained = True"):
+        clinora.save_adapter(model, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
 def test_an_untrained_head_becomes_a_trained_one_with_the_adapter(reference, tmp_path):
     _, folder = reference(num_labels=None)
     clinora.save_adapter(adapted(folder), tmp_path / "adapter")
@@ -273,9 +352,11 @@ def test_an_untrained_head_becomes_a_trained_one_with_the_adapter(reference, tmp
         ("lora_bias", True),
         ("fan_in_fan_out", True),
         ("layers_to_transform", [0]),
+        ("layers_to_transform", 0),
         ("trainable_token_indices", [1]),
         ("a_key_of_next_year", 1),
         ("init_lora_weights", "pissa"),
+        ("init_lora_weights", 1),
     ],
 )
 def test_what_is_not_done_is_refused_by_name(reference, tmp_path, key, value):
@@ -294,6 +375,32 @@ def test_a_key_on_whose_default_the_result_hangs_must_be_there(reference, tmp_pa
     clinora.save_adapter(adapted(folder), tmp_path)
     edit_json(tmp_path / "adapter_config.json", **{key: ...})
     with pytest.raises(CheckpointError, match=key):
+        clinora.load_adapter(clinora.load_model(folder, num_labels=5), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("use_rslora", "false"),
+        ("use_rslora", 1),
+        ("r", True),
+        ("r", "4"),
+        ("r", 4.0),
+        ("lora_alpha", "8"),
+        ("lora_alpha", True),
+        ("lora_dropout", "0.1"),
+        ("target_modules", 5),
+        ("target_modules", {"q_proj": 1}),
+        ("target_modules", [1]),
+        ("modules_to_save", "score"),
+    ],
+)
+def test_a_value_of_another_type_is_refused_by_name(reference, tmp_path, key, value):
+    """A string "false" would switch rank-stabilised scaling on."""
+    _, folder = reference()
+    clinora.save_adapter(adapted(folder), tmp_path)
+    edit_json(tmp_path / "adapter_config.json", **{key: value})
+    with pytest.raises(CheckpointError, match=rf"adapter_config\.json: {key} is .*, expected"):
         clinora.load_adapter(clinora.load_model(folder, num_labels=5), tmp_path)
 
 
@@ -317,8 +424,48 @@ def add_tensor(folder):
     )
 
 
+def add_copy(suffix, copy):
+    """Give a tensor a second name that stands for the same one."""
+
+    def add(folder):
+        edit_tensors(
+            folder / "adapter_model.safetensors",
+            lambda ts: ts.update(
+                {n.replace(suffix, copy): t + 1 for n, t in ts.items() if n.endswith(suffix)}
+            ),
+        )
+
+    return add
+
+
+def change_tensors(change):
+    return lambda folder: edit_tensors(
+        folder / "adapter_model.safetensors",
+        lambda ts: ts.update({name: change(tensor) for name, tensor in ts.items()}),
+    )
+
+
+def one_infinity(tensor):
+    tensor = tensor.clone()
+    tensor[0, 0] = torch.inf
+    return tensor
+
+
+def target_gpt2(folder):
+    edit_json(folder / "adapter_config.json", target_modules=["c_attn"])
+
+
 def unjson(folder):
     (folder / "adapter_config.json").write_text("{")
+
+
+def nest(folder):
+    (folder / "adapter_config.json").write_text("[" * 100_000)
+
+
+def make_folder(folder):
+    (folder / "adapter_config.json").unlink()
+    (folder / "adapter_config.json").mkdir()
 
 
 def remove(folder):
@@ -333,8 +480,17 @@ def remove(folder):
         (drop_tensor, "missing"),
         (add_tensor, "unexpected"),
         (unjson, "not JSON"),
+        (nest, "not JSON"),
+        (make_folder, r"adapter_config\.json"),
         (remove, "there is no"),
+        (add_copy(".lora_A.weight", ".lora_A.default.weight"), r"lora_A under two names"),
+        (add_copy("base_model.model.score.weight", "score.weight"), "score.weight under two names"),
+        (change_tensors(lambda t: t.to(torch.int8)), r"another dtype: .*lora_A \(int8, expected"),
+        (change_tensors(lambda t: t * torch.nan), "not finite: "),
+        (change_tensors(one_infinity), "not finite: "),
+        (target_gpt2, r"adapter_config\.json: no layer is named 'c_attn'"),
     ],
+    ids=lambda value: getattr(value, "__name__", None),
 )
 def test_damaged_adapter_is_one_clear_error_and_leaves_the_model(
     reference, tmp_path, damage, message
@@ -349,6 +505,20 @@ def test_damaged_adapter_is_one_clear_error_and_leaves_the_model(
     assert "\n" not in str(caught.value)
     assert str(model) == before
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_rank_that_peft_allows_and_lora_refuses_names_the_file(reference, tmp_path):
+    _, folder = peft_adapter(reference, tmp_path, r=70)
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json: rank 70 is too large"):
+        clinora.load_adapter(clinora.load_model(folder, num_labels=5), tmp_path)
+
+
+def test_loading_a_second_adapter_is_refused(reference, tmp_path):
+    _, folder = reference()
+    model = adapted(folder)
+    clinora.save_adapter(model, tmp_path)
+    with pytest.raises(ValueError, match="adapted already"):
+        clinora.load_adapter(model, tmp_path)
 
 
 def test_adapter_of_another_base_is_refused_with_both_names(reference, tmp_path):
