@@ -346,7 +346,10 @@ def test_command_refuses_bad_input_in_a_line(config_file, capsys, words, message
     assert message in err
 
 
-@pytest.mark.parametrize("content", [None, "{", '{"model_type": "bert"}'])
+WIDTH_AS_TEXT = json.dumps({"model_type": "llama", **asdict(SMALL), "hidden_size": "32"})
+
+
+@pytest.mark.parametrize("content", [None, "{", '{"model_type": "bert"}', WIDTH_AS_TEXT])
 def test_command_refuses_a_bad_file_in_a_line(tmp_path, capsys, content):
     path = tmp_path / "config.json"
     if content is not None:

@@ -523,21 +523,44 @@ def test_config_reads_what_transformers_writes(tmp_path):
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope type 'llama3'"),
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
          r"rope parameters \{'partial_rotary_factor': 0.5\}"),
-        ({"vocab_size": ..., "hidden_size": ...}, "lacks vocab_size, hidden_size"),
+        ({"vocab_size": ..., "hidden_size": ...}, "lacks hidden_size, vocab_size"),
         ({"num_hidden_layers": None}, "lacks num_hidden_layers"),
         ({"num_key_value_heads": 5}, "32 is not a multiple of num_key_value_heads 5"),
         ({"num_attention_heads": 24}, "hidden_size 2048 is not a multiple of .* 24: give head_dim"),
         ({"head_dim": 65}, "head_dim 65 is odd"),
-        ({"num_hidden_layers": 0}, "num_hidden_layers is 0: expected at least 1"),
-        ({"num_key_value_heads": 0}, "num_key_value_heads is 0: expected at least 1"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0: expected a whole number .* least 1"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads is 0: expected a whole number"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0: expected a whole number"),
+        ({"max_position_embeddings": -1}, "max_position_embeddings is -1: expected a whole number"),
+        ({"hidden_size": "2048"}, "hidden_size is '2048': expected a whole number"),
+        ({"head_dim": 128.0}, "head_dim is 128.0: expected a whole number"),
+        ({"vocab_size": True}, "vocab_size is True: expected a whole number"),
+        ({"rms_norm_eps": "x"}, "rms_norm_eps is 'x': expected a positive number"),
+        ({"rms_norm_eps": -1e-5}, "rms_norm_eps is -1e-05: expected a positive number"),
+        ({"initializer_range": math.nan}, "initializer_range is nan: expected a positive number"),
+        ({"rope_theta": [1e4]}, r"rope_theta is \[10000.0\]: expected a positive number"),
+        ({"rope_theta": "10000"}, "rope_theta is '10000': expected a positive number"),
+        ({"rope_parameters": {"rope_theta": {}}}, "rope_theta is {}: expected a positive number"),
+        ({"attention_bias": "false"}, "attention_bias is 'false': expected true or false"),
+        ({"mlp_bias": 1}, "mlp_bias is 1: expected true or false"),
+        ({"rope_parameters": "linear"}, "rope type 'linear' is not supported"),
+        ({"rope_scaling": ["linear", 2]}, r"rope type \['linear', 2\] is not supported"),
     ],
 )  # fmt: skip
 def test_config_refuses_by_name_what_the_decoder_does_not_do(config_file, changes, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=rf"config\.json:? .*{message}"):
         LlamaConfig.from_json(config_file(**changes))
 
 
-@pytest.mark.parametrize("text, message", [("{", "is not JSON"), ("[1]", "model_type is 'list'")])
+def test_config_takes_whole_numbers_for_real_ones(config_file):
+    config = LlamaConfig.from_json(config_file(rope_theta=500_000, rms_norm_eps=1))
+    assert (config.rope_theta, config.rms_norm_eps) == (500_000.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [("{", "is not JSON"), ("[" * 100_000, "is not JSON"), ("[1]", "model_type is 'list'")],
+)
 def test_config_refuses_what_is_no_config(tmp_path, text, message):
     path = tmp_path / "config.json"
     path.write_text(text)
