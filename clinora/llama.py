@@ -83,9 +83,8 @@ class LlamaConfig:
             FileNotFoundError: There is no such file.
             ValueError: It is no Llama's, or asks for something that this decoder does not do.
         """
-        path = Path(path)
         try:
-            hub = json.loads(path.read_text(encoding="utf-8"))
+            hub = json.loads(Path(path).read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not JSON: {error}") from None
         if not isinstance(hub, dict) or hub.get("model_type") != "llama":
@@ -318,9 +317,10 @@ class LlamaForCausalLM(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """Score the next token at every position: ids (B, T) → logits (B, T, V)."""
         x = self.model(ids)  # (B, T, D)
-        if self.lm_head is None:
-            return F.linear(x, self.model.embed_tokens.weight)
-        return self.lm_head(x)
+        if self.lm_head is not None:
+            return self.lm_head(x)
+        weight = self.model.embed_tokens.weight
+        return F.linear(x.to(weight.dtype), weight)  # a trained embedding is float32
 
 
 class LlamaForSequenceClassification(nn.Module):

@@ -559,6 +559,40 @@ def test_adapter_of_a_bert_comes_back(tmp_path):
         assert torch.equal(model(IDS).logits, again(IDS).logits)
 
 
+class Twice(torch.nn.Module):
+    """One linear layer at two places."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = torch.nn.Linear(6, 6)
+        self.second = self.first
+
+    def forward(self, x):
+        return self.second(self.first(x).relu())
+
+
+def test_adapter_of_a_layer_used_twice_comes_back(tmp_path, fill_b):
+    """Its A and B have two names for one memory, which safetensors refuses to write."""
+    model, x = Twice(), torch.randn(3, 6)
+    base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    config = clinora.LoRAConfig(rank=2, targets=("first", "second"), also_train=(), dropout=0)
+    clinora.apply_lora(model, config)
+    clinora.save_adapter(fill_b(model), tmp_path)
+    again = Twice()
+    again.load_state_dict(base)
+    clinora.load_adapter(again, tmp_path)
+    assert again.first is again.second
+    assert torch.equal(again(x), model(x)) and not torch.equal(
+        again.first(x), x @ base["first.weight"].T
+    )
+
+
+def test_a_part_of_a_model_is_not_saved(reference, tmp_path):
+    _, folder = reference()
+    with pytest.raises(ValueError, match="only a whole model"):
+        clinora.save_adapter(adapted(folder).model, tmp_path / "adapter")
+
+
 # ----------------------------------------------------------------------------------- writing
 
 

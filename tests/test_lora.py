@@ -276,6 +276,52 @@ def test_autocast_computes_close_to_float32(adapted_mlp, difference, dtype):
     assert 1e-5 < difference(y, exact) <= 0.03
 
 
+WHOLE = [("embed_tokens",), ("input_layernorm", "norm"), ("layers.1",), ("o_proj", "score"), ()]
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("whole", WHOLE, ids=" ".join)
+def test_any_module_trains_whole_beside_any_base(twins, notes, whole, dtype, autocast):
+    """Its float32 output met the frozen base's half precision in the next product."""
+    ours, _ = twins(dtype=dtype)
+    apply_lora(ours, LoRAConfig(rank=2, targets=("layers.0.self_attn.q_proj",), also_train=whole))
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        loss = ours.train()(*notes(LENGTHS)).float().square().sum()
+    loss.backward()
+    for name in find_modules(ours, whole):
+        for parameter in ours.get_submodule(name).parameters():
+            assert parameter.dtype == parameter.grad.dtype == torch.float32, name
+            assert parameter.grad.any() and parameter.grad.isfinite().all(), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("whole", WHOLE, ids=" ".join)
+def test_training_modules_whole_keeps_the_outputs_dtype(twins, notes, difference, whole, dtype):
+    ours, _ = twins(dtype=dtype)
+    with torch.no_grad():
+        before = ours(*notes(LENGTHS))
+        lora = LoRAConfig(rank=2, targets=("layers.0.self_attn.q_proj",), also_train=whole)
+        apply_lora(ours, lora)
+        after = ours(*notes(LENGTHS))
+    assert after.dtype == before.dtype
+    assert difference(after, before) <= {torch.float32: 0, torch.float16: 0.01}.get(dtype, 0.05)
+
+
+def test_a_head_held_in_float32_gives_float32_logits(twins, notes):
+    ours, _ = twins(dtype=torch.bfloat16)
+    ours.score.float()
+    apply_lora(ours, LoRAConfig(rank=2))
+    assert ours(*notes(LENGTHS)).dtype == torch.float32
+
+
+def test_a_tied_embedding_trains_whole_beside_a_bfloat16_base(twins, notes):
+    ours, _ = twins(num_labels=None, dtype=torch.bfloat16, tie_word_embeddings=True)
+    apply_lora(ours, LoRAConfig(rank=2, also_train=("embed_tokens",)))
+    ours(notes(LENGTHS)[0]).square().sum().backward()
+    assert ours.model.embed_tokens.weight.grad.any()
+
+
 # Strength
 
 
@@ -384,6 +430,26 @@ def test_merging_leaves_a_plain_model(adapted_mlp):
     assert not model[0].weight.requires_grad and model[4].weight.requires_grad
 
 
+def test_a_part_of_a_model_can_be_merged(adapted_twins, notes, difference):
+    ours, _, _ = adapted_twins(LoRAConfig(rank=4, dropout=0.0))
+    ids, lengths = notes(LENGTHS)
+    with torch.no_grad():
+        adapted = ours(ids, lengths)
+        layer = ours.model.layers[1]
+        assert merge_lora(layer) is layer
+        assert difference(ours(ids, lengths), adapted) <= 2e-6
+    kinds = [type(x.self_attn.q_proj) for x in ours.model.layers]
+    assert kinds == [LoRALinear, nn.Linear, LoRALinear]
+
+
+def test_layers_made_by_hand_can_be_merged(fill_b, difference):
+    layer = fill_b(LoRALinear(nn.Linear(6, 5), LoRAConfig(rank=2, dropout=0.0)))
+    model, x = nn.Sequential(layer, nn.ReLU()), torch.randn(3, 6)
+    adapted = model(x)
+    assert difference(merge_lora(model)(x), adapted) <= 1e-6
+    assert type(model[0]) is nn.Linear
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_merging_keeps_the_mode(adapted_mlp, training):
     model = merge_lora(adapted_mlp().train(training))
@@ -462,7 +528,7 @@ def test_bert_in_bfloat16_trains_without_autocast(bert, training):
     apply_lora(model, config)
     logits = model(torch.randint(0, 50, (3, 9))).logits
     logits.square().sum().backward()
-    assert logits.dtype == model.classifier.weight.dtype == torch.float32
+    assert (logits.dtype, model.classifier.weight.dtype) == (torch.bfloat16, torch.float32)
     assert model.classifier.weight.grad.any()
     assert model.bert.encoder.layer[0].attention.self.query.lora_B.grad.any()
 
@@ -557,11 +623,12 @@ def tied() -> nn.Module:
          "head.0 is in targets and in also_train"),
         (tied, {"targets": ("q_proj",), "also_train": ("lm_head",)},
          "lm_head shares its weights with model.embed_tokens.weight"),
+        (mlp, {"also_train": ("3",)}, "3 has no parameters to train: leave it out of also_train"),
         (lambda: nn.MultiheadAttention(8, 2), {"targets": ("out_proj",)},
          "out_proj is a NonDynamicallyQuantizableLinear: only nn.Linear"),
     ],
     ids=["no match", "no linear", "rank", "no nn.Linear", "head is target", "target in head",
-         "tied head", "subclass"],
+         "tied head", "no parameters", "subclass"],
 )  # fmt: skip
 def test_an_error_says_what_there_is_and_leaves_the_model(make, changes, message):
     model = make()
@@ -674,6 +741,15 @@ def test_state_dict_holds_the_adapter_and_the_head(adapted_mlp):
     assert list(state) == ["0.lora_A", "0.lora_B", "2.lora_A", "2.lora_B", "4.weight", "4.bias"]
     assert all(state[name].data_ptr() == p.data_ptr() for name, p in model.named_parameters()
                if name in state)  # fmt: skip
+
+
+def test_state_dict_of_a_part_holds_its_share(twins):
+    ours, _ = twins()
+    apply_lora(ours, LoRAConfig(rank=2, also_train=("norm", "score")))
+    whole = lora_state_dict(ours)
+    part = lora_state_dict(ours.model)
+    assert {f"model.{name}" for name in part} == whole.keys() - {"score.weight"}
+    assert all(torch.equal(tensor, whole[f"model.{name}"]) for name, tensor in part.items())
 
 
 def test_state_dict_carries_a_heads_buffers():
