@@ -181,8 +181,8 @@ def apply_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
     for name, linear in linears.items():
         model.set_submodule(name, wrapped[linear])
     for head in dict.fromkeys(heads.values()):
-        first = next(head.parameters())
-        head.register_forward_hook(partial(_cast, first.dtype))
+        first = next(head.parameters())  # prepend: a hook of an earlier adapter has the last word
+        head.register_forward_hook(partial(_cast, first.dtype), prepend=True)
         for parameter in head.requires_grad_(True).parameters():
             parameter.data = parameter.data.to(_master_dtype(parameter))
         head.register_forward_pre_hook(partial(_cast, first.dtype))  # another one by now

@@ -308,6 +308,15 @@ def test_training_modules_whole_keeps_the_outputs_dtype(twins, notes, difference
     assert difference(after, before) <= {torch.float32: 0, torch.float16: 0.01}.get(dtype, 0.05)
 
 
+def test_a_module_trained_whole_can_be_trained_whole_again(twins, notes):
+    """By then its weights are float32, which is not what the base around it expects."""
+    ours, _ = twins(dtype=torch.bfloat16)
+    for _ in range(2):
+        apply_lora(ours, LoRAConfig(rank=2, also_train=("input_layernorm", "score")))
+        assert ours(*notes(LENGTHS)).dtype == torch.bfloat16
+        merge_lora(ours)
+
+
 def test_a_head_held_in_float32_gives_float32_logits(twins, notes):
     ours, _ = twins(dtype=torch.bfloat16)
     ours.score.float()
