@@ -102,7 +102,7 @@ def exact_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.
 
 
 def cross_entropy(logits: torch.Tensor) -> torch.Tensor:
-    return nn.functional.cross_entropy(logits, torch.arange(len(logits)))
+    return nn.functional.cross_entropy(logits, torch.arange(len(logits)) % logits.size(1))
 
 
 def rms(x: torch.Tensor) -> float:
@@ -179,27 +179,29 @@ def test_bfloat16_is_as_exact_as_transformers(twins, notes, shape):
 
 
 @pytest.mark.parametrize("targets", [("q_proj", "v_proj"), LINEARS], ids=["q and v", "all seven"])
-@pytest.mark.parametrize("shape", [{}, SHAPES["biases"]], ids=["plain", "biases"])
-def test_gradients_are_those_of_peft(adapted_twins, notes, difference, shape, targets):
+@pytest.mark.parametrize(
+    "shape", [*SHAPES.values(), {"tie_word_embeddings": True}], ids=[*SHAPES, "tied"]
+)
+def test_gradients_are_those_of_peft(adapted_twins, notes, shape, targets):
+    """Within 1e-6, at gradients of up to 0.7; 4e-7 was seen over four seeds.
+
+    Relative to a parameter's own largest gradient, the last-token path is up to 2e-6 away: where
+    gradients cancel, both are some 5e-6 of that from float64 (see below).
+    """
     lora = LoRAConfig(rank=4, alpha=8, dropout=0.0, targets=targets)
     ours, theirs, pairs = adapted_twins(lora, **shape)
-    ids, lengths = notes(LENGTHS)
+    ids, lengths = notes(LENGTHS * 4)
     cross_entropy(theirs(ids).logits).backward()
-    largest = max(p.grad.abs().max().item() for p in pairs.values())
+    assert all(p.grad.abs().max() > 1e-3 for p in pairs.values())  # else it would show nothing
 
-    cross_entropy(ours.score(ours.model(ids))[torch.arange(len(ids)), lengths - 1]).backward()
-    for name, parameter in ours.named_parameters():
-        assert (parameter.grad is not None) == (name in pairs), name
-        if name in pairs:
-            assert difference(parameter.grad, pairs[name].grad) <= 1e-6, name
-
-    ours.zero_grad()
-    cross_entropy(ours(ids, lengths)).backward()
-    for name, parameter in ours.named_parameters():
-        if name in pairs:  # each is some 5e-6 from float64: see below
-            gap = (parameter.grad - pairs[name].grad).abs().max().item()
-            assert gap <= 1e-6 * largest, name
-            assert difference(parameter.grad, pairs[name].grad) <= 4e-6, name
+    full = ours.score(ours.model(ids))[torch.arange(len(ids)), lengths - 1]
+    for logits in (full, ours(ids, lengths)):
+        ours.zero_grad()
+        cross_entropy(logits).backward()
+        for name, parameter in ours.named_parameters():
+            assert (parameter.grad is not None) == (name in pairs), name
+            if name in pairs:
+                assert (parameter.grad - pairs[name].grad).abs().max() <= 1e-6, name
 
 
 def test_gradients_are_those_of_float64(adapted_twins, notes, difference):
@@ -228,8 +230,9 @@ def test_state_dict_has_the_names_of_the_hub(twins):
 # Batches and the last real token
 
 
-def test_a_note_alone_and_in_a_batch_agree(twins, notes, difference):
-    ours, _ = twins()
+@any_shape
+def test_a_note_alone_and_in_a_batch_agree(twins, notes, difference, shape):
+    ours, _ = twins(**shape)
     ids, lengths = notes(LENGTHS)
     with torch.no_grad():
         alone = [ours(row[None, :n], n[None]) for row, n in zip(ids, lengths.unbind(), strict=True)]
