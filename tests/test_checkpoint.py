@@ -1,16 +1,21 @@
 """Bases and adapters on disk, against Transformers and PEFT."""
 
+import fnmatch
 import json
 import os
+import shutil
+import types
 import warnings
 
+import huggingface_hub
 import peft
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 import clinora
-from clinora.checkpoint import CheckpointError, weights_sha256, write_atomically
+from clinora.checkpoint import CheckpointError, find_config, weights_sha256, write_atomically
 
 IDS = torch.tensor([[1, 5, 9, 30, 42, 7], [1, 8, 3, 0, 0, 0]])
 LENGTHS = torch.tensor([6, 3])
@@ -245,6 +250,88 @@ def test_hub_that_cannot_be_reached_is_one_clear_line(monkeypatch):
     assert "\n" not in str(caught.value)
 
 
+@pytest.fixture
+def hub(reference, tmp_path, monkeypatch):
+    """Stand in for the Hub: its client's one call gives the wanted files out of real folders.
+
+    ``hub.asked`` lists the revisions asked for; ``hub.publish(folder, revision)`` fills it.
+    """
+    commits, published, asked = {"main": "c0ffee", "v2": "beef00"}, {}, []
+
+    def snapshot_download(name, *, revision=None, allow_patterns=None):
+        assert name == "someone/a-base"
+        asked.append(revision)
+        commit = commits.get(revision or "main", revision)
+        target = tmp_path / "cache" / "snapshots" / commit
+        target.mkdir(parents=True, exist_ok=True)
+        for file in published[commit].iterdir():
+            if any(fnmatch.fnmatch(file.name, pattern) for pattern in allow_patterns):
+                shutil.copy(file, target)
+        return str(target)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+
+    def publish(folder, revision="main"):
+        published[commits[revision]] = folder
+
+    return types.SimpleNamespace(publish=publish, asked=asked)
+
+
+def test_base_from_the_hub_knows_its_commit(reference, hub):
+    theirs, folder = reference()
+    hub.publish(folder)
+    model = clinora.load_model("someone/a-base", num_labels=5).eval()
+    assert (model.source.name, model.source.revision) == ("someone/a-base", "c0ffee")
+    assert hub.asked == [None]
+    torch.testing.assert_close(our_logits(model), reference_logits(theirs), rtol=1e-5, atol=1e-6)
+
+
+def test_revision_of_the_hub_is_the_one_asked_for(reference, hub):
+    (_, first), (theirs, second) = reference(), reference(seed=1)
+    hub.publish(first)
+    hub.publish(second, "v2")
+    model = clinora.load_model("someone/a-base", num_labels=5, revision="v2").eval()
+    assert model.source.revision == "beef00"
+    assert hub.asked == ["v2"]
+    torch.testing.assert_close(our_logits(model), reference_logits(theirs), rtol=1e-5, atol=1e-6)
+
+
+def test_adapter_remembers_the_commit_of_its_base(reference, hub, tmp_path):
+    _, folder = reference()
+    hub.publish(folder)
+    clinora.save_adapter(adapted("someone/a-base"), tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "someone/a-base"
+    assert config["revision"] == "c0ffee"
+
+
+def test_shards_come_from_the_hub_and_pickles_do_not(shards, hub):
+    folder, index = shards
+    (folder / "pytorch_model.bin").write_bytes(b"pickle")
+    (folder / "tokenizer.model").write_bytes(b"pieces")
+    hub.publish(folder)
+    model = clinora.load_model("someone/a-base", num_labels=5)
+    wanted = {"config.json", "tokenizer.model", index.name, *folder.glob("model-*")}
+    came = {file.name for file in model.source.folder.iterdir()}
+    assert came == {getattr(file, "name", file) for file in wanted}
+
+
+def test_config_of_a_hub_id_comes_alone(reference, hub):
+    _, folder = reference()
+    hub.publish(folder)
+    path = find_config("someone/a-base", "main")
+    assert path.read_text() == (folder / "config.json").read_text()
+    assert [file.name for file in path.parent.iterdir()] == ["config.json"]
+    assert hub.asked == ["main"]
+
+
+def test_hub_id_without_a_config_is_refused(tmp_path, hub):
+    (tmp_path / "empty").mkdir()
+    hub.publish(tmp_path / "empty")
+    with pytest.raises(CheckpointError, match=r"there is no .*config\.json"):
+        find_config("someone/a-base")
+
+
 def test_hash_tells_bases_apart(reference):
     (_, one), (_, same), (_, other) = reference(), reference(), reference(seed=1)
     assert weights_sha256(one) == weights_sha256(same) != weights_sha256(other)
@@ -308,9 +395,13 @@ def test_we_read_names_with_default_and_bfloat16(reference, tmp_path):
     tensors = {n.replace(".weight", ".default.weight") if "lora_" in n else n: t.bfloat16()
                for n, t in load_file(path).items()}  # fmt: skip
     save_file(tensors, path, metadata={"format": "pt"})
+    with torch.no_grad():  # what the file holds now
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(parameter.bfloat16())
     model = clinora.load_model(folder, num_labels=5).eval()
     clinora.load_adapter(model, tmp_path / "adapter")
-    torch.testing.assert_close(our_logits(model), reference_logits(theirs), rtol=0.05, atol=0.05)
+    torch.testing.assert_close(our_logits(model), reference_logits(theirs), rtol=1e-5, atol=1e-5)
     assert {t.dtype for t in clinora.lora_state_dict(model).values()} == {torch.float32}
 
 
@@ -536,27 +627,69 @@ def test_adapter_of_other_classes_is_refused(reference, tmp_path):
         clinora.load_adapter(clinora.load_model(folder, num_labels=3), tmp_path)
 
 
-def test_adapter_of_a_bert_comes_back(tmp_path):
-    import transformers
+@pytest.mark.parametrize("tied", [False, True])
+def test_peft_reads_our_causal_lm(reference, tmp_path, tied):
+    theirs, folder = reference(num_labels=None, tie_word_embeddings=tied)
+    model = clinora.load_model(folder).eval()
+    clinora.apply_lora(model, CONFIG)
+    with torch.no_grad():
+        for tensor in clinora.lora_state_dict(model).values():
+            tensor.normal_(std=0.2)
+        base = theirs(IDS[:1]).logits
+    clinora.save_adapter(model, tmp_path / "adapter")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        read = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
+    assert type(read) is peft.PeftModelForCausalLM
+    with torch.no_grad():
+        ours, logits = model(IDS[:1]), read(IDS[:1]).logits
+    torch.testing.assert_close(ours, logits, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(logits, base, atol=0.01)
 
+
+@pytest.fixture
+def bert():
+    """A small random BERT, the same at every call."""
     config = transformers.BertConfig(
         vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
         intermediate_size=48, num_labels=3,
     )  # fmt: skip
-    torch.manual_seed(0)
-    model = transformers.BertForSequenceClassification(config).eval()
-    base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    lora = clinora.LoRAConfig(targets=("query", "value"), also_train=("classifier",))
+
+    def make():
+        torch.manual_seed(0)
+        return transformers.BertForSequenceClassification(config).eval()
+
+    return make
+
+
+@pytest.fixture
+def adapted_bert(bert):
+    model = bert()
+    lora = clinora.LoRAConfig(rank=4, targets=("query", "value"), also_train=("classifier",))
     clinora.apply_lora(model, lora)
     with torch.no_grad():
         for tensor in clinora.lora_state_dict(model).values():
             tensor.normal_(std=0.2)
-    clinora.save_adapter(model, tmp_path)
-    again = transformers.BertForSequenceClassification(config).eval()
-    again.load_state_dict(base)
+    return model
+
+
+def test_adapter_of_a_bert_comes_back(bert, adapted_bert, tmp_path):
+    clinora.save_adapter(adapted_bert, tmp_path)
+    again = bert()
     clinora.load_adapter(again, tmp_path)
     with torch.no_grad():
-        assert torch.equal(model(IDS).logits, again(IDS).logits)
+        assert torch.equal(adapted_bert(IDS).logits, again(IDS).logits)
+
+
+def test_peft_reads_our_bert(bert, adapted_bert, tmp_path):
+    clinora.save_adapter(adapted_bert, tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        read = peft.PeftModel.from_pretrained(bert(), tmp_path).eval()
+    with torch.no_grad():
+        ours, theirs, base = adapted_bert(IDS).logits, read(IDS).logits, bert()(IDS).logits
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(theirs, base, atol=0.01)
 
 
 class Twice(torch.nn.Module):

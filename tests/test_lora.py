@@ -232,25 +232,34 @@ def test_only_what_should_train_moves(twins, notes):
 
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("stabilized", [False, True])
-def test_ten_steps_follow_peft(adapted_twins, notes, difference, stabilized, seed):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_ten_steps_follow_peft(adapted_twins, notes, difference, dtype, stabilized, seed):
+    """In float32 the logits stay within 1e-5 (3e-6 was seen), in float64 the parameters too.
+
+    AdamW divides a gradient by its own size, so where a float32 gradient cancels to nothing, its
+    rounding alone decides the step's direction: such parameters differ between runs of the same
+    code, by up to a step.
+    """
     lora = LoRAConfig(rank=4, alpha=8, dropout=0.0, rank_stabilized=stabilized)
-    ours, theirs, pairs = adapted_twins(lora, random_b=False, seed=seed)
+    ours, theirs, pairs = adapted_twins(lora, random_b=False, seed=seed, dtype=dtype)
     mine = {name: p for name, p in ours.named_parameters() if p.requires_grad}
     start = {name: p.detach().clone() for name, p in mine.items()}
     optimizers = [torch.optim.AdamW(ps.values(), lr=1e-3) for ps in (mine, pairs)]
     ours.train(), theirs.train()
-    for step in range(10):
-        ids, lengths = notes(LENGTHS, seed=10 * seed + step)
+    for step in range(11):
+        ids, lengths = notes(LENGTHS, seed=11 * seed + step)
         mask = (ids != 0).long()
         outputs = ours(ids, lengths), theirs(ids, attention_mask=mask).logits
-        assert difference(*outputs) <= 1e-5
+        assert difference(*outputs) <= 1e-5, step
         for logits, optimizer in zip(outputs, optimizers, strict=True):
             optimizer.zero_grad()
             nn.functional.cross_entropy(logits, torch.tensor([0, 1, 2, 4])).backward()
-            optimizer.step()
+            if step < 10:
+                optimizer.step()
     for name, parameter in mine.items():
-        assert difference(parameter, pairs[name]) <= 1e-5, name
         assert difference(parameter, start[name]) > 1e-3, name
+        if dtype == torch.float64:
+            assert difference(parameter, pairs[name]) <= 1e-10, name
 
 
 @pytest.mark.parametrize("autocast", [False, True])
