@@ -16,7 +16,6 @@ MLP, Shazeer 2020, equation 6.
 
 import json
 from dataclasses import MISSING, dataclass, fields
-from math import inf
 from pathlib import Path
 
 import torch
@@ -53,23 +52,21 @@ class LlamaConfig:
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            came, expected = getattr(self, f.name), "a whole number of at least 1"
-            fits = (type(came) is int and came >= 1) or came is f.default  # None, filled in below
+            x, expected = getattr(self, f.name), "a whole number of at least 1"
+            fits = (type(x) is int and x >= 1) or x is f.default  # None, filled in below
             if f.type is float:  # JSON may write 10000.0 as 10000
-                fits, expected = type(came) in (int, float) and 0 < came < inf, "a positive number"
+                fits, expected = type(x) in (int, float) and 0 < x < torch.inf, "a positive number"
             if f.type is bool:
-                fits, expected = type(came) is bool, "true or false"
+                fits, expected = type(x) is bool, "true or false"
             if not fits:
-                raise ValueError(f"{f.name} is {came!r}: expected {expected}")
+                raise ValueError(f"{f.name} is {x!r}: expected {expected}")
         D, H, K = self.hidden_size, self.num_attention_heads, self.num_key_value_heads
         if self.head_dim is None and D % H:
             raise ValueError(
-                f"hidden_size {D} is not a multiple of num_attention_heads {H}: give head_dim"
+                f"num_attention_heads {H} does not divide hidden_size {D}: set head_dim"
             )
         if K and H % K:  # each key head serves the same number of query heads
-            raise ValueError(
-                f"num_attention_heads {H} is not a multiple of num_key_value_heads {K}"
-            )
+            raise ValueError(f"num_key_value_heads {K} does not divide num_attention_heads {H}")
         object.__setattr__(self, "num_key_value_heads", K or H)
         object.__setattr__(self, "head_dim", self.head_dim or D // H)
         if self.head_dim % 2:

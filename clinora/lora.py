@@ -346,9 +346,8 @@ def _require_lora(model: nn.Module) -> list[LoRALinear]:
 
 def _check_heads(model: nn.Module, heads: dict[str, nn.Module], linears: dict) -> None:
     """Refuse to train whole what has no weights, is also a target, or a frozen module shares."""
-    for name, head in heads.items():
-        if next(head.parameters(), None) is None:
-            raise ValueError(f"{name} has no parameters to train: leave it out of also_train")
+    if empty := [name for name, head in heads.items() if not list(head.parameters())]:
+        raise ValueError(f"{empty[0]} has no parameters to train: leave it out of also_train")
     owned = {p: name for name, head in heads.items() for p in head.parameters()}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if parameter in owned and not any(f"{name}.".startswith(f"{head}.") for head in heads):
