@@ -62,9 +62,7 @@ class LlamaConfig:
                 raise ValueError(f"{f.name} is {x!r}: expected {expected}")
         D, H, K = self.hidden_size, self.num_attention_heads, self.num_key_value_heads
         if self.head_dim is None and D % H:
-            raise ValueError(
-                f"num_attention_heads {H} does not divide hidden_size {D}: set head_dim"
-            )
+            raise ValueError(f"{H} num_attention_heads do not divide hidden_size {D}: set head_dim")
         if K and H % K:  # each key head serves the same number of query heads
             raise ValueError(f"num_key_value_heads {K} does not divide num_attention_heads {H}")
         object.__setattr__(self, "num_key_value_heads", K or H)

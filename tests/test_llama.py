@@ -529,7 +529,7 @@ def test_config_reads_what_transformers_writes(tmp_path):
         ({"vocab_size": ..., "hidden_size": ...}, "lacks hidden_size, vocab_size"),
         ({"num_hidden_layers": None}, "lacks num_hidden_layers"),
         ({"num_key_value_heads": 5}, "heads 5 does not divide num_attention_heads 32"),
-        ({"num_attention_heads": 24}, "24 does not divide hidden_size 2048: set head_dim"),
+        ({"num_attention_heads": 24}, "24 num_attention_heads do not divide hidden_size 2048"),
         ({"head_dim": 65}, "head_dim 65 is odd"),
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0: expected a whole number .* least 1"),
         ({"num_key_value_heads": 0}, "num_key_value_heads is 0: expected a whole number"),
