@@ -131,6 +131,12 @@ def break_even_rank(out_features: int, in_features: int) -> int:
     return (out_features * in_features - 1) // (out_features + in_features)
 
 
+def _held_bytes(frozen: int, trained: int, precision: str) -> tuple[int, int, int]:
+    """Bytes of the weights, of the gradients and of AdamW's moments."""
+    weights = ELEMENT_BYTES[precision] * frozen + MASTER_BYTES * trained
+    return weights, MASTER_BYTES * trained, ADAMW_BYTES * trained
+
+
 @dataclass(frozen=True, slots=True)
 class Target:
     """One adapted linear layer, in all decoder layers together.
@@ -158,6 +164,11 @@ class Target:
     def lora(self) -> int:
         """What LoRA trains here: L·r·(out + in)."""
         return self.layers * self.rank * (self.out_features + self.in_features)
+
+    def held_bytes(self, method: str, precision: str) -> tuple[int, int, int]:
+        """Bytes of weights, gradients and AdamW's moments here, a base's biases aside."""
+        trained = {"lora": self.lora, "head": 0, "full": self.full}[method]
+        return _held_bytes(0 if method == "full" else self.full, trained, precision)
 
     @property
     def times_fewer(self) -> float:
@@ -356,13 +367,14 @@ def budget(config: Any, tuning: FineTuning, num_labels: int) -> Budget:
         lora = sum(t.lora for t in lora_targets(config, tuning.rank, tuning.targets))
         parameters, trainable = parameters + lora, trainable + lora
     frozen = parameters - trainable
+    weights, gradients, optimizer = _held_bytes(frozen, trainable, tuning.precision)
     return Budget(
         method=tuning.method,
         parameters=parameters,
         trainable=trainable,
-        weights=ELEMENT_BYTES[tuning.precision] * frozen + MASTER_BYTES * trainable,
-        gradients=MASTER_BYTES * trainable,
-        optimizer=ADAMW_BYTES * trainable,
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer,
         activations=saved_activation_bytes(config, tuning),
     )
 
@@ -399,7 +411,8 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     shape = f"{flags.batch} × {flags.tokens} tokens, {flags.labels} classes, {flags.precision}"
-    print(_target_table(targets), f"\n{shape}; MB:", _budget_table(budgets), sep="\n")
+    print(_target_table(targets), _bytes_table(targets, flags.precision), sep="\n\n")
+    print(f"\n{shape}; MB:", _budget_table(budgets), sep="\n")
 
 
 def _target_table(targets: list[Target]) -> str:
@@ -411,6 +424,16 @@ def _target_table(targets: list[Target]) -> str:
         rows.append((t.name, f"{out:,} × {width:,}", *counts, f"{break_even_rank(out, width):,}"))
     full, lora = sum(t.full for t in targets), sum(t.lora for t in targets)
     rows.append(("all", "", "", f"{full:,}", f"{lora:,}", f"{full / lora:,.1f}", ""))
+    return _table(rows)
+
+
+def _bytes_table(targets: list[Target], precision: str) -> str:
+    held = ("weights", "gradients", "AdamW")
+    rows = [(f"MB, {precision}", *(f"{m} {what}" for m in ("LoRA", "full") for what in held))]
+    sizes = {t.name: [*t.held_bytes("lora", precision), *t.held_bytes("full", precision)]
+             for t in targets}  # fmt: skip
+    sizes["all"] = [sum(column) for column in zip(*sizes.values(), strict=True)]
+    rows += [(name, *(f"{size / 1e6:,.1f}" for size in row)) for name, row in sizes.items()]
     return _table(rows)
 
 

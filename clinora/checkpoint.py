@@ -9,6 +9,7 @@ import json
 import os
 import re
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,14 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from clinora.llama import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
-from clinora.lora import LoRAConfig, apply_lora, find_modules, lora_state_dict, target_linears
+from clinora.lora import (
+    LoRAConfig,
+    LoRALinear,
+    apply_lora,
+    find_modules,
+    lora_state_dict,
+    target_linears,
+)
 
 BUNDLED = Path(__file__).parent / "bundled"
 
@@ -31,6 +39,9 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 # PEFT names every tensor as if the model stood two wrappers deep.
 PEFT_PREFIX = "base_model.model."
+
+# What a floating tensor may be held in: eight bits would need a scale that no plain file has.
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class CheckpointError(ValueError):
@@ -136,8 +147,14 @@ def load_model(
 
     Raises:
         CheckpointError: The files are missing, damaged or not this model's.
-        ValueError: ``config.json`` asks for what ``LlamaConfig`` does not do.
+        ValueError: ``config.json`` asks for what ``LlamaConfig`` does not do, or ``num_labels`` is
+            no number of classes.
     """
+    if num_labels is not None and (not isinstance(num_labels, int) or num_labels < 1):
+        raise ValueError(
+            f"num_labels is {num_labels!r}: expected a whole number of at least 1, or None for a "
+            "causal LM"
+        )
     found = find_base(source, revision)
     config = LlamaConfig.from_json(find_config(found.folder))
     with torch.device("meta"):
@@ -146,8 +163,13 @@ def load_model(
         else:
             model = LlamaForSequenceClassification(config, num_labels)
     tensors = {}
-    for file in _weight_files(found.folder):
-        tensors |= _read_tensors(file)
+    for file, names in _weight_files(found.folder).items():
+        came = _read_tensors(file)
+        if names is not None and (differing := came.keys() ^ names):
+            raise CheckpointError(
+                f"{file} and the index beside it disagree about {min(differing)}: copy both again"
+            )
+        tensors |= came
     # Left out on purpose: old files' rotary buffers, which the model computes; a tied head, which
     # is the embedding; the language-model head, for a classifier.
     ignored = {n for n in tensors if n.endswith(".rotary_emb.inv_freq")}
@@ -161,7 +183,7 @@ def load_model(
         )
     elif num_labels is not None:
         model.head_trained = True
-    _check_names_and_shapes(tensors, expected, f"the weights in {found.folder}")
+    _check_tensors(tensors, expected, f"the weights in {found.folder}")
     if dtype is None:
         dtype = tensors["model.embed_tokens.weight"].dtype
     for name, tensor in tensors.items():
@@ -177,14 +199,25 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
     Writes ``adapter_model.safetensors`` (float32) and ``adapter_config.json`` into ``folder``,
     which is made if need be; each file is replaced as a whole.
 
+    A classifier's head must have been trained, as whoever loads the adapter takes it to be.
+    ``clinora.training.train`` notes that it was; after a training loop of your own, set
+    ``model.head_trained = True``.
+
     Raises:
-        ValueError: The model has no LoRA layer.
+        ValueError: ``apply_lora`` has not adapted this model, or its head was never trained.
         OSError: The folder cannot be written.
     """
     state = lora_state_dict(model)
-    if isinstance(model, LlamaForSequenceClassification):
-        state["score.weight"] = model.score.weight  # the head travels even where it did not train
+    if not hasattr(model, "lora_config"):
+        raise ValueError("only a whole model that apply_lora adapted can be saved as an adapter")
     config: LoRAConfig = model.lora_config
+    if isinstance(model, LlamaForSequenceClassification):
+        if not model.head_trained:
+            raise ValueError(
+                "this model's head was never trained: train it, or set model.head_trained = True "
+                "if a training loop of your own did"
+            )
+        state["score.weight"] = model.score.weight  # the head travels even where it did not train
     source: Source | None = getattr(model, "source", None)
     whole = list(find_modules(model, config.also_train))
     if "score.weight" in state and "score" not in whole:
@@ -207,7 +240,9 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
         "use_rslora": config.rank_stabilized,
         "modules_to_save": whole or None,
     }
-    tensors = {_to_peft(name): tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    # Copies, as a layer at two places has two names and safetensors refuses shared memory.
+    as_written = {"memory_format": torch.contiguous_format}
+    tensors = {_to_peft(name): t.detach().cpu().clone(**as_written) for name, t in state.items()}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / ADAPTER_WEIGHTS, save(tensors, metadata={"format": "pt"}))
@@ -225,10 +260,40 @@ def load_adapter(model: nn.Module, folder: str | Path) -> LoRAConfig:
             what this library does not do. The model is left as it was.
         ValueError: The model is adapted already.
     """
-    folder = Path(folder)
-    config = _read_adapter_config(model, folder / ADAPTER_CONFIG)
-    path = folder / ADAPTER_WEIGHTS
-    tensors = {_from_peft(name): tensor for name, tensor in _read_tensors(path).items()}
+    if any(isinstance(module, LoRALinear) for module in model.modules()):
+        raise ValueError("this model is adapted already: merge_lora it, or start from a fresh one")
+    about = Path(folder, ADAPTER_CONFIG)
+    peft = read_json(about)
+    config = _lora_config(peft, model, about)
+    path = Path(folder, ADAPTER_WEIGHTS)
+    tensors = {}
+    for name, tensor in _read_tensors(path).items():
+        if _from_peft(name) in tensors:
+            raise CheckpointError(f"{path} holds {_from_peft(name)} under two names")
+        tensors[_from_peft(name)] = tensor
+    source = getattr(model, "source", None)
+    made_for = f"made for the base {peft.get('base_model_name_or_path')}"
+    try:
+        _check_tensors(
+            tensors,
+            _adapter_tensors(model, config),
+            f"{path} ({made_for}; this model is {source and source.name})",
+        )
+        if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+            raise CheckpointError(f"{path} holds numbers that are not finite: {broken[0]}")
+        apply_lora(model, config)
+    except CheckpointError:
+        raise
+    except ValueError as error:  # from LoRA, which knows of no file
+        raise CheckpointError(f"{about}: {error}") from None
+    model.load_state_dict(tensors, strict=False)  # checked above; strict would ask for the base
+    if isinstance(model, LlamaForSequenceClassification) and "score.weight" in tensors:
+        model.head_trained = True
+    return config
+
+
+def _adapter_tensors(model: nn.Module, config: LoRAConfig) -> dict[str, Tensor]:
+    """Name what an adapter for this model consists of: meta tensors of the right shapes."""
     expected = {}
     for name, linear in target_linears(model, config.targets).items():
         out, width = linear.weight.shape
@@ -236,15 +301,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> LoRAConfig:
         expected[f"{name}.lora_B"] = torch.empty(out, config.rank, device="meta")
     for name, head in find_modules(model, config.also_train).items():
         expected |= {f"{name}.{inner}": tensor for inner, tensor in head.state_dict().items()}
-    source = getattr(model, "source", None)
-    made_for = json.loads((folder / ADAPTER_CONFIG).read_text()).get("base_model_name_or_path")
-    about = f"{path} (made for the base {made_for}; this model is {source and source.name})"
-    _check_names_and_shapes(tensors, expected, about)
-    apply_lora(model, config)
-    model.load_state_dict(tensors, strict=False)  # checked above; strict would ask for the base
-    if isinstance(model, LlamaForSequenceClassification) and "score.weight" in tensors:
-        model.head_trained = True
-    return config
+    return expected
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -276,31 +333,38 @@ def read_json(path: Path) -> dict:
     """Read a JSON object.
 
     Raises:
-        CheckpointError: The file is missing or holds something else.
+        CheckpointError: The file is missing, cannot be read or holds something else.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"there is no {path}") from None
-    except ValueError as error:
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a {type(value).__name__}, expected a JSON object")
     return value
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """List a base's safetensors files: one, or the shards that its index names."""
+def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
+    """List a base's safetensors files, by name, with the tensors that an index says they hold."""
     if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
+        return {folder / WEIGHTS: None}
     if not (folder / INDEX).is_file():
         raise CheckpointError(
             f"{folder} holds neither {WEIGHTS} nor {INDEX}: expected weights in safetensors"
         )
-    names = set(read_json(folder / INDEX).get("weight_map", {}).values())
-    if not names or any(Path(name).name != name for name in names):
+    where = read_json(folder / INDEX).get("weight_map")  # tensor → file
+    files = set(where.values()) if isinstance(where, dict) and _are_names(where.values()) else ()
+    if not files or any(Path(file).name != file for file in files):
         raise CheckpointError(f"{folder / INDEX} has no usable weight_map")
-    return [folder / name for name in sorted(names)]
+    return {folder / file: {n for n, f in where.items() if f == file} for file in sorted(files)}
+
+
+def _are_names(values: Iterable) -> bool:
+    return all(isinstance(value, str) for value in values)
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
@@ -316,17 +380,21 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         ) from None
 
 
-def _check_names_and_shapes(
-    came: dict[str, Tensor], expected: dict[str, Tensor], what: str
-) -> None:
+def _check_tensors(came: dict[str, Tensor], expected: dict[str, Tensor], what: str) -> None:
     """Refuse a set of tensors that is not exactly the expected one, naming the first few."""
+    both = sorted(expected.keys() & came.keys())
     wrong = {
         "missing": sorted(expected.keys() - came.keys()),
         "unexpected": sorted(came.keys() - expected.keys()),
         "of another shape": [
             f"{name} ({_shape(came[name])}, expected {_shape(expected[name])})"
-            for name in sorted(expected.keys() & came.keys())
+            for name in both
             if came[name].shape != expected[name].shape
+        ],
+        "of another dtype": [
+            f"{name} ({_list(came[name].dtype)}, expected {_list(*_allowed(expected[name]))})"
+            for name in both
+            if came[name].dtype not in _allowed(expected[name])
         ],
     }
     parts = []
@@ -340,6 +408,14 @@ def _check_names_and_shapes(
 
 def _shape(tensor: Tensor) -> str:
     return " × ".join(map(str, tensor.shape))
+
+
+def _allowed(expected: Tensor) -> tuple[torch.dtype, ...]:
+    return FLOATS if expected.dtype in FLOATS else (expected.dtype,)
+
+
+def _list(*dtypes: torch.dtype) -> str:
+    return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
 def _to_peft(name: str) -> str:
@@ -363,21 +439,35 @@ PEFT_INFORMATION = {
 PEFT_NEUTRAL = (None, False, [], {}, "none")
 # Other initialisations change the base's weights too, and these names do not say how.
 PEFT_INITIALISATIONS = (True, False, None, "gaussian", "orthogonal")
+# What is used must be of these types, or null.
+PEFT_TYPES = {
+    "r": (int,),
+    "lora_alpha": (int, float),
+    "lora_dropout": (int, float),
+    "target_modules": (list, str),
+    "use_rslora": (bool,),
+    "modules_to_save": (list,),
+}
 
 
-def _read_adapter_config(model: nn.Module, path: Path) -> LoRAConfig:
-    """Read PEFT's adapter_config.json, refusing by name what is not done here."""
-    peft = read_json(path)
+def _lora_config(peft: dict, model: nn.Module, path: Path) -> LoRAConfig:
+    """Translate PEFT's adapter_config.json, refusing by name what is not done here."""
     if peft.get("peft_type") != "LORA":
         raise CheckpointError(f"{path}: peft_type is {peft.get('peft_type')!r}, expected 'LORA'")
     for key, value in peft.items():
-        if key not in PEFT_INFORMATION and value not in PEFT_NEUTRAL:
+        if key not in PEFT_INFORMATION and not _is_one_of(value, PEFT_NEUTRAL):
             raise CheckpointError(f"{path}: {key} = {value!r} is not supported")
-    if peft.get("init_lora_weights", True) not in PEFT_INITIALISATIONS:
+    if not _is_one_of(peft.get("init_lora_weights", True), PEFT_INITIALISATIONS):
         raise CheckpointError(
             f"{path}: init_lora_weights = {peft['init_lora_weights']!r} changes the base, too: "
             "not supported"
         )
+    for key, types in PEFT_TYPES.items():
+        value = peft.get(key)
+        fits = type(value) in types and (type(value) is not list or _are_names(value))
+        if value is not None and not fits:
+            expected = " or ".join(kind.__name__ for kind in types).replace("list", "list of str")
+            raise CheckpointError(f"{path}: {key} is {value!r}, expected {expected}")
     # PEFT falls back on defaults for these, and would scale by another factor without a word.
     if lacking := [key for key in ("r", "lora_alpha", "target_modules") if not peft.get(key)]:
         raise CheckpointError(f"{path} lacks {', '.join(lacking)}")
@@ -393,5 +483,10 @@ def _read_adapter_config(model: nn.Module, path: Path) -> LoRAConfig:
             also_train=tuple(dict.fromkeys(peft.get("modules_to_save") or ())),
             rank_stabilized=bool(peft.get("use_rslora")),
         )
-    except (ValueError, TypeError, re.error) as error:
+    except (ValueError, re.error) as error:
         raise CheckpointError(f"{path}: {error}") from None
+
+
+def _is_one_of(value: object, choices: tuple) -> bool:
+    """Tell 0 from False and 1 from True, which ``in`` does not."""
+    return any(type(value) is type(choice) and value == choice for choice in choices)

@@ -32,7 +32,7 @@ class LlamaConfig:
     ``hidden_size / num_attention_heads``. The other defaults are those of Transformers.
 
     Raises:
-        ValueError: The sizes do not fit together.
+        ValueError: A value is of another type or out of its range, or sizes do not fit together.
     """
 
     vocab_size: int
@@ -51,25 +51,22 @@ class LlamaConfig:
     initializer_range: float = 0.02
 
     def __post_init__(self) -> None:
-        if self.num_key_value_heads is None:
-            object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
-        if self.head_dim is None:
-            if self.hidden_size % self.num_attention_heads:
-                raise ValueError(
-                    f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
-                    f"{self.num_attention_heads}: give head_dim"
-                )
-            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                     "num_attention_heads", "num_key_value_heads", "head_dim"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: expected at least 1")
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
-                f"num_key_value_heads {self.num_key_value_heads}: each key head serves the same "
-                "number of query heads"
-            )
+        for f in fields(self):
+            x, expected = getattr(self, f.name), "a whole number of at least 1"
+            fits = (type(x) is int and x >= 1) or x is f.default  # None, filled in below
+            if f.type is float:  # JSON may write 10000.0 as 10000
+                fits, expected = type(x) in (int, float) and 0 < x < torch.inf, "a positive number"
+            if f.type is bool:
+                fits, expected = type(x) is bool, "true or false"
+            if not fits:
+                raise ValueError(f"{f.name} is {x!r}: expected {expected}")
+        D, H, K = self.hidden_size, self.num_attention_heads, self.num_key_value_heads
+        if self.head_dim is None and D % H:
+            raise ValueError(f"{H} num_attention_heads do not divide hidden_size {D}: set head_dim")
+        if K and H % K:  # each key head serves the same number of query heads
+            raise ValueError(f"num_key_value_heads {K} does not divide num_attention_heads {H}")
+        object.__setattr__(self, "num_key_value_heads", K or H)
+        object.__setattr__(self, "head_dim", self.head_dim or D // H)
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd: RoPE rotates pairs")
 
@@ -81,18 +78,18 @@ class LlamaConfig:
             FileNotFoundError: There is no such file.
             ValueError: It is no Llama's, or asks for something that this decoder does not do.
         """
-        path = Path(path)
         try:
-            hub = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+            hub = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not JSON: {error}") from None
         if not isinstance(hub, dict) or hub.get("model_type") != "llama":
             kind = hub.get("model_type") if isinstance(hub, dict) else type(hub).__name__
             raise ValueError(f"{path}: model_type is {kind!r}, expected 'llama'")
         # Before Transformers 5, rope_theta stood alone and rope_scaling beside it.
-        rope = dict(hub.get("rope_parameters") or hub.get("rope_scaling") or {})
+        rope = hub.get("rope_parameters") or hub.get("rope_scaling") or {}
+        rope = dict(rope) if isinstance(rope, dict) else {"rope_type": rope}
         rope_type = rope.pop("rope_type", rope.pop("type", "default"))
-        theta = rope.pop("rope_theta", hub.get("rope_theta"))
+        hub["rope_theta"] = rope.pop("rope_theta", hub.get("rope_theta"))
         unsupported = {
             "quantization_config": (hub.get("quantization_config"), None),
             "hidden_act": (hub.get("hidden_act", "silu"), "silu"),
@@ -104,12 +101,12 @@ class LlamaConfig:
             if came != expected:
                 raise ValueError(f"{path}: {what} {came!r} is not supported, only {expected!r}")
         known = {f.name: hub[f.name] for f in fields(cls) if hub.get(f.name) is not None}
-        if theta is not None:
-            known["rope_theta"] = float(theta)
-        missing = [f.name for f in fields(cls) if f.default is MISSING and f.name not in known]
-        if missing:
-            raise ValueError(f"{path} lacks {', '.join(missing)}")
-        return cls(**known)
+        if missing := {f.name for f in fields(cls) if f.default is MISSING} - known.keys():
+            raise ValueError(f"{path} lacks {', '.join(sorted(missing))}")
+        try:
+            return cls(**known)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
 
 
 class RMSNorm(nn.Module):
@@ -315,15 +312,18 @@ class LlamaForCausalLM(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """Score the next token at every position: ids (B, T) → logits (B, T, V)."""
         x = self.model(ids)  # (B, T, D)
-        if self.lm_head is None:
-            return F.linear(x, self.model.embed_tokens.weight)
-        return self.lm_head(x)
+        if self.lm_head is not None:
+            return self.lm_head(x)
+        weight = self.model.embed_tokens.weight
+        return F.linear(x.to(weight.dtype), weight)  # a trained embedding is float32
 
 
 class LlamaForSequenceClassification(nn.Module):
     """Llama with a linear classifier on the last real token.
 
-    ``head_trained`` is False while ``score`` holds random numbers.
+    ``head_trained`` is False while ``score`` holds random numbers: such a head predicts nothing and
+    is not saved. ``load_model``, ``load_adapter`` and ``clinora.training.train`` set it; whoever
+    trains with a loop of their own sets ``model.head_trained = True``.
     """
 
     def __init__(self, config: LlamaConfig, num_labels: int) -> None:

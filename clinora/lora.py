@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +52,7 @@ class LoRAConfig:
             if isinstance(names, str):
                 raise ValueError(f"{name} is the string {names!r}: expected a tuple of names")
             object.__setattr__(self, name, tuple(names))
-        if not isinstance(self.rank, int) or self.rank < 1:
+        if type(self.rank) is not int or self.rank < 1:
             raise ValueError(f"rank is {self.rank!r}: expected a whole number of at least 1")
         if not 0 < self.alpha < math.inf:
             raise ValueError(f"alpha is {self.alpha}: expected a positive number")
@@ -104,11 +105,10 @@ class LoRALinear(nn.Module):
         return (y + update * (self.config.scaling * self.strength)).to(y.dtype)
 
     def extra_repr(self) -> str:
-        width, r = self.lora_A.size(1), self.config.rank
         added, frozen = self.lora_A.numel() + self.lora_B.numel(), self.weight.numel()
         return (
-            f"in_features={width}, out_features={self.lora_B.size(0)}, "
-            f"bias={self.bias is not None}, rank={r}, alpha={self.config.alpha:g}, "
+            f"in_features={self.lora_A.size(1)}, out_features={self.lora_B.size(0)}, "
+            f"bias={self.bias is not None}, rank={self.config.rank}, alpha={self.config.alpha:g}, "
             f"scaling={self.config.scaling:g}, dropout={self.config.dropout:g}, "
             f"trains {added:,} beside {frozen:,}"
         )
@@ -132,8 +132,7 @@ def target_linears(model: nn.Module, targets: tuple[str, ...]) -> dict[str, nn.L
     found = find_modules(model, targets)
     for target in targets:
         if not find_modules(model, (target,)):
-            modules = model.named_modules()
-            linears = {n.rpartition(".")[2] for n, m in modules if type(m) is nn.Linear}
+            linears = {n.split(".")[-1] for n, m in model.named_modules() if type(m) is nn.Linear}
             raise ValueError(
                 f"no layer is named {target!r}; this model's linear layers are named: "
                 f"{', '.join(sorted(linears - {''})) or '(none)'}"
@@ -150,13 +149,17 @@ def apply_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
     Changes the model in place and remembers the configuration as ``model.lora_config``. On an
     error the model is left as it was.
 
+    A module of ``also_train`` keeps float32 weights and computes in float32, but outside autocast
+    hands on the dtype that its weights had, which is what the frozen base around it expects. So a
+    head gives float32 logits if it is float32 already, as those of ``load_model`` are.
+
     Returns:
         The full names of the adapted layers.
 
     Raises:
         ValueError: A target is not there or no nn.Linear, the rank exceeds a layer's smaller
-            side, the model is adapted already, or a module of ``also_train`` shares weights with
-            a frozen one or holds a target.
+            side, the model is adapted already, or a module of ``also_train`` has no parameters,
+            shares weights with a frozen one or holds a target.
     """
     if adapted := [name for name, _ in _lora_layers(model)]:
         raise ValueError(
@@ -177,10 +180,12 @@ def apply_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
     wrapped = {linear: LoRALinear(linear, config) for linear in linears.values()}
     for name, linear in linears.items():
         model.set_submodule(name, wrapped[linear])
-    for head in heads.values():
-        for parameter in head.parameters():
+    for head in dict.fromkeys(heads.values()):
+        first = next(head.parameters())  # prepend: a hook of an earlier adapter has the last word
+        head.register_forward_hook(partial(_cast, first.dtype), prepend=True)
+        for parameter in head.requires_grad_(True).parameters():
             parameter.data = parameter.data.to(_master_dtype(parameter))
-        head.requires_grad_(True).register_forward_pre_hook(_to_master_dtype)
+        head.register_forward_pre_hook(partial(_cast, first.dtype))  # another one by now
     model.lora_config = config
     return list(linears)
 
@@ -195,14 +200,13 @@ def lora_strength(model: nn.Module, strength: float) -> Iterator[None]:
     Raises:
         ValueError: The model has no LoRA layer.
     """
-    layers = _require_lora(model)
-    before = [layer.strength for layer in layers]
+    before = {layer: layer.strength for layer in _require_lora(model)}
     try:
-        for layer in layers:
+        for layer in before:
             layer.strength = strength
         yield
     finally:
-        for layer, value in zip(layers, before, strict=True):
+        for layer, value in before.items():
             layer.strength = value
 
 
@@ -222,8 +226,8 @@ def merged_weight(layer: LoRALinear) -> Tensor:
 def merge_lora(model: nn.Module) -> nn.Module:
     """Replace every LoRA layer by a plain ``nn.Linear`` of its merged weight, for good.
 
-    Changes the model in place and returns it. To undo it, load the base again: subtracting the
-    update would not give W back (in bfloat16 nearly a third of its elements would differ).
+    Changes the model, or a part of one, in place and returns it. To undo it, load the base again:
+    subtracting the update would not give W back (in bfloat16 nearly a third of it would differ).
 
     Raises:
         ValueError: The model has no LoRA layer.
@@ -238,7 +242,7 @@ def merge_lora(model: nn.Module) -> nn.Module:
             linear.bias = layer.bias
             merged[layer] = linear.train(layer.training)
         model.set_submodule(name, merged[layer])
-    del model.lora_config
+    vars(model).pop("lora_config", None)  # a part of an adapted model has none
     return model
 
 
@@ -296,15 +300,17 @@ def lora_parameter_count(out_features: int, in_features: int, rank: int) -> int:
 def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Collect what an adapter consists of: every A and B, and the modules trained whole.
 
+    Given a part of an adapted model, it collects that part's share.
+
     Returns:
         The tensors under their names in ``model.state_dict()``, detached, not copied.
 
     Raises:
         ValueError: The model has no LoRA layer.
     """
-    _require_lora(model)
+    config = _require_lora(model)[0].config
     names = {f"{name}.{ab}" for name, _ in _lora_layers(model) for ab in ("lora_A", "lora_B")}
-    for name, head in find_modules(model, model.lora_config.also_train).items():
+    for name, head in find_modules(model, config.also_train).items():
         names |= {f"{name}.{inner}" for inner in head.state_dict()}
     return {name: tensor for name, tensor in model.state_dict().items() if name in names}
 
@@ -318,12 +324,12 @@ def _master_dtype(weight: Tensor) -> torch.dtype:
     return torch.promote_types(weight.dtype, torch.float32)
 
 
-def _to_master_dtype(module: nn.Module, inputs: tuple) -> tuple:
-    """Cast what enters a head that trains in float32 beside a frozen half-precision base."""
-    dtype = next(module.parameters()).dtype
-    return tuple(
-        x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs
-    )
+def _cast(dtype: torch.dtype, module: nn.Module, *values: object) -> object:
+    """Cast what enters a module, as a pre-hook, or what leaves it, as a hook: the last value."""
+    if isinstance(values[-1], tuple):
+        return tuple(_cast(dtype, module, value) for value in values[-1])
+    floating = isinstance(values[-1], Tensor) and values[-1].is_floating_point()
+    return values[-1].to(dtype) if floating and not _autocasts(values[-1]) else values[-1]
 
 
 def _lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
@@ -339,13 +345,14 @@ def _require_lora(model: nn.Module) -> list[LoRALinear]:
 
 
 def _check_heads(model: nn.Module, heads: dict[str, nn.Module], linears: dict) -> None:
-    """Refuse to train whole what is also a target, or what a frozen module shares."""
-    owned = {id(p): name for name, head in heads.items() for p in head.parameters()}
+    """Refuse to train whole what has no weights, is also a target, or a frozen module shares."""
+    if empty := [name for name, head in heads.items() if not list(head.parameters())]:
+        raise ValueError(f"{empty[0]} has no parameters to train: leave it out of also_train")
+    owned = {p: name for name, head in heads.items() for p in head.parameters()}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        inside = any(f"{name}.".startswith(f"{head}.") for head in heads)
-        if id(parameter) in owned and not inside:
+        if parameter in owned and not any(f"{name}.".startswith(f"{head}.") for head in heads):
             raise ValueError(
-                f"{owned[id(parameter)]} shares its weights with {name}: training it whole would "
+                f"{owned[parameter]} shares its weights with {name}: training it whole would "
                 "change the frozen base"
             )
     for name in linears:

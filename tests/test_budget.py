@@ -216,6 +216,28 @@ def test_weights_gradients_and_moments_are_those_of_a_step(method, precision):
     assert closed.optimizer == sum(m.nbytes for m in moments)
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("method", ["lora", "head", "full"])
+def test_bytes_of_a_target_are_those_of_a_step(method, precision):
+    names = ("k_proj", "down_proj")
+    tuning = FineTuning(
+        method=method, batch=2, tokens=4, precision=precision, rank=2, targets=names
+    )
+    model = classifier(SMALL, tuning)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    run(model, tuning, [4, 3]).float().square().sum().backward()
+    optimizer.step()
+    for target in lora_targets(SMALL, 2, names):
+        own = [p for n, p in model.named_parameters() if target.name in n.split(".")]
+        assert len(own) == SMALL.num_hidden_layers * (3 if method == "lora" else 1)
+        moments = [m for p in own for m in optimizer.state.get(p, {}).values() if m.dim() == 2]
+        assert target.held_bytes(method, precision) == (
+            sum(p.nbytes for p in own),
+            sum(p.grad.nbytes for p in own if p.grad is not None),
+            sum(m.nbytes for m in moments),
+        )
+
+
 ACTIVATION_SHAPES = {
     "4 layers of width 256, 4 × 128, q and v": (
         replace(SMALL, hidden_size=256, intermediate_size=688, num_hidden_layers=4),
@@ -289,20 +311,38 @@ def test_impossible_tunings_are_refused(change, message):
 # --- the command --------------------------------------------------------------------------------
 
 
-def cells(printed: str) -> dict[str, list[str]]:
-    """The rows of the printed tables by their first cell; cells stand two spaces apart."""
-    rows = [re.split(" {2,}", line.strip()) for line in printed.splitlines()]
-    return {row[0]: row[1:] for row in rows}
+def cells(printed: str, table: int) -> dict[str, list[str]]:
+    """The rows of a printed table by their first cell; cells stand two spaces apart."""
+    lines = printed.split("\n\n")[table].splitlines()
+    return {row[0]: row[1:] for row in (re.split(" {2,}", line.strip()) for line in lines)}
 
 
 def test_command_prints_every_target(config_file, capsys):
     main([str(config_file), "--rank", "3", "--targets", "k_proj", "down_proj"])
-    rows = cells(capsys.readouterr().out)
+    rows = cells(capsys.readouterr().out, table=0)
     full = [3 * 16 * 32, 3 * 32 * 80]  # layers · out · in
     lora = [3 * 3 * (16 + 32), 3 * 3 * (32 + 80)]
     assert rows["k_proj"] == ["16 × 32", "3", f"{full[0]:,}", f"{lora[0]:,}", "3.6", "10"]
     assert rows["down_proj"] == ["32 × 80", "3", f"{full[1]:,}", f"{lora[1]:,}", "7.6", "22"]
     assert rows["all"] == [f"{sum(full):,}", f"{sum(lora):,}", "6.4"]
+
+
+def test_command_prints_every_targets_bytes(tmp_path, capsys):
+    shape = asdict(SMALL) | {"hidden_size": 3200, "intermediate_size": 8000, "head_dim": 80}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model_type": "llama", **shape}))
+    main([str(path), "--rank", "50", "--targets", "q_proj", "down_proj"])
+    rows = cells(capsys.readouterr().out, table=1)
+    # MB: 2 bytes a frozen weight, 4 a trained one; 4 its gradient; 8 its moments
+    q, down = 3 * 320 * 3200 / 1e6, 3 * 3200 * 8000 / 1e6
+    lora_q, lora_down = 3 * 50 * (320 + 3200) / 1e6, 3 * 50 * (3200 + 8000) / 1e6
+    for name, w, r in (
+        ("q_proj", q, lora_q),
+        ("down_proj", down, lora_down),
+        ("all", q + down, lora_q + lora_down),
+    ):
+        sizes = 2 * w + 4 * r, 4 * r, 8 * r, 4 * w, 4 * w, 8 * w
+        assert rows[name] == [f"{size:,.1f}" for size in sizes]
 
 
 @pytest.mark.parametrize("method", ["lora", "head", "full"])
@@ -313,7 +353,7 @@ def test_command_prints_every_method_in_megabytes(config_file, capsys, method):
     labels = flags.pop("labels")
     b = budget(SMALL, FineTuning(method=method, targets=("q_proj", "o_proj"), **flags), labels)
     sizes = (b.weights, b.gradients, b.optimizer, b.activations)
-    assert cells(capsys.readouterr().out)[method] == [
+    assert cells(capsys.readouterr().out, table=2)[method] == [
         f"{b.trainable:,}",
         f"{100 * b.trainable / b.parameters:.3f}%",
         *(f"{size / 10**6:,.1f}" for size in (*sizes, sum(sizes))),
@@ -346,7 +386,10 @@ def test_command_refuses_bad_input_in_a_line(config_file, capsys, words, message
     assert message in err
 
 
-@pytest.mark.parametrize("content", [None, "{", '{"model_type": "bert"}'])
+WIDTH_AS_TEXT = json.dumps({"model_type": "llama", **asdict(SMALL), "hidden_size": "32"})
+
+
+@pytest.mark.parametrize("content", [None, "{", '{"model_type": "bert"}', WIDTH_AS_TEXT])
 def test_command_refuses_a_bad_file_in_a_line(tmp_path, capsys, content):
     path = tmp_path / "config.json"
     if content is not None:

@@ -102,7 +102,7 @@ def exact_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.
 
 
 def cross_entropy(logits: torch.Tensor) -> torch.Tensor:
-    return nn.functional.cross_entropy(logits, torch.arange(len(logits)))
+    return nn.functional.cross_entropy(logits, torch.arange(len(logits)) % logits.size(1))
 
 
 def rms(x: torch.Tensor) -> float:
@@ -179,27 +179,29 @@ def test_bfloat16_is_as_exact_as_transformers(twins, notes, shape):
 
 
 @pytest.mark.parametrize("targets", [("q_proj", "v_proj"), LINEARS], ids=["q and v", "all seven"])
-@pytest.mark.parametrize("shape", [{}, SHAPES["biases"]], ids=["plain", "biases"])
-def test_gradients_are_those_of_peft(adapted_twins, notes, difference, shape, targets):
+@pytest.mark.parametrize(
+    "shape", [*SHAPES.values(), {"tie_word_embeddings": True}], ids=[*SHAPES, "tied"]
+)
+def test_gradients_are_those_of_peft(adapted_twins, notes, shape, targets):
+    """Within 1e-6, at gradients of up to 0.7; 4e-7 was seen over four seeds.
+
+    Relative to a parameter's own largest gradient, the last-token path is up to 2e-6 away: where
+    gradients cancel, both are some 5e-6 of that from float64 (see below).
+    """
     lora = LoRAConfig(rank=4, alpha=8, dropout=0.0, targets=targets)
     ours, theirs, pairs = adapted_twins(lora, **shape)
-    ids, lengths = notes(LENGTHS)
+    ids, lengths = notes(LENGTHS * 4)
     cross_entropy(theirs(ids).logits).backward()
-    largest = max(p.grad.abs().max().item() for p in pairs.values())
+    assert all(p.grad.abs().max() > 1e-3 for p in pairs.values())  # else it would show nothing
 
-    cross_entropy(ours.score(ours.model(ids))[torch.arange(len(ids)), lengths - 1]).backward()
-    for name, parameter in ours.named_parameters():
-        assert (parameter.grad is not None) == (name in pairs), name
-        if name in pairs:
-            assert difference(parameter.grad, pairs[name].grad) <= 1e-6, name
-
-    ours.zero_grad()
-    cross_entropy(ours(ids, lengths)).backward()
-    for name, parameter in ours.named_parameters():
-        if name in pairs:  # each is some 5e-6 from float64: see below
-            gap = (parameter.grad - pairs[name].grad).abs().max().item()
-            assert gap <= 1e-6 * largest, name
-            assert difference(parameter.grad, pairs[name].grad) <= 4e-6, name
+    full = ours.score(ours.model(ids))[torch.arange(len(ids)), lengths - 1]
+    for logits in (full, ours(ids, lengths)):
+        ours.zero_grad()
+        cross_entropy(logits).backward()
+        for name, parameter in ours.named_parameters():
+            assert (parameter.grad is not None) == (name in pairs), name
+            if name in pairs:
+                assert (parameter.grad - pairs[name].grad).abs().max() <= 1e-6, name
 
 
 def test_gradients_are_those_of_float64(adapted_twins, notes, difference):
@@ -228,8 +230,9 @@ def test_state_dict_has_the_names_of_the_hub(twins):
 # Batches and the last real token
 
 
-def test_a_note_alone_and_in_a_batch_agree(twins, notes, difference):
-    ours, _ = twins()
+@any_shape
+def test_a_note_alone_and_in_a_batch_agree(twins, notes, difference, shape):
+    ours, _ = twins(**shape)
     ids, lengths = notes(LENGTHS)
     with torch.no_grad():
         alone = [ours(row[None, :n], n[None]) for row, n in zip(ids, lengths.unbind(), strict=True)]
@@ -523,21 +526,44 @@ def test_config_reads_what_transformers_writes(tmp_path):
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope type 'llama3'"),
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
          r"rope parameters \{'partial_rotary_factor': 0.5\}"),
-        ({"vocab_size": ..., "hidden_size": ...}, "lacks vocab_size, hidden_size"),
+        ({"vocab_size": ..., "hidden_size": ...}, "lacks hidden_size, vocab_size"),
         ({"num_hidden_layers": None}, "lacks num_hidden_layers"),
-        ({"num_key_value_heads": 5}, "32 is not a multiple of num_key_value_heads 5"),
-        ({"num_attention_heads": 24}, "hidden_size 2048 is not a multiple of .* 24: give head_dim"),
+        ({"num_key_value_heads": 5}, "heads 5 does not divide num_attention_heads 32"),
+        ({"num_attention_heads": 24}, "24 num_attention_heads do not divide hidden_size 2048"),
         ({"head_dim": 65}, "head_dim 65 is odd"),
-        ({"num_hidden_layers": 0}, "num_hidden_layers is 0: expected at least 1"),
-        ({"num_key_value_heads": 0}, "num_key_value_heads is 0: expected at least 1"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0: expected a whole number .* least 1"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads is 0: expected a whole number"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0: expected a whole number"),
+        ({"max_position_embeddings": -1}, "max_position_embeddings is -1: expected a whole number"),
+        ({"hidden_size": "2048"}, "hidden_size is '2048': expected a whole number"),
+        ({"head_dim": 128.0}, "head_dim is 128.0: expected a whole number"),
+        ({"vocab_size": True}, "vocab_size is True: expected a whole number"),
+        ({"rms_norm_eps": "x"}, "rms_norm_eps is 'x': expected a positive number"),
+        ({"rms_norm_eps": -1e-5}, "rms_norm_eps is -1e-05: expected a positive number"),
+        ({"initializer_range": math.nan}, "initializer_range is nan: expected a positive number"),
+        ({"rope_theta": [1e4]}, r"rope_theta is \[10000.0\]: expected a positive number"),
+        ({"rope_theta": "10000"}, "rope_theta is '10000': expected a positive number"),
+        ({"rope_parameters": {"rope_theta": {}}}, "rope_theta is {}: expected a positive number"),
+        ({"attention_bias": "false"}, "attention_bias is 'false': expected true or false"),
+        ({"mlp_bias": 1}, "mlp_bias is 1: expected true or false"),
+        ({"rope_parameters": "linear"}, "rope type 'linear' is not supported"),
+        ({"rope_scaling": ["linear", 2]}, r"rope type \['linear', 2\] is not supported"),
     ],
 )  # fmt: skip
 def test_config_refuses_by_name_what_the_decoder_does_not_do(config_file, changes, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=rf"config\.json:? .*{message}"):
         LlamaConfig.from_json(config_file(**changes))
 
 
-@pytest.mark.parametrize("text, message", [("{", "is not JSON"), ("[1]", "model_type is 'list'")])
+def test_config_takes_whole_numbers_for_real_ones(config_file):
+    config = LlamaConfig.from_json(config_file(rope_theta=500_000, rms_norm_eps=1))
+    assert (config.rope_theta, config.rms_norm_eps) == (500_000.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [("{", "is not JSON"), ("[" * 100_000, "is not JSON"), ("[1]", "model_type is 'list'")],
+)
 def test_config_refuses_what_is_no_config(tmp_path, text, message):
     path = tmp_path / "config.json"
     path.write_text(text)

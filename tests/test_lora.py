@@ -28,6 +28,13 @@ from clinora.lora import (
 )
 
 LENGTHS = (13, 1, 29, 7)
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+SHAPES = {
+    "grouped": {},
+    "ungrouped": {"num_attention_heads": 4, "num_key_value_heads": 4},
+    "head_dim": {"head_dim": 24},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+}
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -223,28 +230,36 @@ def test_only_what_should_train_moves(twins, notes):
     assert moved == wanted
 
 
+@pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("stabilized", [False, True])
-def test_ten_steps_follow_peft(adapted_twins, notes, difference, stabilized):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_ten_steps_follow_peft(adapted_twins, notes, difference, dtype, stabilized, seed):
+    """In float32 the logits stay within 1e-5 (3e-6 was seen), in float64 the parameters too.
+
+    AdamW divides a gradient by its own size, so where a float32 gradient cancels to nothing, its
+    rounding alone decides the step's direction: such parameters differ between runs of the same
+    code, by up to a step.
+    """
     lora = LoRAConfig(rank=4, alpha=8, dropout=0.0, rank_stabilized=stabilized)
-    # AdamW divides by the gradient's size, so rounding shows most where a gradient is near zero:
-    # 2e-6 to 9e-6 between seeds.
-    ours, theirs, pairs = adapted_twins(lora, random_b=False, seed=4)
+    ours, theirs, pairs = adapted_twins(lora, random_b=False, seed=seed, dtype=dtype)
     mine = {name: p for name, p in ours.named_parameters() if p.requires_grad}
     start = {name: p.detach().clone() for name, p in mine.items()}
     optimizers = [torch.optim.AdamW(ps.values(), lr=1e-3) for ps in (mine, pairs)]
     ours.train(), theirs.train()
-    for step in range(10):
-        ids, lengths = notes(LENGTHS, seed=step)
+    for step in range(11):
+        ids, lengths = notes(LENGTHS, seed=11 * seed + step)
         mask = (ids != 0).long()
         outputs = ours(ids, lengths), theirs(ids, attention_mask=mask).logits
-        assert difference(*outputs) <= 1e-5
+        assert difference(*outputs) <= 1e-5, step
         for logits, optimizer in zip(outputs, optimizers, strict=True):
             optimizer.zero_grad()
             nn.functional.cross_entropy(logits, torch.tensor([0, 1, 2, 4])).backward()
-            optimizer.step()
+            if step < 10:
+                optimizer.step()
     for name, parameter in mine.items():
-        assert difference(parameter, pairs[name]) <= 1e-5, name
         assert difference(parameter, start[name]) > 1e-3, name
+        if dtype == torch.float64:
+            assert difference(parameter, pairs[name]) <= 1e-10, name
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -274,6 +289,61 @@ def test_autocast_computes_close_to_float32(adapted_mlp, difference, dtype):
             y = model(x)
     assert y.dtype == torch.bfloat16
     assert 1e-5 < difference(y, exact) <= 0.03
+
+
+WHOLE = [("embed_tokens",), ("input_layernorm", "norm"), ("layers.1",), ("o_proj", "score"), ()]
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("whole", WHOLE, ids=" ".join)
+def test_any_module_trains_whole_beside_any_base(twins, notes, whole, dtype, autocast):
+    """Its float32 output met the frozen base's half precision in the next product."""
+    ours, _ = twins(dtype=dtype)
+    apply_lora(ours, LoRAConfig(rank=2, targets=("layers.0.self_attn.q_proj",), also_train=whole))
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        loss = ours.train()(*notes(LENGTHS)).float().square().sum()
+    loss.backward()
+    for name in find_modules(ours, whole):
+        for parameter in ours.get_submodule(name).parameters():
+            assert parameter.dtype == parameter.grad.dtype == torch.float32, name
+            assert parameter.grad.any() and parameter.grad.isfinite().all(), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("whole", WHOLE, ids=" ".join)
+def test_training_modules_whole_keeps_the_outputs_dtype(twins, notes, difference, whole, dtype):
+    ours, _ = twins(dtype=dtype)
+    with torch.no_grad():
+        before = ours(*notes(LENGTHS))
+        lora = LoRAConfig(rank=2, targets=("layers.0.self_attn.q_proj",), also_train=whole)
+        apply_lora(ours, lora)
+        after = ours(*notes(LENGTHS))
+    assert after.dtype == before.dtype
+    assert difference(after, before) <= {torch.float32: 0, torch.float16: 0.01}.get(dtype, 0.05)
+
+
+def test_a_module_trained_whole_can_be_trained_whole_again(twins, notes):
+    """By then its weights are float32, which is not what the base around it expects."""
+    ours, _ = twins(dtype=torch.bfloat16)
+    for _ in range(2):
+        apply_lora(ours, LoRAConfig(rank=2, also_train=("input_layernorm", "score")))
+        assert ours(*notes(LENGTHS)).dtype == torch.bfloat16
+        merge_lora(ours)
+
+
+def test_a_head_held_in_float32_gives_float32_logits(twins, notes):
+    ours, _ = twins(dtype=torch.bfloat16)
+    ours.score.float()
+    apply_lora(ours, LoRAConfig(rank=2))
+    assert ours(*notes(LENGTHS)).dtype == torch.float32
+
+
+def test_a_tied_embedding_trains_whole_beside_a_bfloat16_base(twins, notes):
+    ours, _ = twins(num_labels=None, dtype=torch.bfloat16, tie_word_embeddings=True)
+    apply_lora(ours, LoRAConfig(rank=2, also_train=("embed_tokens",)))
+    ours(notes(LENGTHS)[0]).square().sum().backward()
+    assert ours.model.embed_tokens.weight.grad.any()
 
 
 # Strength
@@ -346,14 +416,31 @@ def test_merged_equals_adapted(adapted_mlp, difference):
             assert difference(base(x), adapted) > 0.01
 
 
-def test_merged_llama_equals_adapted(adapted_twins, notes, difference):
-    ours, theirs, _ = adapted_twins(LoRAConfig(rank=4, dropout=0.0))
+def test_every_merged_layer_of_a_llama_equals_the_adapted_one(twins, fill_b, difference):
+    ours, _ = twins(attention_bias=True)
+    names = apply_lora(ours, LoRAConfig(rank=4, dropout=0.0, targets=LINEARS))
+    fill_b(ours)
+    for name in names:
+        layer = ours.get_submodule(name)
+        x = torch.randn(50, layer.weight.size(1))
+        adapted = layer(x)
+        assert (
+            difference(nn.functional.linear(x, merged_weight(layer), layer.bias), adapted) <= 1e-6
+        )
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_merged_llama_equals_adapted(adapted_twins, notes, difference, shape):
+    """Each layer is within 1e-6; three of them, one on the other, are within 4e-6."""
+    ours, theirs, _ = adapted_twins(LoRAConfig(rank=4, dropout=0.0, targets=LINEARS), **shape)
     ids, lengths = notes(LENGTHS)
     with torch.no_grad():
-        adapted, theirs = ours(ids, lengths), theirs.merge_and_unload()(ids).logits
-        merged = merge_lora(ours)(ids, lengths)
-    assert difference(merged, adapted) <= 2e-6
-    assert difference(merged, theirs) <= 2e-6
+        adapted, last = ours.model(ids), ours(ids, lengths)
+        theirs = theirs.merge_and_unload()(ids).logits
+        merge_lora(ours)
+        assert difference(ours.model(ids), adapted) <= 4e-6
+        assert difference(ours(ids, lengths), last) <= 4e-6
+        assert difference(ours(ids, lengths), theirs) <= 2e-6
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -382,6 +469,26 @@ def test_merging_leaves_a_plain_model(adapted_mlp):
     assert model[0].bias is bias and model[2].bias is None
     assert (model[0].in_features, model[0].out_features) == (12, 16)
     assert not model[0].weight.requires_grad and model[4].weight.requires_grad
+
+
+def test_a_part_of_a_model_can_be_merged(adapted_twins, notes, difference):
+    ours, _, _ = adapted_twins(LoRAConfig(rank=4, dropout=0.0))
+    ids, lengths = notes(LENGTHS)
+    with torch.no_grad():
+        adapted = ours(ids, lengths)
+        layer = ours.model.layers[1]
+        assert merge_lora(layer) is layer
+        assert difference(ours(ids, lengths), adapted) <= 2e-6
+    kinds = [type(x.self_attn.q_proj) for x in ours.model.layers]
+    assert kinds == [LoRALinear, nn.Linear, LoRALinear]
+
+
+def test_layers_made_by_hand_can_be_merged(fill_b, difference):
+    layer = fill_b(LoRALinear(nn.Linear(6, 5), LoRAConfig(rank=2, dropout=0.0)))
+    model, x = nn.Sequential(layer, nn.ReLU()), torch.randn(3, 6)
+    adapted = model(x)
+    assert difference(merge_lora(model)(x), adapted) <= 1e-6
+    assert type(model[0]) is nn.Linear
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -462,7 +569,7 @@ def test_bert_in_bfloat16_trains_without_autocast(bert, training):
     apply_lora(model, config)
     logits = model(torch.randint(0, 50, (3, 9))).logits
     logits.square().sum().backward()
-    assert logits.dtype == model.classifier.weight.dtype == torch.float32
+    assert (logits.dtype, model.classifier.weight.dtype) == (torch.bfloat16, torch.float32)
     assert model.classifier.weight.grad.any()
     assert model.bert.encoder.layer[0].attention.self.query.lora_B.grad.any()
 
@@ -557,11 +664,12 @@ def tied() -> nn.Module:
          "head.0 is in targets and in also_train"),
         (tied, {"targets": ("q_proj",), "also_train": ("lm_head",)},
          "lm_head shares its weights with model.embed_tokens.weight"),
+        (mlp, {"also_train": ("3",)}, "3 has no parameters to train: leave it out of also_train"),
         (lambda: nn.MultiheadAttention(8, 2), {"targets": ("out_proj",)},
          "out_proj is a NonDynamicallyQuantizableLinear: only nn.Linear"),
     ],
     ids=["no match", "no linear", "rank", "no nn.Linear", "head is target", "target in head",
-         "tied head", "subclass"],
+         "tied head", "no parameters", "subclass"],
 )  # fmt: skip
 def test_an_error_says_what_there_is_and_leaves_the_model(make, changes, message):
     model = make()
@@ -674,6 +782,15 @@ def test_state_dict_holds_the_adapter_and_the_head(adapted_mlp):
     assert list(state) == ["0.lora_A", "0.lora_B", "2.lora_A", "2.lora_B", "4.weight", "4.bias"]
     assert all(state[name].data_ptr() == p.data_ptr() for name, p in model.named_parameters()
                if name in state)  # fmt: skip
+
+
+def test_state_dict_of_a_part_holds_its_share(twins):
+    ours, _ = twins()
+    apply_lora(ours, LoRAConfig(rank=2, also_train=("norm", "score")))
+    whole = lora_state_dict(ours)
+    part = lora_state_dict(ours.model)
+    assert {f"model.{name}" for name in part} == whole.keys() - {"score.weight"}
+    assert all(torch.equal(tensor, whole[f"model.{name}"]) for name, tensor in part.items())
 
 
 def test_state_dict_carries_a_heads_buffers():
