@@ -186,11 +186,9 @@ def base_hashes(source: Source) -> dict[str, str]:
         CheckpointError: The folder holds no weights.
         FileNotFoundError: It holds no tokenizer.
     """
-    tokenizer = (source.folder / "tokenizer.model").read_bytes()
-    return {
-        "sha256": weights_sha256(source.folder),
-        "tokenizer_sha256": hashlib.sha256(tokenizer).hexdigest(),
-    }
+    weights = weights_sha256(source.folder)
+    tokenizer = hashlib.sha256((source.folder / "tokenizer.model").read_bytes())
+    return {"sha256": weights, "tokenizer_sha256": tokenizer.hexdigest()}
 
 
 class Classifier:

@@ -7,7 +7,6 @@ Every other kill waits until a checkpoint is being written. The adapter must be 
 
 import argparse
 import json
-import os
 import random
 import signal
 import subprocess
@@ -37,9 +36,8 @@ def write_notes(path: Path, texts: int = 300) -> Path:
 def start(notes: Path, run: Path, precision: str, *more: str) -> subprocess.Popen:
     """Start train.py in a process of its own."""
     command = [sys.executable, str(ROOT / "train.py"), "--notes", str(notes), "--run", str(run)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [*command, "--precision", precision, *OPTIONS, *more], env=environment,
+        [*command, "--precision", precision, *OPTIONS, *more],
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
     )  # fmt: skip
 
