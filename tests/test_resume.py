@@ -221,6 +221,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_bits(tmp_path, precision):
     assert report["identical"]
 
 
+@pytest.mark.slow
 def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, capsys):
     notes = kill_and_resume.write_notes(tmp_path / "notes.csv")
     options = ["--notes", notes, "--run", tmp_path / "run", *kill_and_resume.OPTIONS]

@@ -39,6 +39,7 @@ def train(*options):
     return train_script.main(["--steps", "60", "--tokens-per-batch", "256", *map(str, options)])
 
 
+@pytest.mark.slow
 def test_train_then_eval_on_a_file_of_ones_own(notes, tmp_path, capsys):
     run = tmp_path / "run"
     assert train("--notes", notes, "--run", run, "--learning-rate", "5e-3") == 0
@@ -63,6 +64,7 @@ def test_train_then_eval_on_a_file_of_ones_own(notes, tmp_path, capsys):
     assert picture.std() > 0.05  # something is drawn
 
 
+@pytest.mark.slow
 def test_peft_reads_what_train_wrote(notes, tmp_path):
     run = tmp_path / "run"
     assert train("--notes", notes, "--run", run, "--precision", "fp32") == 0
@@ -78,6 +80,7 @@ def test_peft_reads_what_train_wrote(notes, tmp_path):
     torch.testing.assert_close(ours, logits.softmax(-1), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_notes_that_the_run_has_seen_are_not_measured(notes, tmp_path, capsys):
     run = tmp_path / "run"
     assert train("--notes", notes, "--run", run, "--steps", "1") == 0
@@ -90,6 +93,7 @@ def test_notes_that_the_run_has_seen_are_not_measured(notes, tmp_path, capsys):
     assert json.loads((run / "report-more" / "metrics.json").read_text())["trained_on"] == 0
 
 
+@pytest.mark.slow
 def test_measuring_on_seen_notes_must_be_asked_for_and_is_said_everywhere(notes, tmp_path, capsys):
     run = tmp_path / "run"
     assert train("--notes", notes, "--run", run, "--steps", "1") == 0
@@ -110,6 +114,7 @@ def test_measuring_on_seen_notes_must_be_asked_for_and_is_said_everywhere(notes,
     assert json.loads((report / "metrics.json").read_text())["trained_on"] == seen
 
 
+@pytest.mark.slow
 def test_eval_with_no_option_measures_the_bundled_adapter(capsys):
     assert eval_script.main([]) == 0
     assert "\n50 notes, filed in 56 rows" in capsys.readouterr().out
@@ -178,6 +183,7 @@ def test_a_run_that_is_not_there_is_one_clear_line(capsys):
     assert_refused(eval_script, ["--run", "nowhere"], capsys, "there is no run nowhere")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["train", "eval", "serve"])
 def test_importing_a_script_does_nothing(script, tmp_path):
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {script}"
