@@ -15,8 +15,10 @@ MLP, Shazeer 2020, equation 6.
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -177,6 +179,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None) ->
     Returns:
         The shape of q.
     """
+    tiled = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.size(2) >= TILED_FROM
+    if tiled and lengths is None:
+        return TiledAttention.apply(q, k, v)
     seen = None
     if lengths is not None:  # is_causal would let a single query see position 0 alone
         seen = torch.arange(k.size(2), device=k.device) < lengths[:, None]  # (B, T)
@@ -185,6 +190,83 @@ def attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None) ->
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=seen, is_causal=seen is None, enable_gqa=grouped
     )
+
+
+TILED_FROM = 48  # tokens
+TILE_ROWS, TILE_SCORES = 64, 2**18  # 1 MB of float32: what a core's cache holds
+
+
+class TiledAttention(torch.autograd.Function):
+    """Causal attention as plain matrix products: in bfloat16 on the CPU, faster than PyTorch's.
+
+    A tile of query rows meets the keys up to its end alone: most of the future is never computed.
+    The H/K query heads of a key head are rows of one product. Scores and probabilities P are
+    float32: bfloat16 would round a score of 8 by up to 0.016. Saved are q, k and v; the backward
+    pass computes each tile of P again (Dao et al. 2022, section 3.1).
+
+    In a tile, N is batch rows times K, and n its rows times H/K.
+    """
+
+    @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.bfloat16)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        ctx.save_for_backward(q, k, v)
+        out = torch.empty_like(q)
+        for qs, ks, vs, outs in _chunks(q, k, v, out):
+            keys, values = _rows(ks).float() * q.size(-1) ** -0.5, _rows(vs).float()  # (N, T, E)
+            for start in range(0, q.size(2), TILE_ROWS):
+                tile = slice(start, start + TILE_ROWS)
+                p = _probabilities(_rows(qs, tile), keys, start)
+                o = p @ values[:, : p.size(2)]  # (N, n, E)
+                outs[:, :, :, tile] = o.view_as(outs[:, :, :, tile])
+        return out
+
+    @staticmethod
+    @torch.amp.custom_bwd(device_type="cpu")
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = ctx.saved_tensors
+        dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+        scale = q.size(-1) ** -0.5
+        for qs, ks, vs, d_outs, dqs, dks, dvs in _chunks(q, k, v, d_out, dq, dk, dv):
+            keys, values = _rows(ks), _rows(vs).float() * scale  # (N, T, E)
+            keys32 = keys.float() * scale
+            d_keys, d_values = torch.zeros_like(keys32), torch.zeros_like(keys32)
+            for start in range(0, q.size(2), TILE_ROWS):
+                tile = slice(start, start + TILE_ROWS)
+                queries, d_o = _rows(qs, tile), _rows(d_outs, tile)  # (N, n, E)
+                p = _probabilities(queries, keys32, start)  # (N, n, seen)
+                seen = slice(p.size(2))
+                d_p = d_o.float() @ values[:, seen].mT
+                d_s = torch._softmax_backward_data(d_p, p, -1, p.dtype, grad_input=d_p).to(q.dtype)
+                d_values[:, seen] += p.to(q.dtype).mT @ d_o
+                d_keys[:, seen] += d_s.mT @ queries
+                d_queries = d_s @ keys[:, seen]
+                dqs[:, :, :, tile] = d_queries.view_as(dqs[:, :, :, tile])
+            dks[:], dvs[:] = d_keys.view_as(dks), d_values.view_as(dvs)
+        return dq, dk, dv
+
+
+def _chunks(q: Tensor, k: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Split along B, so that a tile's scores fit the cache: (rows, K, heads to a key, T, E)."""
+    _, heads, tokens, _ = q.shape
+    rows = max(1, TILE_SCORES // (heads * TILE_ROWS * tokens))
+    tensors = (x.unflatten(1, (k.size(1), -1)).split(rows) for x in (q, k, *others))
+    return zip(*tensors, strict=True)
+
+
+def _rows(x: Tensor, tile: slice = slice(None)) -> Tensor:  # (rows, K, G, T, E) → (N, n, E)
+    x = x[:, :, :, tile]
+    return x.reshape(x.size(0) * x.size(1), -1, x.size(-1))
+
+
+def _probabilities(queries: Tensor, keys: Tensor, start: int) -> Tensor:
+    """Softmax of a tile that begins at ``start``: (N, n, E), (N, T, E) scaled → (N, n, seen)."""
+    keys = keys[:, : start + TILE_ROWS]
+    scores = queries.float() @ keys.mT
+    rows = keys.size(1) - start
+    future = torch.full((rows, rows), -torch.inf).triu(1)
+    scores.unflatten(1, (-1, rows))[..., start:] += future
+    return torch.softmax(scores, -1, out=scores)
 
 
 def last_token(x: Tensor, lengths: Tensor) -> Tensor:
