@@ -53,24 +53,24 @@ class LlamaConfig:
     initializer_range: float = 0.02
 
     def __post_init__(self) -> None:
+        width, heads = self.hidden_size, self.num_attention_heads
         if self.num_key_value_heads is None:
-            object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
+            object.__setattr__(self, "num_key_value_heads", heads)
         if self.head_dim is None:
-            if self.hidden_size % self.num_attention_heads:
+            if width % heads:
                 raise ValueError(
-                    f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
-                    f"{self.num_attention_heads}: give head_dim"
+                    f"hidden_size {width} is not a multiple of num_attention_heads {heads}: give "
+                    "head_dim"
                 )
-            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                     "num_attention_heads", "num_key_value_heads", "head_dim"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: expected at least 1")
-        if self.num_attention_heads % self.num_key_value_heads:
+            object.__setattr__(self, "head_dim", width // heads)
+        for field in fields(self):
+            size = getattr(self, field.name)
+            if field.type in (int, int | None) and size < 1:
+                raise ValueError(f"{field.name} is {size}: expected at least 1")
+        if heads % self.num_key_value_heads:
             raise ValueError(
-                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
-                f"num_key_value_heads {self.num_key_value_heads}: each key head serves the same "
-                "number of query heads"
+                f"num_attention_heads {heads} is not a multiple of num_key_value_heads "
+                f"{self.num_key_value_heads}: each key head serves the same number of query heads"
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd: RoPE rotates pairs")
@@ -88,8 +88,8 @@ class LlamaConfig:
             hub = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{path} is not JSON: {error}") from None
-        if not isinstance(hub, dict) or hub.get("model_type") != "llama":
-            kind = hub.get("model_type") if isinstance(hub, dict) else type(hub).__name__
+        kind = hub.get("model_type") if isinstance(hub, dict) else type(hub).__name__
+        if kind != "llama":
             raise ValueError(f"{path}: model_type is {kind!r}, expected 'llama'")
         # Before Transformers 5, rope_theta stood alone and rope_scaling beside it.
         rope = dict(hub.get("rope_parameters") or hub.get("rope_scaling") or {})
@@ -114,6 +114,28 @@ class LlamaConfig:
         return cls(**known)
 
 
+class HalfNorm(torch.autograd.Function):
+    """n = x / rms(x), (..., D), of a half-precision x, squared in float32.
+
+    Saved is x as it came, where autograd would save float32(x). With g the gradient of n, that
+    of x is (g − n · mean(g ⊙ n)) / rms(x).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
+        h = x.float()
+        scale = torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, scale)
+        return (h * scale).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        x, scale = ctx.saved_tensors
+        n, g = x * scale, grad.float()
+        g -= n * (g * n).mean(-1, keepdim=True)
+        return (g * scale).to(x.dtype), None
+
+
 class RMSNorm(nn.Module):
     """Scale each vector to a root mean square of one: y = w · x / √(mean(x²) + ε), (..., D)."""
 
@@ -123,9 +145,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        h = x.float()  # the mean of squares in bfloat16 would keep 8 bits
-        h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * h.to(x.dtype)
+        if x.dtype != torch.float32:  # there the mean of squares would keep 8 or 11 bits
+            return self.weight * HalfNorm.apply(x, self.eps)
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps))
 
     def extra_repr(self) -> str:
         return f"{self.weight.numel()}, eps={self.eps:g}"
@@ -179,93 +201,71 @@ def attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None) ->
     Returns:
         The shape of q.
     """
-    tiled = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.size(2) >= TILED_FROM
-    if tiled and lengths is None:
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.size(2) >= 48:  # faster there
         return TiledAttention.apply(q, k, v)
-    seen = None
-    if lengths is not None:  # is_causal would let a single query see position 0 alone
-        seen = torch.arange(k.size(2), device=k.device) < lengths[:, None]  # (B, T)
-        seen = seen[:, None, None, :]
     grouped = q.size(1) != k.size(1)
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=seen, is_causal=seen is None, enable_gqa=grouped
-    )
-
-
-TILED_FROM = 48  # tokens
-TILE_ROWS, TILE_SCORES = 64, 2**18  # 1 MB of float32: what a core's cache holds
+    if lengths is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    # with one query, is_causal would let it see position 0 alone
+    seen = torch.arange(k.size(2), device=k.device) < lengths[:, None, None, None]  # (B, 1, 1, T)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=grouped)
 
 
 class TiledAttention(torch.autograd.Function):
     """Causal attention as plain matrix products: in bfloat16 on the CPU, faster than PyTorch's.
 
     A tile of query rows meets the keys up to its end alone: most of the future is never computed.
-    The H/K query heads of a key head are rows of one product. Scores and probabilities P are
+    The G = H/K query heads of a key head are rows of one product. Scores and probabilities P are
     float32: bfloat16 would round a score of 8 by up to 0.016. Saved are q, k and v; the backward
-    pass computes each tile of P again (Dao et al. 2022, section 3.1).
-
-    In a tile, N is batch rows times K, and n its rows times H/K.
+    pass computes each tile of P again (Dao et al. 2022, section 3.1). A tile is n rows of b notes,
+    (b, K, G·n, E), and sees S keys.
     """
 
     @staticmethod
     @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.bfloat16)
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         ctx.save_for_backward(q, k, v)
+        keys, values = k.contiguous(), v.contiguous().float()  # (B, K, T, E)
         out = torch.empty_like(q)
-        for qs, ks, vs, outs in _chunks(q, k, v, out):
-            keys, values = _rows(ks).float() * q.size(-1) ** -0.5, _rows(vs).float()  # (N, T, E)
-            for start in range(0, q.size(2), TILE_ROWS):
-                tile = slice(start, start + TILE_ROWS)
-                p = _probabilities(_rows(qs, tile), keys, start)
-                o = p @ values[:, : p.size(2)]  # (N, n, E)
-                outs[:, :, :, tile] = o.view_as(outs[:, :, :, tile])
+        for note, tile in _tiles(q):
+            p = _probabilities(_rows(q[note, :, tile], k), keys[note], tile)  # (b, K, G·n, S)
+            out[note, :, tile] = (p @ values[note, :, : tile.stop]).view_as(out[note, :, tile])
         return out
 
     @staticmethod
     @torch.amp.custom_bwd(device_type="cpu")
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = ctx.saved_tensors
-        dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
-        scale = q.size(-1) ** -0.5
-        for qs, ks, vs, d_outs, dqs, dks, dvs in _chunks(q, k, v, d_out, dq, dk, dv):
-            keys, values = _rows(ks), _rows(vs).float() * scale  # (N, T, E)
-            keys32 = keys.float() * scale
-            d_keys, d_values = torch.zeros_like(keys32), torch.zeros_like(keys32)
-            for start in range(0, q.size(2), TILE_ROWS):
-                tile = slice(start, start + TILE_ROWS)
-                queries, d_o = _rows(qs, tile), _rows(d_outs, tile)  # (N, n, E)
-                p = _probabilities(queries, keys32, start)  # (N, n, seen)
-                seen = slice(p.size(2))
-                d_p = d_o.float() @ values[:, seen].mT
-                d_s = torch._softmax_backward_data(d_p, p, -1, p.dtype, grad_input=d_p).to(q.dtype)
-                d_values[:, seen] += p.to(q.dtype).mT @ d_o
-                d_keys[:, seen] += d_s.mT @ queries
-                d_queries = d_s @ keys[:, seen]
-                dqs[:, :, :, tile] = d_queries.view_as(dqs[:, :, :, tile])
-            dks[:], dvs[:] = d_keys.view_as(dks), d_values.view_as(dvs)
-        return dq, dk, dv
+        # of d_p, and with it of d_s, the scale of the scores is a factor
+        keys, values = k.contiguous(), v.contiguous().float() * q.size(-1) ** -0.5
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(values), torch.zeros_like(values)
+        for note, tile in _tiles(q):
+            seen = slice(tile.stop)
+            queries, d_o = (_rows(x[note, :, tile], k) for x in (q, grad))  # (b, K, G·n, E)
+            p = _probabilities(queries, keys[note], tile)  # (b, K, G·n, S)
+            d_p = d_o.float() @ values[note, :, seen].mT
+            d_s = torch._softmax_backward_data(d_p, p, -1, p.dtype, grad_input=d_p).to(q.dtype)
+            dv[note, :, seen] += p.to(q.dtype).mT @ d_o
+            dk[note, :, seen] += d_s.mT @ queries
+            dq[note, :, tile] = (d_s @ keys[note, :, seen]).view_as(dq[note, :, tile])
+        return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
-def _chunks(q: Tensor, k: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Split along B, so that a tile's scores fit the cache: (rows, K, heads to a key, T, E)."""
-    _, heads, tokens, _ = q.shape
-    rows = max(1, TILE_SCORES // (heads * TILE_ROWS * tokens))
-    tensors = (x.unflatten(1, (k.size(1), -1)).split(rows) for x in (q, k, *others))
-    return zip(*tensors, strict=True)
+def _tiles(q: Tensor, rows: int = 64) -> Iterator[tuple[slice, slice]]:
+    """Cut B and T so that a tile's scores, about 1 MB, stay in a core's cache."""
+    notes = max(1, 2**18 // (rows * q[0, ..., 0].numel()))
+    for b in range(0, q.size(0), notes):
+        yield from ((slice(b, b + notes), slice(t, t + rows)) for t in range(0, q.size(2), rows))
 
 
-def _rows(x: Tensor, tile: slice = slice(None)) -> Tensor:  # (rows, K, G, T, E) → (N, n, E)
-    x = x[:, :, :, tile]
-    return x.reshape(x.size(0) * x.size(1), -1, x.size(-1))
+def _rows(x: Tensor, k: Tensor) -> Tensor:  # (b, H, n, E) → (b, K, G·n, E)
+    return x.reshape(x.size(0), k.size(1), -1, x.size(3))
 
 
-def _probabilities(queries: Tensor, keys: Tensor, start: int) -> Tensor:
-    """Softmax of a tile that begins at ``start``: (N, n, E), (N, T, E) scaled → (N, n, seen)."""
-    keys = keys[:, : start + TILE_ROWS]
-    scores = queries.float() @ keys.mT
-    rows = keys.size(1) - start
-    future = torch.full((rows, rows), -torch.inf).triu(1)
-    scores.unflatten(1, (-1, rows))[..., start:] += future
+def _probabilities(queries: Tensor, keys: Tensor, tile: slice) -> Tensor:  # → (b, K, G·n, S)
+    scores = (queries.float() * keys.size(-1) ** -0.5) @ keys[:, :, : tile.stop].float().mT
+    rows = scores.size(-1) - tile.start
+    scores.unflatten(2, (-1, rows))[..., tile] += torch.full((rows, rows), -torch.inf).triu(1)
     return torch.softmax(scores, -1, out=scores)
 
 
@@ -303,6 +303,20 @@ class Attention(nn.Module):
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
 
+class GatedSiLU(torch.autograd.Function):
+    """SiLU(g) ⊙ u, (..., I); saves g and u and computes SiLU(g) again, where autograd saves it."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate) * up
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate) * grad
+
+
 class MLP(nn.Module):
     """The gated MLP: y = W_down(SiLU(W_gate x) ⊙ W_up x), (..., D) → (..., I) → (..., D)."""
 
@@ -314,7 +328,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(inner, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(GatedSiLU.apply(self.gate_proj(x), self.up_proj(x)))
 
 
 class DecoderLayer(nn.Module):
@@ -373,14 +387,9 @@ class Llama(nn.Module):
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)  # (T, E)
         recompute = self.activation_checkpointing and self.training and torch.is_grad_enabled()
         for i, layer in enumerate(self.layers, start=1):
-            arguments = (x, cos, sin, lengths if i == len(self.layers) else None)
-            x = (
-                checkpoint(layer, *arguments, use_reentrant=False)
-                if recompute
-                else layer(*arguments)
-            )
-        x = self.norm(x)
-        return x if lengths is None else x.squeeze(1)  # (B, 1, D) → (B, D)
+            inputs = (x, cos, sin, lengths if i == len(self.layers) else None)
+            x = checkpoint(layer, *inputs, use_reentrant=False) if recompute else layer(*inputs)
+        return self.norm(x if lengths is None else x.squeeze(1))  # (B, 1, D) → (B, D)
 
 
 class LlamaForCausalLM(nn.Module):

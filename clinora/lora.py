@@ -69,18 +69,17 @@ class LoRAConfig:
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     """Zero each entry with probability p and divide the others by 1 − p, in training alone.
 
-    On the CPU a random byte decides, 8 of them to a number drawn, in a tenth of PyTorch's time:
-    p is rounded to a multiple of 1/256, 255/256 at most, and the division is by 1 less that.
+    On the CPU a random byte decides, which takes a fifth of PyTorch's time: p is rounded to
+    d/256, d at most 255, and what is kept is divided by exactly 1 − d/256. The mask is a byte an
+    entry.
     """
-    dropped = min(round(256 * p), 255)  # of the 256 values of a byte
-    if x.device.type != "cpu":
+    dropped = min(round(256 * p), 255)  # of a byte's 256 values
+    if not training or dropped == 0 or x.device.type != "cpu":
         return F.dropout(x, p, training)
-    if not training or dropped == 0:
-        return x
-    words = torch.empty(-(-x.numel() // 8), dtype=torch.int64)
-    # without bounds random_ leaves the top bit 0, and with it one byte in eight below 128
-    lanes = words.random_(-(2**63), None).view(torch.int8)[: x.numel()].view(x.shape)
-    kept = lanes.clamp_(dropped - 129, dropped - 128).sub_(dropped - 129)  # 1 byte: 0 or 1
+    # without its bounds random_ never sets the top bit, so that every eighth byte is below 128
+    noise = torch.empty(x.numel() // 8 + 1, dtype=torch.int64).random_(-(2**63), None)
+    lanes = noise.view(torch.int8)[: x.numel()].view(x.shape)  # −128 … 127
+    kept = lanes.clamp_(dropped - 129, dropped - 128).sub_(dropped - 129)  # 0 or 1
     return x * kept * (256 / (256 - dropped))
 
 
@@ -108,22 +107,18 @@ class LoRALinear(nn.Module):
         y = F.linear(x, self.weight, self.bias)
         if self.strength == 0:
             return y
-        if not _autocasts(x):  # autocast chooses the dtype itself
+        if not _autocasts(x.device.type):  # autocast chooses the dtype itself
             x = x.to(self.lora_A.dtype)
         x = dropout(x, self.config.dropout, self.training)
-        update = F.linear(
-            F.linear(x, self.lora_A), self.lora_B
-        )  # (..., in) → (..., r) → (..., out)
+        update = F.linear(F.linear(x, self.lora_A), self.lora_B)  # (..., r) → (..., out)
         return (y + update * (self.config.scaling * self.strength)).to(y.dtype)
 
     def extra_repr(self) -> str:
-        width, r = self.lora_A.size(1), self.config.rank
-        added, frozen = self.lora_A.numel() + self.lora_B.numel(), self.weight.numel()
+        c, (out, width), bias = self.config, self.weight.shape, self.bias is not None
         return (
-            f"in_features={width}, out_features={self.lora_B.size(0)}, "
-            f"bias={self.bias is not None}, rank={r}, alpha={self.config.alpha:g}, "
-            f"scaling={self.config.scaling:g}, dropout={self.config.dropout:g}, "
-            f"trains {added:,} beside {frozen:,}"
+            f"in_features={width}, out_features={out}, bias={bias}, rank={c.rank}, "
+            f"alpha={c.alpha:g}, scaling={c.scaling:g}, dropout={c.dropout:g}, "
+            f"trains {self.lora_A.numel() + self.lora_B.numel():,} beside {self.weight.numel():,}"
         )
 
 
@@ -245,8 +240,7 @@ def merge_lora(model: nn.Module) -> nn.Module:
     merged = {}
     for name, layer in list(_lora_layers(model)):
         if layer not in merged:
-            out, width = layer.weight.shape
-            linear = nn.Linear(width, out, bias=False, device="meta")
+            linear = nn.Linear(*reversed(layer.weight.shape), bias=False, device="meta")
             linear.weight = nn.Parameter(merged_weight(layer), requires_grad=False)
             linear.bias = layer.bias
             merged[layer] = linear.train(layer.training)
@@ -272,29 +266,20 @@ class ParameterCount:
     other: int
 
     def __str__(self) -> str:
-        rows = {
-            "parameters": self.total,
-            "frozen": self.total - self.trainable,
-            "trainable": self.trainable,
-            "LoRA's A and B": self.lora,
-            "trained whole": self.other,
-        }
-        return "\n".join(
-            f"{name:<15} {n:>15,} {n / max(self.total, 1):>9.3%}" for name, n in rows.items()
-        )
+        names = ("parameters", "frozen", "trainable", "LoRA's A and B", "trained whole")
+        counts = (self.total, self.total - self.trainable, self.trainable, self.lora, self.other)
+        rows = zip(names, counts, strict=True)
+        return "\n".join(f"{name:<15} {n:>15,} {n / max(self.total, 1):>9.3%}" for name, n in rows)
 
 
 def count_parameters(model: nn.Module) -> ParameterCount:
     """Count a model's parameters, tied ones once; PEFT's adapters are counted as LoRA too."""
-    total = trainable = lora = other = 0
+    counts = [0, 0, 0, 0]
     for name, parameter in model.named_parameters():
-        n = parameter.numel()
-        adapter = not {"lora_A", "lora_B"}.isdisjoint(name.split("."))
-        total += n
-        trainable += n * parameter.requires_grad
-        lora += n * adapter
-        other += n * (parameter.requires_grad and not adapter)
-    return ParameterCount(total, trainable, lora, other)
+        lora, trained = {"lora_A", "lora_B"} & set(name.split(".")), parameter.requires_grad
+        kinds = (True, trained, bool(lora), trained and not lora)
+        counts = [n + parameter.numel() * k for n, k in zip(counts, kinds, strict=True)]
+    return ParameterCount(*counts)
 
 
 def lora_parameter_count(out_features: int, in_features: int, rank: int) -> int:
@@ -322,8 +307,7 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in model.state_dict().items() if name in names}
 
 
-def _autocasts(x: Tensor) -> bool:
-    kind = x.device.type  # the meta device knows no autocast
+def _autocasts(kind: str) -> bool:  # the meta device knows no autocast
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
@@ -334,9 +318,8 @@ def _master_dtype(weight: Tensor) -> torch.dtype:
 def _to_master_dtype(module: nn.Module, inputs: tuple) -> tuple:
     """Cast what enters a head that trains in float32 beside a frozen half-precision base."""
     dtype = next(module.parameters()).dtype
-    return tuple(
-        x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs
-    )
+    floats = [isinstance(x, Tensor) and x.is_floating_point() for x in inputs]
+    return tuple(x.to(dtype) if f else x for x, f in zip(inputs, floats, strict=True))
 
 
 def _lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
