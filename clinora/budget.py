@@ -286,18 +286,17 @@ def _attention_bytes(config: Any, tuning: FineTuning, last: bool) -> int:
     """Attention, softmax(q·kᵀ/√E)·v: q, k, v, the output, and a log-sum-exp.
 
     From a float32 log-sum-exp for each query and head, flash attention computes the T × T scores
-    again. A CPU computes bfloat16 in tiles, from q, k and v alone. A trained o_proj keeps the
-    output all the same. The last layer's single queries need a mask.
+    again. A CPU computes a bfloat16 model's in tiles, from q, k and v alone (in full training the
+    rotary angles are float32, and so are q and k). A trained o_proj keeps the same output. The
+    last layer's single queries need a mask.
     """
     B, T, E = tuning.batch, tuning.tokens, config.head_dim
     H, K = config.num_attention_heads, config.num_key_value_heads
-    tiled = tuning.precision == "bf16" and T >= TILED_FROM and not last
-    queries = B * H * (1 if last else T)
-    keys = 2 * B * K * T * E  # and values
-    if tiled:
-        return tuning.computed * (queries * E * (1 + tuning.full) + keys)
+    queries, keys = B * H * (1 if last else T), B * K * T
+    if tuning.residual == 2 and T >= TILED_FROM and not last:
+        return tuning.computed * (queries + 2 * keys) * E
     mask = B * T if last else 0
-    return tuning.computed * (2 * queries * E + keys + mask) + 4 * queries
+    return tuning.computed * ((2 * queries + 2 * keys) * E + mask) + 4 * queries
 
 
 def _mlp_bytes(config: Any, tuning: FineTuning, N: int, live: bool) -> int:
