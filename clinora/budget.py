@@ -29,6 +29,7 @@ METHODS = ("lora", "head", "full")
 ELEMENT_BYTES = {"bf16": 2, "fp32": 4}  # of a frozen weight, and of what a product computes
 MASTER_BYTES = 4  # of a trained weight, and of its gradient: float32 always
 ADAMW_BYTES = 8  # of a trained weight's two moments
+TILED_FROM = 48  # tokens: from here a CPU computes bfloat16 attention in tiles
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -250,12 +251,9 @@ def _layer_bytes(config: Any, tuning: FineTuning, live: bool, last: bool) -> int
 
 
 def _norm_bytes(tuning: FineTuning, N: int, D: int, live: bool) -> int:
-    """RMSNorm, w ⊙ (h·s) with h = float32(x), s = 1/rms: x's gradient needs h and s, w's h·s.
-
-    In float32, h is x itself.
-    """
+    """RMSNorm, w ⊙ (x·s) with s = 1/rms, float32: x's gradient needs x and s, w's x·s."""
     trained = 4 * N * D if tuning.full else 0
-    return 4 * N * D + 4 * N + trained if live else 0
+    return tuning.residual * N * D + 4 * N + trained if live else 0
 
 
 def _input_bytes(tuning: FineTuning, N: int, D: int, readers: int) -> int:
@@ -270,10 +268,10 @@ def _input_bytes(tuning: FineTuning, N: int, D: int, readers: int) -> int:
 def _last_token_bytes(tuning: FineTuning, D: int) -> int:
     """The last layer gathers a position a row from x and norm(x): each keeps its input and index.
 
-    That costs nothing where another part keeps the same tensor: the norm a float32 x, the trained
-    k_proj a float32 norm(x). A trained q_proj keeps what was gathered.
+    That costs nothing where another part keeps the same tensor: the norm x, the trained k_proj a
+    float32 norm(x). A trained q_proj keeps what was gathered.
     """
-    kept = (tuning.residual != 4) + (not tuning.full or tuning.precision == "bf16")
+    kept = not tuning.full or tuning.precision == "bf16"
     gathered = kept * tuning.residual * tuning.batch * tuning.tokens * D
     return gathered + 2 * 8 * tuning.batch + _input_bytes(tuning, tuning.batch, D, readers=1)
 
@@ -281,13 +279,13 @@ def _last_token_bytes(tuning: FineTuning, D: int) -> int:
 def _lora_bytes(config: Any, tuning: FineTuning, name: str, N: int, live: bool) -> int:
     """LoRA, B·A·(m ⊙ x): A's gradient needs m ⊙ x, B's A·(m ⊙ x), and x's the mask m.
 
-    Each adapted layer drops out for itself, with a mask in the dtype of x.
+    Each adapted layer drops out for itself, with a mask of a byte an entry.
     """
     if name not in tuning.adapted:
         return 0
     _, width = linear_shapes(config)[name]
-    mask = N * width if live else 0
-    return tuning.computed * (N * width + N * tuning.rank + mask)
+    mask = (N * width // 8 + 1) * 8 if live else 0  # drawn 8 bytes at a time
+    return tuning.computed * (N * width + N * tuning.rank) + mask
 
 
 def _rotation_bytes(config: Any, tuning: FineTuning, rows: int) -> int:
@@ -299,23 +297,26 @@ def _attention_bytes(config: Any, tuning: FineTuning, last: bool) -> int:
     """Attention, softmax(q·kᵀ/√E)·v: q, k, v, the output, and a log-sum-exp.
 
     From a float32 log-sum-exp for each query and head, flash attention computes the T × T scores
-    again. A trained o_proj keeps the same output. The last layer's single queries need a mask.
+    again. A CPU computes a bfloat16 model's in tiles, from q, k and v alone (in full training the
+    rotary angles are float32, and so are q and k). A trained o_proj keeps the same output. The
+    last layer's single queries need a mask.
     """
     B, T, E = tuning.batch, tuning.tokens, config.head_dim
     H, K = config.num_attention_heads, config.num_key_value_heads
-    queries = 1 if last else T
-    heads = 2 * B * H * queries * E + 2 * B * K * T * E  # q and the output, k and v
+    queries, keys = B * H * (1 if last else T), B * K * T
+    if tuning.residual == 2 and T >= TILED_FROM and not last:
+        return tuning.computed * (queries + 2 * keys) * E
     mask = B * T if last else 0
-    return tuning.computed * (heads + mask) + 4 * B * H * queries
+    return tuning.computed * ((2 * queries + 2 * keys) * E + mask) + 4 * queries
 
 
 def _mlp_bytes(config: Any, tuning: FineTuning, N: int, live: bool) -> int:
     """The MLP, W_down(SiLU(g) ⊙ u) with g = W_gate x and u = W_up x.
 
-    g's gradient needs g and u, u's needs SiLU(g), and W_down's needs the product.
+    g's gradient needs g and u, u's needs g, and W_down's needs the product.
     """
     gate, up = (live or name in tuning.adapted for name in ("gate_proj", "up_proj"))
-    kept = 2 * gate + up + tuning.full
+    kept = 2 * (gate or up) + tuning.full
     return (
         kept * tuning.computed * N * config.intermediate_size
         + _lora_bytes(config, tuning, "gate_proj", N, live)

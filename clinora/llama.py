@@ -15,8 +15,10 @@ MLP, Shazeer 2020, equation 6.
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -82,8 +84,8 @@ class LlamaConfig:
             hub = json.loads(Path(path).read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not JSON: {error}") from None
-        if not isinstance(hub, dict) or hub.get("model_type") != "llama":
-            kind = hub.get("model_type") if isinstance(hub, dict) else type(hub).__name__
+        kind = hub.get("model_type") if isinstance(hub, dict) else type(hub).__name__
+        if kind != "llama":
             raise ValueError(f"{path}: model_type is {kind!r}, expected 'llama'")
         # Before Transformers 5, rope_theta stood alone and rope_scaling beside it.
         rope = hub.get("rope_parameters") or hub.get("rope_scaling") or {}
@@ -109,6 +111,27 @@ class LlamaConfig:
             raise ValueError(f"{path}: {error}") from None
 
 
+class HalfNorm(torch.autograd.Function):
+    """n = x / rms(x), (..., D), of a half-precision x, squared in float32.
+
+    Saved is x as it came, where autograd would save float32(x). With g the gradient of n, that
+    of x is (g − n · mean(g ⊙ n)) / rms(x).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
+        scale = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)  # (..., 1), float32
+        ctx.save_for_backward(x, scale)
+        return (x * scale).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        x, scale = ctx.saved_tensors
+        n, g = x * scale, grad.float()
+        g -= n * (g * n).mean(-1, keepdim=True)
+        return (g * scale).to(x.dtype), None
+
+
 class RMSNorm(nn.Module):
     """Scale each vector to a root mean square of one: y = w · x / √(mean(x²) + ε), (..., D)."""
 
@@ -118,9 +141,11 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        h = x.float()  # the mean of squares in bfloat16 would keep 8 bits
-        h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * h.to(x.dtype)
+        if x.element_size() == 2:  # there the mean of squares would keep 8 or 11 bits
+            return self.weight * HalfNorm.apply(x, self.eps)
+        h = x.float()
+        scale = torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * (h * scale).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.weight.numel()}, eps={self.eps:g}"
@@ -174,14 +199,72 @@ def attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None) ->
     Returns:
         The shape of q.
     """
-    seen = None
-    if lengths is not None:  # is_causal would let a single query see position 0 alone
-        seen = torch.arange(k.size(2), device=k.device) < lengths[:, None]  # (B, T)
-        seen = seen[:, None, None, :]
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.size(2) >= 48:  # faster there
+        return TiledAttention.apply(q, k, v)
     grouped = q.size(1) != k.size(1)
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=seen, is_causal=seen is None, enable_gqa=grouped
-    )
+    if lengths is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    # with one query, is_causal would let it see position 0 alone
+    seen = torch.arange(k.size(2), device=k.device) < lengths[:, None, None, None]  # (B, 1, 1, T)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=grouped)
+
+
+class TiledAttention(torch.autograd.Function):
+    """Causal attention as plain matrix products: in bfloat16 on the CPU, faster than PyTorch's.
+
+    A tile of query rows meets the keys up to its end alone: most of the future is never computed.
+    The G = H/K query heads of a key head are rows of one product. Scores and probabilities P are
+    float32: bfloat16 would round a score of 8 by up to 0.016. Saved are q, k and v; the backward
+    pass computes each tile of P again (Dao et al. 2022, section 3.1). A tile is n rows of b notes,
+    (b, K, G·n, E), and sees S keys.
+    """
+
+    @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.bfloat16)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        ctx.save_for_backward(q, k, v)
+        keys, values = k.contiguous(), v.contiguous().float()  # (B, K, T, E)
+        out = torch.empty_like(q)
+        for note, tile in _tiles(q):
+            p = _probabilities(_rows(q[note, :, tile], k), keys[note], tile)  # (b, K, G·n, S)
+            out[note, :, tile] = (p @ values[note, :, : tile.stop]).view_as(out[note, :, tile])
+        return out
+
+    @staticmethod
+    @torch.amp.custom_bwd(device_type="cpu")
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = ctx.saved_tensors
+        # of d_p, and with it of d_s, the scale of the scores is a factor
+        keys, values = k.contiguous(), v.contiguous().float() * q.size(-1) ** -0.5
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(values), torch.zeros_like(values)
+        for note, tile in _tiles(q):
+            seen = slice(tile.stop)
+            queries, d_o = (_rows(x[note, :, tile], k) for x in (q, grad))  # (b, K, G·n, E)
+            p = _probabilities(queries, keys[note], tile)  # (b, K, G·n, S)
+            d_p = d_o.float() @ values[note, :, seen].mT
+            d_s = torch._softmax_backward_data(d_p, p, -1, p.dtype, grad_input=d_p).to(q.dtype)
+            dv[note, :, seen] += p.to(q.dtype).mT @ d_o
+            dk[note, :, seen] += d_s.mT @ queries
+            dq[note, :, tile] = (d_s @ keys[note, :, seen]).view_as(dq[note, :, tile])
+        return dq, dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _tiles(q: Tensor, rows: int = 64) -> Iterator[tuple[slice, slice]]:
+    """Cut B and T so that a tile's scores, about 1 MB, stay in a core's cache."""
+    notes = max(1, 2**18 // (rows * q[0, ..., 0].numel()))
+    for b in range(0, q.size(0), notes):
+        yield from ((slice(b, b + notes), slice(t, t + rows)) for t in range(0, q.size(2), rows))
+
+
+def _rows(x: Tensor, k: Tensor) -> Tensor:  # (b, H, n, E) → (b, K, G·n, E)
+    return x.reshape(x.size(0), k.size(1), -1, x.size(3))
+
+
+def _probabilities(queries: Tensor, keys: Tensor, tile: slice) -> Tensor:  # → (b, K, G·n, S)
+    scores = (queries.float() * keys.size(-1) ** -0.5) @ keys[:, :, : tile.stop].float().mT
+    rows = scores.size(-1) - tile.start
+    scores.unflatten(2, (-1, rows))[..., tile] += torch.full((rows, rows), -torch.inf).triu(1)
+    return torch.softmax(scores, -1, out=scores)
 
 
 def last_token(x: Tensor, lengths: Tensor) -> Tensor:
@@ -218,6 +301,20 @@ class Attention(nn.Module):
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
 
+class GatedSiLU(torch.autograd.Function):
+    """SiLU(g) ⊙ u, (..., I); saves g and u and computes SiLU(g) again, where autograd saves it."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate) * up
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate) * grad
+
+
 class MLP(nn.Module):
     """The gated MLP: y = W_down(SiLU(W_gate x) ⊙ W_up x), (..., D) → (..., I) → (..., D)."""
 
@@ -229,7 +326,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(inner, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(GatedSiLU.apply(self.gate_proj(x), self.up_proj(x)))
 
 
 class DecoderLayer(nn.Module):
@@ -288,14 +385,9 @@ class Llama(nn.Module):
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)  # (T, E)
         recompute = self.activation_checkpointing and self.training and torch.is_grad_enabled()
         for i, layer in enumerate(self.layers, start=1):
-            arguments = (x, cos, sin, lengths if i == len(self.layers) else None)
-            x = (
-                checkpoint(layer, *arguments, use_reentrant=False)
-                if recompute
-                else layer(*arguments)
-            )
-        x = self.norm(x)
-        return x if lengths is None else x.squeeze(1)  # (B, 1, D) → (B, D)
+            inputs = (x, cos, sin, lengths if i == len(self.layers) else None)
+            x = checkpoint(layer, *inputs, use_reentrant=False) if recompute else layer(*inputs)
+        return self.norm(x if lengths is None else x.squeeze(1))  # (B, 1, D) → (B, D)
 
 
 class LlamaForCausalLM(nn.Module):

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from clinora.budget import (
+    TILED_FROM,
     FineTuning,
     Target,
     base_parameters,
@@ -289,6 +290,16 @@ def test_activations_are_exact_part_by_part(method, targets, precision, layers):
     )
     measured = measured_activation_bytes(config, tuning, [24, 9])
     assert saved_activation_bytes(config, tuning) == measured
+
+
+@pytest.mark.parametrize("tokens", [TILED_FROM - 1, TILED_FROM, TILED_FROM + 1])
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_activations_are_exact_on_both_sides_of_tiled_attention(method, tokens):
+    tuning = FineTuning(
+        method=method, batch=3, tokens=tokens, precision="bf16", rank=4, targets=LINEARS
+    )
+    measured = measured_activation_bytes(SMALL, tuning, [tokens, 9, 1])
+    assert saved_activation_bytes(SMALL, tuning) == measured
 
 
 @pytest.mark.parametrize(

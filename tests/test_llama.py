@@ -9,6 +9,7 @@ import transformers
 from torch import nn
 
 from clinora.llama import (
+    GatedSiLU,
     Llama,
     LlamaConfig,
     LlamaForCausalLM,
@@ -352,6 +353,128 @@ def test_one_query_sees_the_keys_up_to_its_length(heads, key_heads, difference):
     exact = exact_attention(q.double(), *repeated)[rows, :, lengths - 1]
     one = attention(q[rows, :, lengths - 1][:, :, None], k, v, lengths)
     assert difference(one.squeeze(2), exact) <= 1e-6
+
+
+def tiled_inputs(tokens: int, heads: int, key_heads: int, width: int, spread: float = 1.0):
+    """q, k, v and the output's gradient in bfloat16, laid out in memory as the decoder's are."""
+    generator = torch.Generator().manual_seed(0)
+    numbers = (heads, key_heads, key_heads, heads)
+    q, k, v, grad = (
+        torch.randn(3, tokens, n, width, generator=generator).bfloat16().transpose(1, 2)
+        for n in numbers
+    )
+    return [(spread * q).requires_grad_(), k.requires_grad_(), v.requires_grad_(), grad]
+
+
+def output_and_gradients(function, q, k, v, grad) -> list[torch.Tensor]:
+    out = function(q, k, v)
+    return [out.detach(), *torch.autograd.grad(out, (q, k, v), grad.to(out.dtype))]
+
+
+def exact_output_and_gradients(q, k, v, grad) -> list[torch.Tensor]:
+    heads = q.size(1) // k.size(1)
+
+    def exact(q, k, v):
+        return exact_attention(q, *(x.repeat_interleave(heads, dim=1) for x in (k, v)))
+
+    doubles = (x.detach().double().requires_grad_() for x in (q, k, v))
+    return output_and_gradients(exact, *doubles, grad)
+
+
+TILED = {
+    "one tile": (64, 4, 2, 64),
+    "a row more than a tile": (65, 8, 2, 32),
+    "ragged tiles": (200, 6, 1, 64),
+    "ungrouped": (150, 3, 3, 128),
+}
+tiled = pytest.mark.parametrize("shape", TILED.values(), ids=TILED)
+
+
+@tiled
+@pytest.mark.parametrize("spread", [0.3, 1.0, 4.0])
+def test_tiled_attention_is_as_exact_as_pytorchs(shape, spread):
+    """Output and all three gradients, at flat and at peaked probabilities."""
+    inputs = tiled_inputs(*shape, spread)
+    exact = exact_output_and_gradients(*inputs)
+    fused = output_and_gradients(
+        lambda q, k, v: nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, enable_gqa=True
+        ),
+        *inputs,
+    )
+    ours = output_and_gradients(attention, *inputs)
+    for name, x, reference, y in zip(("out", "q", "k", "v"), ours, fused, exact, strict=True):
+        assert x.dtype == torch.bfloat16 and x.shape == y.shape
+        assert 0 < rms(x - y) <= 1.2 * rms(reference - y) < 0.02 * rms(y), name
+
+
+@tiled
+def test_tiled_attention_saves_queries_keys_and_values_alone(shape):
+    q, k, v, _ = tiled_inputs(*shape)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        attention(q, k, v)
+    assert sorted(x.data_ptr() for x in saved) == sorted(x.data_ptr() for x in (q, k, v))
+
+
+def test_tiled_attention_is_the_same_under_autocast():
+    """Autocast would multiply float32 scores and probabilities in bfloat16."""
+    inputs = tiled_inputs(100, 4, 2, 64)
+    plain = output_and_gradients(attention, *inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = output_and_gradients(attention, *inputs)
+    assert all(torch.equal(a, b) for a, b in zip(plain, cast, strict=True))
+
+
+@pytest.mark.parametrize("tokens", [100, 400, 1400])
+def test_tiled_attention_treats_each_note_alone(tokens):
+    """A tile spans all 3 notes, 2 of them, or one: the fewer, the more tokens there are."""
+    q, k, v, _ = tiled_inputs(tokens, 4, 2, 32)
+    together = attention(q, k, v)
+    alone = torch.cat([attention(q[i : i + 1], k[i : i + 1], v[i : i + 1]) for i in range(3)])
+    assert rms(together - alone) <= 1e-3 * rms(together)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_other_precisions_stay_with_pytorch_to_the_bit(dtype):
+    q, k, v, _ = (x.detach().to(dtype) for x in tiled_inputs(100, 4, 2, 64))
+    fused = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    assert torch.equal(attention(q, k, v), fused)
+
+
+@pytest.mark.parametrize("t", [10, 64, 130])
+def test_a_later_token_changes_nothing_before_it_in_tiles(t):
+    q, k, v, _ = (x.detach() for x in tiled_inputs(150, 4, 2, 32))
+    before = attention(q, k, v)
+    k[:, :, t] += 1.0
+    v[:, :, t] += 1.0
+    same = (attention(q, k, v) == before).all(-1)
+    assert same[:, :, :t].all() and not same[:, :, t:].any()
+
+
+@pytest.mark.parametrize("width", [16, 300])
+def test_half_precision_norm_has_the_gradient_of_float64(width):
+    x = (3 * torch.randn(50, width)).bfloat16().requires_grad_()
+    norm = RMSNorm(width, eps=1e-5).bfloat16()
+    nn.init.normal_(norm.weight, mean=1.0, std=0.3)
+    grad = torch.randn(50, width).bfloat16()
+    ours = torch.autograd.grad(norm(x), (x, norm.weight), grad)
+
+    y, w = (t.detach().double().requires_grad_() for t in (x, norm.weight))
+    exact = w * y / (y.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    for a, b in zip(ours, torch.autograd.grad(exact, (y, w), grad.double()), strict=True):
+        assert rms(a - b) <= 0.005 * rms(b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gated_silu_is_what_autograd_makes_of_it_to_the_bit(dtype):
+    gate, up = torch.randn(2, 40, 30).to(dtype).requires_grad_().unbind()
+    grad = torch.randn(40, 30).to(dtype)
+    plain = nn.functional.silu(gate) * up
+    ours = GatedSiLU.apply(gate, up)
+    assert torch.equal(ours, plain)
+    pairs = (torch.autograd.grad(y, (gate, up), grad) for y in (ours, plain))
+    assert all(torch.equal(a, b) for a, b in zip(*pairs, strict=True))
 
 
 def test_norm_of_a_hand_computed_vector():

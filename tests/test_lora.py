@@ -182,9 +182,63 @@ def test_a_is_what_peft_draws_after_its_two_linears():
 
 def test_dropout_zeroes_a_share_and_keeps_the_mean():
     x = dropout(torch.ones(200_000), 0.3, True)
-    assert sorted(set(x.tolist())) == pytest.approx([0.0, 1 / 0.7])
+    assert sorted(set(x.tolist())) == pytest.approx([0.0, 256 / (256 - 77)])  # 77/256 is nearest
     assert (x == 0).float().mean().item() == pytest.approx(0.3, abs=0.005)
     assert torch.equal(dropout(torch.ones(9), 0.3, False), torch.ones(9))
+
+
+@pytest.mark.parametrize("p, dropped", [(0.05, 13), (0.3, 77), (0.5, 128), (0.999, 255)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dropout_divides_by_the_exact_share_of_bytes_kept(p, dropped, dtype):
+    """Dividing by 1 − p would make the mean of p = 0.05 wrong by 0.08%."""
+    x = dropout(torch.ones(40_000, dtype=dtype), p, True)
+    scale = torch.tensor(256 / (256 - dropped), dtype=dtype)
+    assert set(x.tolist()) == {0.0, scale.item()}
+
+
+@pytest.mark.parametrize("p", [0.05, 0.5, 0.9])
+def test_dropout_drops_every_byte_of_a_number_alike(p):
+    """torch.randint's top bit is always 0: as bytes, every eighth would drop twice as often."""
+    n = 2**18
+    dropped = (dropout(torch.ones(n, 8), p, True) == 0).double().mean(0)
+    share = round(256 * p) / 256
+    assert (dropped - share).abs().max().item() < 5 * math.sqrt(share * (1 - share) / n)
+
+
+def test_dropout_of_neighbours_is_independent():
+    n = 2**18
+    dropped = (dropout(torch.ones(n, 8), 0.5, True) == 0).double()
+    correlation = torch.corrcoef(dropped.T) - torch.eye(8)
+    assert correlation.abs().max().item() < 5 / math.sqrt(n)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_of_dropout_is_its_mask_and_scale(dtype):
+    x = torch.randn(64, 33, dtype=dtype, requires_grad=True)
+    y = dropout(x, 0.5, True)
+    grad = torch.randn_like(x)
+    y.backward(grad)
+    assert torch.equal(x.grad, torch.where(y == 0, 0, 2 * grad))
+    assert 0 < (y == 0).sum() < y.numel()
+
+
+def test_dropout_repeats_with_the_seed():
+    x, masks = torch.ones(10_001), []
+    for seed in (7, 7, 8):
+        torch.manual_seed(seed)
+        masks.append(dropout(x, 0.5, True))
+    assert torch.equal(masks[0], masks[1]) and not torch.equal(masks[0], masks[2])
+
+
+def test_dropout_saves_a_byte_an_entry():
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        dropout(torch.randn(4096, requires_grad=True), 0.5, True)
+    assert sum(x.untyped_storage().nbytes() for x in saved) <= 4096 + 8
+
+
+def test_a_probability_below_a_byte_is_left_to_pytorch():
+    assert 0 < (dropout(torch.ones(1_000_000), 1e-3, True) == 0).sum().item() < 2000
 
 
 def test_dropout_sits_on_the_input_of_a():

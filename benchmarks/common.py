@@ -1,0 +1,292 @@
+"""What the benchmarks share: the two sides, alternating timing, products, and tables.
+
+"Ours" is Clinora; "theirs" is Transformers with PEFT, put together as their documentation does.
+Both sides get the same base, the same ids and the same LoRA, and never run at the same time.
+
+Shapes: B batch, T tokens.
+"""
+
+import argparse
+import gc
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import clinora
+from clinora.checkpoint import find_base
+from clinora.classifier import autocast, group_by_length, pad
+from clinora.notes import Note
+
+LORA = clinora.LoRAConfig(rank=8, alpha=16, dropout=0.05, targets=("q_proj", "v_proj"))
+
+
+def parser(doc: str) -> argparse.ArgumentParser:
+    """Make a parser with the options that every benchmark has."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--threads", type=int, help="PyTorch's (default: as many as it chooses)")
+    parser.add_argument("--repetitions", type=int, default=3, help="of each side, alternating")
+    return parser
+
+
+def begin(args: argparse.Namespace) -> None:
+    """Set the threads and print the machine and the versions."""
+    import peft
+    import transformers
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    name = platform.processor() or platform.machine()
+    cpu = Path("/proc/cpuinfo")
+    if cpu.exists():
+        lines = (line for line in cpu.read_text().splitlines() if line.startswith("model name"))
+        name = next(lines, name).partition(":")[2].strip() or name
+    print(
+        f"{name}, {torch.get_num_threads()} threads; Python {platform.python_version()}, "
+        f"torch {torch.__version__}, transformers {transformers.__version__}, "
+        f"peft {peft.__version__}"
+    )
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Print rows under a header, columns aligned."""
+    cells = [[str(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for row in cells:
+        first, *rest = (cell.ljust(w) if i == 0 else cell.rjust(w)
+                        for i, (cell, w) in enumerate(zip(row, widths, strict=True)))  # fmt: skip
+        print("  ".join((first, *rest)).rstrip())
+
+
+def alternate(sides: dict[str, Callable[[], object]], repetitions: int) -> dict[str, list[float]]:
+    """Time each side in turn, again and again, after one call of each that is not timed.
+
+    Returns:
+        The seconds of each side, a number a repetition.
+    """
+    for run in sides.values():
+        run()
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(repetitions):
+        for name, run in sides.items():
+            gc.collect()
+            began = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def ratios(seconds: dict[str, list[float]], name: str = "ours", to: str = "theirs") -> list[float]:
+    """Divide ``to``'s times by ``name``'s, repetition by repetition: how many times faster."""
+    return [b / a for a, b in zip(seconds[name], seconds[to], strict=True)]
+
+
+def spread(numbers: Sequence[float]) -> str:
+    """Write a median with the least and the greatest."""
+    low, middle, high = min(numbers), statistics.median(numbers), max(numbers)
+    return f"{middle:.2f} ({low:.2f}–{high:.2f})"
+
+
+# --- the two sides ------------------------------------------------------------------------------
+
+
+def our_model(base: str, labels: int, layers: int | None = None, adapt: bool = True) -> nn.Module:
+    """Load a base in bfloat16 as train.py does, cut after some layers, under a new head."""
+    model = clinora.load_model(base, num_labels=labels, dtype=torch.bfloat16)
+    if layers is not None:
+        del model.model.layers[layers:]
+    if adapt:
+        torch.manual_seed(0)
+        clinora.apply_lora(model, LORA)
+    return model
+
+
+def their_model(base: str, labels: int, layers: int | None = None, adapt: bool = True) -> nn.Module:
+    """Load the same with Transformers, and wrap it with PEFT."""
+    import peft
+    import transformers
+
+    changes = {} if layers is None else {"num_hidden_layers": layers}
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(
+        find_base(base).folder,
+        num_labels=labels,
+        dtype=torch.bfloat16,
+        pad_token_id=0,  # "<unk>", which no note holds
+        **changes,
+    )
+    if not adapt:
+        return model
+    torch.manual_seed(0)
+    config = peft.LoraConfig(
+        task_type="SEQ_CLS",
+        r=LORA.rank,
+        lora_alpha=LORA.alpha,
+        lora_dropout=LORA.dropout,
+        target_modules=list(LORA.targets),
+    )
+    return peft.get_peft_model(model, config)
+
+
+Batch = tuple[Tensor, Tensor]  # ids (B, T), lengths (B,)
+
+
+def our_step(model: nn.Module) -> Callable[[Batch], None]:
+    """Make a training step: what train.py computes for a batch, without its bookkeeping."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+    model.train()
+
+    def step(batch: Batch) -> None:
+        with autocast(model):
+            logits = model(*batch)
+        _learn(logits, trained, optimizer)
+
+    return step
+
+
+def their_step(model: nn.Module) -> Callable[[Batch], None]:
+    """Make the same step of Transformers and PEFT, under autocast as the Trainer's bf16."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+    model.train()
+
+    def step(batch: Batch) -> None:
+        ids, lengths = batch
+        mask = (torch.arange(ids.size(1)) < lengths[:, None]).long()
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(input_ids=ids, attention_mask=mask).logits
+        _learn(logits, trained, optimizer)
+
+    return step
+
+
+def _learn(logits: Tensor, trained: list, optimizer: torch.optim.Optimizer) -> None:
+    F.cross_entropy(logits.float(), torch.zeros(len(logits), dtype=torch.long)).backward()
+    torch.nn.utils.clip_grad_norm_(trained, 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def train_ours(
+    classifier: clinora.Classifier, notes: Sequence[Note], steps: int, tokens: int, rate: float
+) -> tuple[int, float]:
+    """Train by ``clinora.training.train``; gives the notes that it saw and its seconds."""
+    from clinora.training import TrainingConfig, train
+
+    config = TrainingConfig(steps=steps, tokens_per_step=tokens, learning_rate=rate)
+    with tempfile.TemporaryDirectory() as folder:
+        metrics = Path(folder, "metrics.jsonl")
+        began = time.perf_counter()
+        train(classifier, notes, config, metrics)
+        seconds = time.perf_counter() - began
+        points = [json.loads(line) for line in metrics.read_text().splitlines()]
+    return sum(point["notes"] for point in points), seconds
+
+
+def batches_of_like_length(ids: Sequence[Sequence[int]], tokens: int) -> list[Batch]:
+    """Batch as Clinora does: notes of like length, up to a number of padded tokens."""
+    groups = group_by_length([len(note) for note in ids], tokens)
+    return [pad([ids[i] for i in group], torch.device("cpu")) for group in groups]
+
+
+def random_batches(ids: Sequence[Sequence[int]], notes: int, seed: int = 0) -> list[Batch]:
+    """Batch as the Trainer does: so many notes at random, padded to the longest of them."""
+    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed)).tolist()
+    groups = [order[i : i + notes] for i in range(0, len(ids), notes)]
+    return [pad([ids[i] for i in group], torch.device("cpu")) for group in groups]
+
+
+def equal_batch(notes: int, tokens: int, vocabulary: int) -> Batch:
+    """Draw a batch without padding."""
+    ids = torch.randint(3, vocabulary, (notes, tokens), generator=torch.Generator().manual_seed(0))
+    return ids, torch.full((notes,), tokens)
+
+
+# --- matrix products ----------------------------------------------------------------------------
+
+
+class Products:
+    """The products of a model's linear layers, as one forward (and backward) pass does them.
+
+    They are recorded from a run and can be computed again alone, on the model's own weights, so
+    that caches see what they see in the model. Attention's products are not among them.
+    """
+
+    def __init__(self, model: nn.Module, run: Callable[[], object], backward: bool) -> None:
+        self.forward: list[tuple[Tensor, int]] = []  # weight, rows
+        self.backward: list[tuple[Tensor, int]] = []
+        hooks = []
+        for module in model.modules():
+            weight = getattr(module, "weight", None)
+            if weight is not None and weight.dim() == 2 and not isinstance(module, nn.Embedding):
+                hooks.append(module.register_forward_hook(self._record))
+        run()
+        for hook in hooks:
+            hook.remove()
+        if not backward:
+            self.backward.clear()
+
+    def _record(self, module: nn.Module, inputs: tuple, output: Tensor) -> None:
+        rows = output.numel() // output.size(-1)
+        self.forward.append((module.weight.detach(), rows))
+        if inputs[0].requires_grad:
+            self.backward.append((module.weight.detach(), rows))
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of all of them, 2 a multiply-add."""
+        return sum(2 * rows * weight.numel() for weight, rows in self.forward + self.backward)
+
+    def compute(self) -> None:
+        """Compute them all, on inputs of random numbers."""
+        inputs: dict[tuple, Tensor] = {}
+
+        def input_(rows: int, width: int, like: Tensor) -> Tensor:
+            key = (rows, width, like.dtype)
+            if key not in inputs:
+                inputs[key] = torch.randn(rows, width).to(like.dtype)
+            return inputs[key]
+
+        with torch.inference_mode():
+            for weight, rows in self.forward:
+                F.linear(input_(rows, weight.size(1), weight), weight)
+            for weight, rows in self.backward:
+                input_(rows, weight.size(0), weight) @ weight
+
+
+# --- processes of their own ---------------------------------------------------------------------
+
+
+def peak_bytes() -> int:
+    """Read the most memory that this process has held: the kernel's VmHWM."""
+    with open("/proc/self/status") as status:
+        return 1024 * int(next(line.split()[1] for line in status if line.startswith("VmHWM")))
+
+
+def in_own_process(module: str, *words: str) -> dict:
+    """Run ``python -m module words`` and read the JSON on its last line."""
+    command = [sys.executable, "-m", module, *words]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def seconds_of(line: str) -> float:
+    """Time a line of Python in a new process, the interpreter's own start not counted."""
+    code = f"import time; t = time.perf_counter(); {line}; print(time.perf_counter() - t)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return float(done.stdout)

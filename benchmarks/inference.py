@@ -1,0 +1,112 @@
+"""Inference: notes a second over the test notes, or one long note against its matrix products.
+
+    python -m benchmarks.inference [--notes mtsamples.csv] [--sample 100]
+    python -m benchmarks.inference --one-note FOLDER [--tokens 500] [--layers 4]
+
+Theirs is Transformers' text-classification pipeline on the same adapter, merged on both sides, with
+the same tokens; it is timed with --batch notes a batch (its default is 1).
+"""
+
+import argparse
+import statistics
+import sys
+
+import torch
+
+import clinora
+from benchmarks import common
+
+
+def their_pipeline(run: str, classifier: clinora.Classifier, batch: int) -> object:
+    """Make a pipeline of the run's base and adapter, merged by PEFT."""
+    import peft
+    import transformers
+    from tokenizers import processors
+
+    from clinora.checkpoint import BUNDLED
+    from tools.make_token_ids import build
+
+    folder = BUNDLED / "adapter" if run == "bundled" else run
+    base = classifier.model.source.folder
+    model = common.their_model(str(base), len(classifier.labels), adapt=False)
+    model = peft.PeftModel.from_pretrained(model, folder).merge_and_unload()
+    tokens = build(base / "tokenizer.model")
+    bos = ("<s>", tokens.token_to_id("<s>"))
+    tokens.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[bos])
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokens, pad_token="<unk>", padding_side="right"
+    )
+    limits = {"truncation": True, "max_length": classifier.token_limit}
+    pipe = transformers.pipeline(
+        "text-classification", model=model.eval(), tokenizer=tokenizer, batch_size=batch, device=-1
+    )
+    return lambda texts: pipe(texts, **limits)
+
+
+def measure_notes(args: argparse.Namespace) -> None:
+    """Time both sides on the test notes."""
+    texts = [note.text for note in clinora.read_notes(args.notes).on("test")][: args.sample]
+    classifier = clinora.Classifier.load(args.run, device="cpu", precision="bf16")
+    clinora.merge_lora(classifier.model)
+    pipe = their_pipeline(args.run, classifier, args.batch)
+    answers = {}
+    sides = {
+        "ours": lambda: answers.update(ours=[p.index for p in classifier(texts)]),
+        "theirs": lambda: answers.update(
+            theirs=[int(row["label"].removeprefix("LABEL_")) for row in pipe(texts)]
+        ),
+    }
+    seconds = common.alternate(sides, args.repetitions)
+    rows = [
+        [name, f"{len(texts) / statistics.median(times):.1f}"] for name, times in seconds.items()
+    ]
+    common.table(["", "notes/s"], rows)
+    same = sum(a == b for a, b in zip(answers["ours"], answers["theirs"], strict=True))
+    print(f"the same answer to {same} of {len(texts)} notes")
+    print(f"times faster than theirs: {common.spread(common.ratios(seconds))}")
+
+
+def measure_one(args: argparse.Namespace) -> None:
+    """Time one note against the products of its linear layers alone, and against theirs."""
+    ours = common.our_model(args.one_note, 5, args.layers, adapt=False).eval()
+    theirs = common.their_model(args.one_note, 5, args.layers, adapt=False).eval()
+    ids, lengths = common.equal_batch(1, args.tokens, 2000)
+
+    @torch.inference_mode()
+    def run() -> None:
+        with common.autocast(ours):
+            ours(ids, lengths)
+
+    @torch.inference_mode()
+    def their_run() -> None:
+        theirs(input_ids=ids)
+
+    products = common.Products(ours, run, backward=False)
+    seconds = common.alternate(
+        {"ours": run, "theirs": their_run, "alone": products.compute}, args.repetitions
+    )
+    rows = [[name, f"{statistics.median(times):.3f}"] for name, times in seconds.items()]
+    common.table(["", "seconds a note"], rows)
+    times = common.ratios(seconds, "alone", "ours")
+    print(f"ours takes {common.spread(times)} of the time of its products alone")
+    print(f"times faster than theirs: {common.spread(common.ratios(seconds))}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure and print; returns the exit status."""
+    parser = common.parser(__doc__)
+    parser.add_argument("--run", default="bundled", help="bundled, or a run's folder")
+    parser.add_argument("--notes", default="bundled", help="bundled, mtsamples or a CSV file")
+    parser.add_argument("--sample", type=int, help="so many test notes (default: all)")
+    parser.add_argument("--batch", type=int, default=16, help="notes in the pipeline's batches")
+    parser.add_argument("--one-note", metavar="FOLDER", help="one note on this base instead")
+    parser.add_argument("--tokens", type=int, default=500, help="of the one note")
+    parser.add_argument("--layers", type=int, help="cut that base after so many (default: all)")
+    args = parser.parse_args(argv)
+    common.begin(args)
+    (measure_one if args.one_note else measure_notes)(args)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

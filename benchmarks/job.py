@@ -1,0 +1,135 @@
+"""The user's job: an epoch of LoRA on the notes, from ids to a tested adapter.
+
+    python -m benchmarks.job [--notes mtsamples.csv] [--epochs 1] [--sample 200]
+
+Theirs is Transformers' Trainer with PEFT as documented: bf16, dynamic padding, a batch of 16. Ours
+is train.py's loop on as many notes. Both have the same base, ids, LoRA, peak learning rate, warm-up
+and cosine; a note under several classes is trained on all of them by ours and on the first by
+theirs. Accuracy counts an answer right that is one of the note's classes. Each repetition trains
+both sides from new adapters.
+"""
+
+import argparse
+import math
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+import clinora
+from benchmarks import common
+from clinora.classifier import group_by_length
+from clinora.evaluation import accuracies
+from clinora.notes import Note
+
+
+def train_theirs(
+    args: argparse.Namespace, base: str, labels: int, ids: list[list[int]], notes: Sequence[Note]
+) -> tuple[int, float, torch.nn.Module]:
+    """Train by the Trainer; gives the notes that it saw, its seconds and the model."""
+    import transformers
+
+    class Rows(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return len(notes)
+
+        def __getitem__(self, i: int) -> dict:
+            return {"input_ids": ids[i], "label": notes[i].labels[0]}
+
+    def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
+        tokens, lengths = common.pad([row["input_ids"] for row in rows], torch.device("cpu"))
+        mask = (torch.arange(tokens.size(1)) < lengths[:, None]).long()
+        target = torch.tensor([row["label"] for row in rows])
+        return {"input_ids": tokens, "attention_mask": mask, "labels": target}
+
+    model = common.their_model(base, labels)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = transformers.Trainer(
+            model,
+            transformers.TrainingArguments(
+                folder,
+                per_device_train_batch_size=args.batch,
+                num_train_epochs=args.epochs,
+                learning_rate=args.learning_rate,
+                lr_scheduler_type="cosine",
+                warmup_steps=math.ceil(0.1 * args.epochs * math.ceil(len(notes) / args.batch)),
+                weight_decay=0.01,
+                bf16=True,
+                use_cpu=True,
+                save_strategy="no",
+                report_to=[],
+                disable_tqdm=True,
+                logging_strategy="no",
+            ),
+            data_collator=collate,
+            train_dataset=Rows(),
+        )
+        began = time.perf_counter()
+        trainer.train()
+        seconds = time.perf_counter() - began
+    return len(notes) * args.epochs, seconds, model
+
+
+@torch.inference_mode()
+def their_accuracy(model: torch.nn.Module, ids: list[list[int]], notes: Sequence[Note]) -> float:
+    """Any-label accuracy of their model."""
+    named = np.zeros(len(ids), dtype=int)
+    model.eval()
+    for i, note in enumerate(ids):
+        with torch.autocast("cpu", torch.bfloat16):
+            named[i] = model(input_ids=torch.tensor([note])).logits.argmax().item()
+    return accuracies(named, notes)[1]
+
+
+def measure(args: argparse.Namespace) -> None:
+    """Train both sides in turn and compare."""
+    notes = clinora.read_notes(args.notes)
+    training, test = notes.on("training")[: args.sample], notes.on("test")
+    tokenizer = clinora.Tokenizer(common.find_base(args.base).folder / "tokenizer.model")
+    encode = lambda some: [tokenizer.encode(note.text, args.token_limit) for note in some]
+    ids, test_ids = encode(training), encode(test)
+    tokens = args.batch * args.token_limit
+    steps = args.epochs * len(group_by_length([len(note) for note in ids], tokens))
+    labels, seconds, accuracy = len(notes.classes), {}, {"ours": [], "theirs": []}
+    for _ in range(args.repetitions):
+        model = common.our_model(args.base, labels)
+        ours = clinora.Classifier(model, tokenizer, notes.classes, args.token_limit)
+        seen, took = common.train_ours(ours, training, steps, tokens, args.learning_rate)
+        seconds.setdefault("ours", []).append(took / seen)
+        named = np.array([p.index for p in ours([note.text for note in test])])
+        accuracy["ours"].append(accuracies(named, test)[1])
+
+        seen, took, model = train_theirs(args, args.base, labels, ids, training)
+        seconds.setdefault("theirs", []).append(took / seen)
+        accuracy["theirs"].append(their_accuracy(model, test_ids, test))
+    rows = [
+        [name, f"{1 / statistics.median(seconds[name]):.1f}", common.spread(accuracy[name])]
+        for name in ("ours", "theirs")
+    ]
+    common.table(["", "notes/s", "any-label accuracy"], rows)
+    print(f"{len(training)} notes, {steps} steps of ours, {len(test)} test notes")
+    print(f"times faster than theirs: {common.spread(common.ratios(seconds))}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure and print; returns the exit status."""
+    parser = common.parser(__doc__)
+    parser.add_argument("--base", default="bundled", help="bundled, or a folder")
+    parser.add_argument("--notes", default="bundled", help="bundled, mtsamples or a CSV file")
+    parser.add_argument("--sample", type=int, help="so many training notes (default: all)")
+    parser.add_argument("--epochs", type=int, default=1, help="passes over them")
+    parser.add_argument("--batch", type=int, default=16, help="their notes in a batch")
+    parser.add_argument("--token-limit", type=int, default=512, help="tokens read of a note")
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="peak")
+    args = parser.parse_args(argv)
+    common.begin(args)
+    measure(args)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

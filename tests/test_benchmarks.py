@@ -1,0 +1,96 @@
+"""The benchmarks: what they count is right, and each of them runs at a small size."""
+
+import importlib
+
+import pytest
+import torch
+
+from benchmarks import common
+from clinora.llama import LlamaConfig, LlamaForSequenceClassification
+from clinora.lora import apply_lora
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SCRIPTS = ("job", "lengths", "inference", "start", "scaling", "step", "tinyllama_shape")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_is_printed(name, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        importlib.import_module(f"benchmarks.{name}").main(["--help"])
+    assert exit_.value.code == 0
+    assert "--" in capsys.readouterr().out
+
+
+@pytest.fixture
+def adapted():
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    model = LlamaForSequenceClassification(config, 3)
+    apply_lora(model, common.LORA)
+    return model
+
+
+def test_products_of_a_step_are_those_of_the_shape(adapted):
+    """First layer: no gradient enters q, k, v. Last layer: one row a note but for k and v."""
+    batch = common.equal_batch(2, 8, 50)
+    products = common.Products(adapted, lambda: common.our_step(adapted)(batch), backward=True)
+    q, kv, mlp = 32 * 32, 2 * 16 * 32, 3 * 32 * 48
+    first = 16 * (q + kv + q + mlp) + 16 * (q + mlp)
+    last = 2 * (2 * (q + q + mlp) + 16 * kv)
+    head = 2 * 2 * 3 * 32
+    assert products.flops == 2 * (first + last + head)
+
+
+def test_products_of_inference_have_no_backward(adapted):
+    def run():
+        with torch.inference_mode():
+            adapted(*common.equal_batch(2, 8, 50))
+
+    products = common.Products(adapted, run, backward=False)
+    assert products.flops == 2 * (
+        16 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 48)
+        + 2 * (2 * 32 * 32 + 3 * 32 * 48)
+        + 16 * 2 * 16 * 32
+        + 2 * 3 * 32
+    )
+
+
+def test_sides_alternate_after_a_warm_up():
+    calls = []
+    seconds = common.alternate({n: lambda n=n: calls.append(n) for n in ("a", "b")}, 2)
+    assert calls == ["a", "b"] * 3
+    assert [len(times) for times in seconds.values()] == [2, 2]
+
+
+def test_ratios_say_how_many_times_faster():
+    assert common.ratios({"ours": [1.0, 2.0], "theirs": [3.0, 2.0]}) == [3.0, 1.0]
+
+
+def test_a_process_reports_what_it_held():
+    before = common.peak_bytes()
+    torch.ones(50_000_000)
+    assert 190e6 < common.peak_bytes() - before < 260e6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["job", "--sample", "4", "--token-limit", "16"],
+        ["lengths", "bundled", "--sample", "4", "--token-limit", "16"],
+        ["inference", "--sample", "3"],
+        ["inference", "--one-note", "bundled", "--tokens", "16"],
+        ["start", "bundled", "--tokens", "8"],
+        ["scaling", "--width", "64", "--notes", "1", "--tokens", "8", "--layers", "1"],
+        ["step", "bundled", "--batch", "2", "--tokens", "8"],
+        ["step", "bundled", "--batch", "2", "--tokens", "8", "--memory"],
+    ],
+    ids=" ".join,
+)
+def test_a_benchmark_runs_at_a_small_size(words, capsys):
+    module = importlib.import_module(f"benchmarks.{words[0]}")
+    assert module.main([*words[1:], "--repetitions", "1", "--threads", "1"]) == 0
+    assert "theirs" in capsys.readouterr().out or words[0] == "scaling"
