@@ -138,6 +138,7 @@ class Calibration:
     accuracy: float | None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "weights", tuple(self.weights))  # JSON has lists
         numbers = (*self.weights, self.bias, self.promise, self.threshold)
         if len(self.weights) != 2 or not all(map(math.isfinite, numbers)):
             raise ValueError(f"a calibration has two weights and finite numbers: {numbers}")

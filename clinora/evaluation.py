@@ -320,8 +320,8 @@ def expected_calibration_error(
 def chance_error(confidence: np.ndarray, draws: int = 200) -> float:
     """Give the mean calibration error were each of (N,) confidences exactly the chance of right."""
     draw = np.random.default_rng(0)
-    right = draw.random((draws, len(confidence))) < confidence
-    return float(np.mean([expected_calibration_error(confidence, r) for r in right]))
+    chance = (draw.random(len(confidence)) < confidence for _ in range(draws))
+    return float(np.mean([expected_calibration_error(confidence, right) for right in chance]))
 
 
 def measure(
@@ -332,10 +332,7 @@ def measure(
     cells = [by(answers.named, notes, classes) for by in (_by_note, _by_row)]
     claims, kept = [answers.top], np.ones(len(notes), bool)
     if calibration is not None:
-        claims, kept = (
-            [answers.top, answers.confidence],
-            answers.confidence >= calibration.threshold,
-        )
+        claims, kept = [*claims, answers.confidence], answers.confidence >= calibration.threshold
     errors = [partial(expected_calibration_error, claim, answers.right) for claim in claims]
     over = claims[-1] - answers.right
     none = np.nan if kept.any() else 0.0  # a draw in which no note is answered tells nothing
