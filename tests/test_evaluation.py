@@ -10,7 +10,9 @@ from pathlib import Path
 
 import hypothesis
 import numpy as np
+import pandas as pd
 import pytest
+import scipy.optimize
 import scipy.special
 import scipy.stats
 import torch
@@ -321,9 +323,7 @@ def test_ceiling_is_the_same_for_rows_and_for_texts():
 
 
 def test_mtsamples_ceiling_is_that_of_a_table_of_its_rows(data):
-    """A lookup table from scikit-learn's point of view: the mode of the labels of each text."""
-    import pandas as pd
-
+    """The commonest label of each text, counted by pandas."""
     table = pd.read_csv(data / "mtsamples.csv", keep_default_na=False)
     table = table.apply(lambda column: column.str.strip() if column.dtype != int else column)
     table = table[
@@ -382,11 +382,20 @@ def words_of(label, i):
     )
 
 
+def random_words(draw, label):
+    """Thirty words, of which a class prefers some a little."""
+    weights = np.ones(40)
+    weights[label * 5 : label * 5 + 5] = 2.5
+    return " ".join(f"w{w}" for w in draw.choice(40, 30, p=weights / weights.sum()))
+
+
 def test_baselines_are_a_scikit_learn_pipeline_on_the_rows():
-    training = [
-        Note(words_of(i % 3, i), (i % 3, *((i + 1) % 3,) * (i % 4 == 0))) for i in range(60)
-    ]
-    test = [Note(words_of(i % 3, 100 + i), (i % 3,)) for i in range(30)]
+    """Classes of unequal size that are hard to tell apart: every setting changes an answer."""
+    draw, training = np.random.default_rng(0), []
+    for label in [0] * 90 + [1] * 30 + [2] * 15:
+        filed = (label, *((label + 1) % 3,) * int(draw.integers(0, 2)))
+        training.append(Note(random_words(draw, label), filed))
+    test = [Note(random_words(draw, i % 3), (i % 3,)) for i in range(300)]
     named = baselines(training, test)
     rows = [(note.text, label) for note in training for label in note.filed]
     x, y = zip(*rows, strict=True)
@@ -413,25 +422,26 @@ def test_baselines_that_cannot_be_fitted_are_left_out(training):
     assert baselines(training, NOTES).keys() == {"majority class"}
 
 
-def notes_file(folder, classes, n=120, distinct=None):
-    rows = [f"visit {i}: {words_of(i % 3, i)},{classes[i % 3]}" for i in range(n)]
+def notes_file(folder, classes):
+    rows = [f"visit {i}: {words_of(i % 3, i)},{classes[i % 3]}" for i in range(120)]
     path = folder / "notes.csv"
     path.write_text("transcription,medical_specialty\n" + "\n".join(rows) + "\n")
     return path
 
 
-def test_lora_is_compared_pairwise_with_the_better_baseline(tmp_path, classifier):
+def test_lora_is_compared_pairwise_with_the_better_baseline(tmp_path, classifier, monkeypatch):
     """The difference is drawn note by note: a second implementation, note by note."""
     path = notes_file(tmp_path, clinora.PUBLISHED_CLASSES)
     rows = path.read_text().splitlines()
     path.write_text("\n".join([*rows, "spare a,Radiology", "spare b,Surgery"]) + "\n")
     notes = read_notes(path)
     test = notes.on("test")
+    filed = np.array([note.filed[0] for note in test])
+    named = {"majority class": filed, "TF-IDF + a": filed.copy(), "TF-IDF + b": (filed + 1) % 5}
+    named["TF-IDF + a"][::3] = (filed[::3] + 1) % 5
+    monkeypatch.setattr("clinora.evaluation.baselines", lambda *_: named)
     results, answers = assess(classifier, notes, test)
-    better = max(results.baselines, key=lambda b: b.any_label_accuracy.value)
-    named = baselines(notes.on("training"), test)[better.name]
-    right = np.array([n in note.labels for n, note in zip(named, test, strict=True)])
-    gain = answers.right.astype(int) - right
+    gain = answers.right.astype(int) - (np.arange(len(test)) % 3 > 0)  # against the better, a
     assert results.against.value == pytest.approx(gain.mean())
     theirs = scipy.stats.bootstrap(
         (gain,), np.mean, n_resamples=4000, method="percentile", rng=np.random.default_rng(1)
@@ -561,6 +571,12 @@ def test_the_threshold_is_the_lowest_that_keeps_the_promise(promise, ties):
             answered = confidence >= calibration.threshold
             assert calibration.coverage == answered.mean()
             assert calibration.accuracy == right[answered].mean()
+
+
+def test_a_promise_that_is_kept_exactly_is_kept():
+    """0.56 · 25 is a little more than 14 in floating point."""
+    p, _, _ = simulate(np.random.default_rng(0), 25)
+    assert fit_calibration(p, np.arange(25) < 14, 0.56).coverage == 1
 
 
 def test_extreme_probabilities_have_a_finite_confidence():
