@@ -31,6 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--precision", default="auto", help="auto, bf16, fp16 or fp32")
     args = parser.parse_args(argv)
+    sys.stdout.reconfigure(errors="replace")  # a console may lack a letter of a class's name
     try:
         run_job(args)
     except (OSError, ValueError) as error:
@@ -56,7 +57,11 @@ def run_job(args: argparse.Namespace) -> None:
     )
     fingerprints = {"notes": notes.fingerprint, "split": notes.split_fingerprint}
     own = recorded.get("fingerprints") == fingerprints
-    seen = set(recorded.get("seen", ()))
+    if "seen" not in recorded:
+        raise ValueError(
+            f"{args.run} does not record which notes it has seen: nothing would be a test"
+        )
+    seen = set(recorded["seen"])
     unseen = notes.on("test") if own else [n for n in notes.notes if n.sha256[:16] not in seen]
     measured = list(notes.notes) if args.include_seen else unseen
     trained_on = sum(n.sha256[:16] in seen for n in measured) if args.include_seen else 0

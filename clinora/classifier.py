@@ -6,6 +6,7 @@ Shapes: N notes, B batch, T tokens, D width, C classes.
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -123,6 +124,9 @@ class Calibration:
         notes: How many validation notes it was fitted on.
         coverage: The share of them that was answered.
         accuracy: The share of those answered that was right; None if there were none.
+
+    Raises:
+        ValueError: A number that decides is not finite, or there are not two weights.
     """
 
     weights: tuple[float, float]
@@ -132,6 +136,12 @@ class Calibration:
     notes: int
     coverage: float
     accuracy: float | None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "weights", tuple(self.weights))  # JSON has lists
+        numbers = (*self.weights, self.bias, self.promise, self.threshold)
+        if len(self.weights) != 2 or not all(map(math.isfinite, numbers)):
+            raise ValueError(f"a calibration has two weights and finite numbers: {numbers}")
 
     def confidence(self, probabilities: np.ndarray) -> np.ndarray:
         """Give the confidence in the most probable class: (N, C) → (N,)."""
@@ -249,6 +259,7 @@ class Classifier:
 
         Raises:
             CheckpointError: A file is missing or damaged, or the base is another one.
+            FileNotFoundError: The base has no tokenizer.
             ValueError: This machine has no such device, or the parts do not fit together.
         """
         folder = BUNDLED / "adapter" if str(folder) == "bundled" else Path(folder)
@@ -264,10 +275,15 @@ class Classifier:
             if not isinstance(run.get(name), kind) or name not in run:
                 raise CheckpointError(f"{folder / RUN_FILE}: {name} is missing or of another kind")
         labels, limit, recorded = run["labels"], run["token_limit"], run["base"]
+        if not all(isinstance(label, str) for label in labels) or len(set(labels)) < len(labels):
+            raise CheckpointError(f"{folder / RUN_FILE}: labels are not different names")
+        try:
+            calibration = run["calibration"] and Calibration(**run["calibration"])
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"{folder / RUN_FILE}: calibration: {error}") from None
         try:
             source = find_base(base or recorded["source"], None if base else recorded["revision"])
             expected = {name: recorded[name] for name in ("sha256", "tokenizer_sha256")}
-            calibration = run["calibration"] and Calibration(**run["calibration"])
         except (KeyError, TypeError) as error:
             raise CheckpointError(f"{folder / RUN_FILE} is not whole: {error}") from None
         if (came := base_hashes(source)) != expected:
@@ -338,7 +354,7 @@ class Classifier:
         """Give the probabilities of all classes, (N, C) float32, and the tokens of each note.
 
         Raises:
-            ValueError: The head was never trained.
+            ValueError: The head was never trained, or an answer is not finite.
         """
         if not self.model.head_trained:
             raise ValueError("this model's head was never trained: its answers would be random")
@@ -346,7 +362,10 @@ class Classifier:
         for ids in self._encode(texts):
             rows.append(self.run([note[: self.token_limit] for note in ids]).softmax(-1).numpy())
             tokens += map(len, ids)
-        return np.concatenate(rows), tokens
+        probabilities = np.concatenate(rows)
+        if not np.isfinite(probabilities).all():
+            raise ValueError("the model's answers are not finite numbers: try --precision fp32")
+        return probabilities, tokens
 
     def autocast(self) -> AbstractContextManager:
         """Autocast to ``dtype``; nothing for float32."""

@@ -5,7 +5,8 @@ two classes is wrong in one of its rows whatever is answered, so no classifier p
 Over the *notes*, the different texts: an answer is right if the note is filed under it.
 
 Intervals are 95% percentile bootstrap intervals over notes (Efron & Tibshirani 1993, section 13.3):
-how far a figure would move had other notes been drawn, not had training been repeated.
+how far a figure would move had other texts been drawn, not had training been repeated. Equal texts
+are drawn together. Where a share is 0 or 1 every draw agrees, and its interval is Wilson's (1927).
 
 Shapes: N notes, C classes, M measures.
 """
@@ -33,7 +34,7 @@ FEWEST_VALIDATION = 50  # notes; fewer can choose neither a threshold nor the be
 
 
 class Estimate(NamedTuple):
-    """A figure with its 95% bootstrap interval."""
+    """A figure with its 95% interval."""
 
     value: float
     low: float
@@ -123,16 +124,21 @@ class Evaluation:
             is filed under each of its k labels. Its accuracy is the any-label accuracy.
         by_row: Each row of the file counts once, with its own label.
         log_loss: Mean cross-entropy, nats.
+        overconfidence: Mean confidence minus the share right; None without calibration.
         calibration_error: Expected calibration error of the confidence; None if there is none.
         top_calibration_error: The same had the largest probability been taken for confidence.
+        chance_error: What ``calibration_error`` would be on average on so few notes were each
+            confidence exactly the probability of being right.
         answered: What the threshold does; None without calibration.
     """
 
     by_note: Measures
     by_row: Measures
     log_loss: Estimate
+    overconfidence: Estimate | None
     calibration_error: Estimate | None
     top_calibration_error: Estimate
+    chance_error: float | None
     answered: Answered | None
 
 
@@ -176,6 +182,7 @@ class Results:
 
     Attributes:
         labels: Names of the classes.
+        split: "texts"; or "rows", where each row is a note of its own.
         notes: How many notes were classified.
         rows: How many rows of the file hold them.
         trained_on: How many of them the run was trained or calibrated on.
@@ -190,6 +197,7 @@ class Results:
     """
 
     labels: tuple[str, ...]
+    split: str
     notes: int
     rows: int
     trained_on: int
@@ -251,24 +259,42 @@ def _figures(confusion: np.ndarray) -> np.ndarray:
 
 
 def bootstrap(
-    measure: Callable[[np.ndarray], np.ndarray], notes: int, replicates: int = REPLICATES
+    measure: Callable[[np.ndarray], np.ndarray],
+    notes: Sequence[Note],
+    replicates: int = REPLICATES,
 ) -> list[Estimate]:
-    """Give each of M figures its 95% interval: drawing the notes again, with replacement.
+    """Give each of M figures its 95% interval: drawing the texts again, with replacement.
 
     Args:
         measure: From how often each note counts, (N,) floats, to M figures.
-        notes: N.
+        notes: N notes; split by rows, some have equal texts.
         replicates: How often to draw.
     """
     draw = np.random.default_rng(0)
+    texts, text = np.unique([note.sha256 for note in notes], return_inverse=True)
+    n = len(texts)
     drawn = np.stack(
         [
-            measure(np.bincount(draw.integers(notes, size=notes), minlength=notes).astype(float))
+            measure(np.bincount(draw.integers(n, size=n), minlength=n)[text].astype(float))
             for _ in range(replicates)
         ]
     )  # (replicates, M)
     low, high = np.nanquantile(drawn, (0.025, 0.975), axis=0)
-    return [Estimate(*map(float, e)) for e in zip(measure(np.ones(notes)), low, high, strict=True)]
+    values = measure(np.ones(len(notes)))
+    return [Estimate(*map(float, e)) for e in zip(values, low, high, strict=True)]
+
+
+def wilson(hits: float, n: int) -> tuple[float, float]:
+    """Give the 95% interval of a share (Wilson 1927), which also holds near 0 and 1."""
+    z = 1.96
+    middle = (hits + z * z / 2) / (n + z * z)
+    half = z / (n + z * z) * np.sqrt(hits * (n - hits) / n + z * z / 4)
+    share = hits / n  # rounding may put it a hair outside
+    return float(max(0, min(middle - half, share))), float(min(1, max(middle + half, share)))
+
+
+def _share(share: Estimate, n: int) -> Estimate:
+    return Estimate(share.value, *wilson(share.value * n, n)) if share.value in (0, 1) else share
 
 
 def expected_calibration_error(
@@ -291,32 +317,42 @@ def expected_calibration_error(
     return float(np.abs(gaps).sum() / weights.sum())
 
 
+def chance_error(confidence: np.ndarray, draws: int = 200) -> float:
+    """Give the mean calibration error were each of (N,) confidences exactly the chance of right."""
+    draw = np.random.default_rng(0)
+    chance = (draw.random(len(confidence)) < confidence for _ in range(draws))
+    return float(np.mean([expected_calibration_error(confidence, right) for right in chance]))
+
+
 def measure(
     answers: Answers, notes: Sequence[Note], labels: Sequence[str], calibration: Calibration | None
 ) -> Evaluation:
     """Compare answers with the labels under which the notes are filed."""
     classes = len(labels)
     cells = [by(answers.named, notes, classes) for by in (_by_note, _by_row)]
-    claims = [answers.top] if calibration is None else [answers.top, answers.confidence]
-    errors = [partial(expected_calibration_error, claim, answers.right) for claim in claims]
-    kept = np.ones(len(notes), bool)
+    claims, kept = [answers.top], np.ones(len(notes), bool)
     if calibration is not None:
-        kept = answers.confidence >= calibration.threshold
+        claims, kept = [*claims, answers.confidence], answers.confidence >= calibration.threshold
+    errors = [partial(expected_calibration_error, claim, answers.right) for claim in claims]
+    over = claims[-1] - answers.right
+    none = np.nan if kept.any() else 0.0  # a draw in which no note is answered tells nothing
 
     def all_figures(weights: np.ndarray) -> np.ndarray:
         total, answered = weights.sum(), weights @ kept
         right = weights @ (kept & answers.right)
         return np.concatenate(
             (
-                [weights @ answers.loss / total],
-                [answered / total, right / answered if answered else np.nan],
+                [weights @ answers.loss / total, weights @ over / total],
+                [answered / total, right / answered if answered else none],
                 [error(weights) for error in errors],
                 *(_figures(c.confusion(weights)) for c in cells),
             )
         )
 
-    log_loss, coverage, accuracy, top, *rest = bootstrap(all_figures, len(notes))
-    error = None if calibration is None else rest.pop(0)
+    log_loss, over_mean, coverage, accuracy, top, *rest = bootstrap(all_figures, notes)
+    error = chance = None
+    if calibration is not None:
+        error, chance = rest.pop(0), chance_error(answers.confidence)
     tables = []
     for c, part in zip(cells, (rest[: 2 + 3 * classes], rest[2 + 3 * classes :]), strict=True):
         confusion = c.confusion(np.ones(len(notes)))
@@ -332,20 +368,27 @@ def measure(
             )
         )
         tables.append(
-            Measures(accuracy=part[0], macro_f1=part[1], classes=tuple(each), confusion=confusion)
+            Measures(
+                accuracy=_share(part[0], len(notes)),
+                macro_f1=part[1],
+                classes=tuple(each),
+                confusion=confusion,
+            )
         )
     answered = calibration and Answered(
         promise=calibration.promise,
         threshold=calibration.threshold,
-        coverage=coverage,
-        accuracy=accuracy if kept.any() else None,
+        coverage=_share(coverage, len(notes)),
+        accuracy=_share(accuracy, int(kept.sum())) if kept.any() else None,
     )
     return Evaluation(
         by_note=tables[0],
         by_row=tables[1],
         log_loss=log_loss,
+        overconfidence=None if calibration is None else over_mean,
         calibration_error=error,
         top_calibration_error=top,
+        chance_error=chance,
         answered=answered,
     )
 
@@ -453,7 +496,7 @@ def calibrate(
 
 
 def fit_calibration(probabilities: np.ndarray, right: np.ndarray, promise: float) -> Calibration:
-    """Fit to probabilities (N, C) and to whether the most probable class is right (N,)."""
+    """Fit to probabilities (N, C) and to whether the most probable class is right (N,) bool."""
     features, n = calibration_features(probabilities), len(right)
     hits = int(right.sum())
     target = np.where(right, (hits + 1) / (hits + 2), 1 / (n - hits + 2))
@@ -466,7 +509,8 @@ def fit_calibration(probabilities: np.ndarray, right: np.ndarray, promise: float
     fitted = {"weights": tuple(model.coef_[0].tolist()), "bias": float(model.intercept_[0])}
     confidence = 1 / (1 + np.exp(-(features @ model.coef_[0] + fitted["bias"])))
     order = np.argsort(-confidence, kind="stable")
-    kept = np.flatnonzero(np.cumsum(right[order]) >= promise * np.arange(1, n + 1))
+    last = np.append(np.diff(confidence[order]) < 0, True)  # of equally confident notes
+    kept = np.flatnonzero(last & (np.cumsum(right[order]) / np.arange(1, n + 1) >= promise))
     answered = int(kept[-1]) + 1 if len(kept) else 0
     return Calibration(
         **fitted,
@@ -493,14 +537,20 @@ def ceiling(notes: Sequence[Note]) -> float:
 def baselines(training: Sequence[Note], test: Sequence[Note]) -> dict[str, np.ndarray]:
     """Train simpler classifiers on the rows of one side; give what they name on another: (N,) each.
 
-    The majority class, and two linear models on TF-IDF of words and pairs of words.
+    The majority class, and two linear models on TF-IDF of words and pairs of words; the majority
+    class alone where there is one class, or no word that stands in two notes.
     """
-    words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=2)
-    features = words.fit_transform(note.text for note in training)
     row = [i for i, note in enumerate(training) for _ in note.filed]
     labels = [label for note in training for label in note.filed]
     majority, _ = Counter(labels).most_common(1)[0]
     named = {"majority class": np.full(len(test), majority)}
+    words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=2)
+    try:
+        features = words.fit_transform(note.text for note in training)
+    except ValueError:  # no such word
+        return named
+    if len(set(labels)) < 2:
+        return named
     linear = {
         "TF-IDF + logistic regression": LogisticRegression(class_weight="balanced", max_iter=1000),
         "TF-IDF + linear SVM": LinearSVC(random_state=0),
@@ -538,18 +588,20 @@ def assess(
     texts = {note.text for note in training}
     simpler, against = [], None
     if training:
-        better = 0.0
+        better = -1.0
         for name, named in baselines(training, measured).items():
             cells = [by(named, measured, len(notes.classes)) for by in (_by_note, _by_row)]
-            any_label, accuracy = bootstrap(partial(_accuracies, cells), len(measured))
+            any_label, accuracy = bootstrap(partial(_accuracies, cells), measured)
+            any_label = _share(any_label, len(measured))
             simpler.append(Baseline(name=name, any_label_accuracy=any_label, accuracy=accuracy))
             if "TF-IDF" in name and any_label.value > better:
                 better = any_label.value
                 right = [n in note.labels for n, note in zip(named, measured, strict=True)]
                 gain = answers.right.astype(float) - right
-                (against,) = bootstrap(lambda w, g=gain: np.array([w @ g / w.sum()]), len(measured))
+                (against,) = bootstrap(lambda w, g=gain: np.array([w @ g / w.sum()]), measured)
     results = Results(
         labels=notes.classes,
+        split=notes.split,
         notes=len(measured),
         rows=sum(len(note.filed) for note in measured),
         trained_on=trained_on,

@@ -13,6 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from clinora.evaluation import wilson
+
 BLACK, GREY, LIGHT = "#111111", "#707070", "#c8c8c8"
 BLUE = "#1f5fa8"  # as dark as mid grey
 
@@ -27,21 +29,28 @@ def confusion_figure(confusion: np.ndarray, labels: Sequence[str]) -> Figure:
     """
     counts = np.asarray(confusion, float)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1e-9)
-    side = 3.2 + 0.75 * len(labels)
+    few = len(labels) <= 12  # forty classes leave room neither for zeros nor for shares
+    side = 3.2 + (0.75 if few else 0.36) * len(labels)
     figure = Figure(figsize=(side + 1.4, side), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     for (row, column), count in np.ndenumerate(counts):
-        if len(labels) > 12 and not count:  # forty classes leave no room for zeros
-            continue
         share = shares[row, column]
-        text = f"{count:.3g}" if len(labels) > 12 else f"{count:.4g}\n{share:.0%}"
-        axes.text(
-            column, row, text, ha="center", va="center",
-            fontsize=9 if len(labels) <= 12 else 7, color="white" if share > 0.6 else "black",
-        )  # fmt: skip
-    axes.set_xticks(range(len(labels)), labels, rotation=30, ha="right")
-    axes.set_yticks(range(len(labels)), labels)
+        text = f"{count:,.{1 if few or count < 10 else 0}f}".removesuffix(".0")
+        if few or count:
+            axes.text(
+                column, row, f"{text}\n{share:.0%}" if few else text, ha="center", va="center",
+                fontsize=9 if few else 7, color="white" if share > 0.6 else "black",
+            )  # fmt: skip
+    # A class may be named "$x$": that is no formula.
+    names = {"labels": labels, "parse_math": False}
+    axes.set_xticks(
+        range(len(labels)), **names, rotation=30 if few else 90, ha="right" if few else "center"
+    )
+    axes.set_yticks(range(len(labels)), **names)
+    edges = np.arange(len(labels) - 1) + 0.5
+    axes.hlines(edges, -0.5, len(labels) - 0.5, color=LIGHT, linewidth=0.5)
+    axes.vlines(edges, -0.5, len(labels) - 0.5, color=LIGHT, linewidth=0.5)
     axes.set_xlabel("named")
     axes.set_ylabel("filed under")
     axes.set_title(
@@ -67,7 +76,7 @@ def reliability_figure(confidence: np.ndarray, right: np.ndarray) -> Figure:
     parts = [p for p in np.array_split(np.argsort(confidence, kind="stable"), 10) if len(p)]
     claimed = [confidence[p].mean() for p in parts]
     share = np.array([right[p].mean() for p in parts])
-    bounds = np.array([_wilson(right[p].sum(), len(p)) for p in parts]).T
+    bounds = np.array([wilson(right[p].sum(), len(p)) for p in parts]).T
     axes.errorbar(
         claimed, share, abs(bounds - share), color=BLACK, marker="o", linestyle="none", capsize=3,
         label=f"a tenth of the notes each, about {len(parts[0])}, with 95% interval",
@@ -76,7 +85,7 @@ def reliability_figure(confidence: np.ndarray, right: np.ndarray) -> Figure:
     axes.set(xlim=(low, 1.01), ylim=(low, 1.01), xlabel="confidence", ylabel="share right")
     _percent(axes)
     axes.set_title("Is a confidence of 90% right nine times in ten?")
-    axes.legend(loc="lower right", fontsize=8)
+    figure.legend(loc="outside lower center", fontsize=8)
     return figure
 
 
@@ -105,12 +114,12 @@ def coverage_figure(
         axes.plot(
             answered, here, color=BLUE, marker="D", markersize=8, linestyle="none", label=text
         )
-    axes.set(
-        xlim=(0, 1), ylim=(0, None), xlabel="share of the notes answered", ylabel="share wrong"
-    )
+    # The first few answers may all be wrong: they would flatten the rest.
+    top = 1.1 * max(*risk[len(risk) // 10 :], 1 - promise)
+    axes.set(xlim=(0, 1), ylim=(0, top), xlabel="share of the notes answered", ylabel="share wrong")
     _percent(axes)
     axes.set_title("What referring the least confident notes to a person buys")
-    axes.legend(loc="upper left", fontsize=8)
+    figure.legend(loc="outside lower center", fontsize=8, ncols=2)
     return figure
 
 
@@ -127,7 +136,7 @@ def length_figure(tokens: np.ndarray, right: np.ndarray, token_limit: int) -> Fi
     parts = [p for p in np.array_split(np.argsort(tokens, kind="stable"), 4) if len(p)]
     for place, part in enumerate(parts):
         share = right[part].mean()
-        low, high = _wilson(right[part].sum(), len(part))
+        low, high = wilson(right[part].sum(), len(part))
         whole = tokens[part].max() <= token_limit
         axes.bar(
             place, share, width=0.7, facecolor="white" if whole else LIGHT, edgecolor=BLACK,
@@ -175,7 +184,8 @@ def rank_figure(points: Sequence[dict]) -> Figure:
     """Draw what the rank buys: any-label accuracy against parameters trained.
 
     Args:
-        points: Of each way of tuning: name, trainable, and any_label_accuracy, low and high.
+        points: Of each way of tuning: name; tune ("head", "lora" or "full"); trainable; and
+            any_label_accuracy, low and high, shares.
     """
     figure = Figure(figsize=(7, 4.6), layout="constrained")
     axes = figure.subplots()
@@ -193,11 +203,11 @@ def rank_figure(points: Sequence[dict]) -> Figure:
         )  # fmt: skip
         for p in group:
             axes.annotate(
-                p["name"], (p["trainable"], p["any_label_accuracy"]), fontsize=8,
-                xytext=(6, -12), textcoords="offset points",
+                p["name"], (p["trainable"], p["low"]), fontsize=8, rotation=90, ha="center",
+                va="top", xytext=(0, -4), textcoords="offset points",
             )  # fmt: skip
     axes.set_xscale("log")
-    axes.margins(x=0.12)
+    axes.margins(x=0.12, y=0.2)
     axes.set(xlabel="parameters trained", ylabel="any-label accuracy")
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.set_title("What does the rank buy?")
@@ -208,11 +218,3 @@ def rank_figure(points: Sequence[dict]) -> Figure:
 def _percent(axes: Axes) -> None:
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(PercentFormatter(1, decimals=None))
-
-
-def _wilson(hits: int, n: int) -> tuple[float, float]:
-    """Give the 95% interval of a share (Wilson 1927), which also holds near 0 and 1."""
-    z = 1.96
-    middle = (hits + z * z / 2) / (n + z * z)
-    half = z / (n + z * z) * np.sqrt(hits * (n - hits) / n + z * z / 4)
-    return float(middle - half), float(middle + half)

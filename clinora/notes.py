@@ -5,7 +5,6 @@ the set of its labels, so that no text can stand on both sides of a split. The p
 row an example with its own label, is there for comparison.
 """
 
-import codecs
 import csv
 import hashlib
 import math
@@ -35,6 +34,7 @@ MTSAMPLES = {"repo_id": "harishnair04/mtsamples", "filename": "mtsamples.csv", "
 SPLITS = ("texts", "rows")
 SIDES = ("training", "validation", "test")
 SHORT = 50  # characters; a shorter text hardly says what it is about
+LONGEST_COLUMN_NAME = 40  # characters; a longer one is a note, in a file without a header
 LONGEST_CLASS_NAME = 100  # characters; longer ones are notes, taken for classes by mistake
 MOST_CLASSES_LISTED = 100  # in a message, likewise
 
@@ -119,11 +119,11 @@ class Notes:
         several = sum(len(note.labels) > 1 for note in self.notes)
         short = sum(len(note.text) < SHORT for note in self.notes)
         what = "different texts" if self.split == "texts" else "rows, each with its own label,"
-        several = f", {several:,} of them filed under several" if self.split == "texts" else ""
+        several = f" ({several:,} filed under several)" if self.split == "texts" else ""
         return (
             f"{self.rows:,} rows, {self.without_text:,} without text or label, "
             f"{self.other_classes:,} of other classes; {len(self.notes):,} {what} in "
-            f"{len(self.classes)} classes{several}, {short:,} shorter than {SHORT} characters: "
+            f"{len(self.classes)} classes{several}, {short:,} shorter than {SHORT} characters; "
             + ", ".join(f"{counts[side]:,} {side}" for side in SIDES)
         )
 
@@ -155,6 +155,8 @@ def read_notes(
     """
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}: expected one of {', '.join(SPLITS)}")
+    if text_column == label_column:
+        raise ValueError(f"column {text_column!r} cannot hold both the notes and their classes")
     path = _find(source)
     filed, rows, without_text = defaultdict(list), 0, 0  # filed: text → (row, class) of each
     for row, text, label in _read_rows(path, text_column, label_column):
@@ -268,9 +270,11 @@ def _read_rows(path: Path, text_column: str, label_column: str) -> Iterator[tupl
 
 def _column(path: Path, header: list[str], name: str) -> int:
     if (times := header.count(name)) != 1:
+        there = f"its columns are: {', '.join(map(repr, header))[:500]}"
+        if max(map(len, header)) > LONGEST_COLUMN_NAME:  # perhaps a note: not to be shown
+            there = "its first row does not look like a header"
         raise ValueError(
-            f"{path} has {times or 'no'} column{'s' * (times > 1)} {name!r}, expected one; its "
-            f"columns are: {', '.join(map(repr, header))[:500]}"
+            f"{path} has {times or 'no'} column{'s' * (times > 1)} {name!r}, expected one; {there}"
         )
     return header.index(name)
 
@@ -279,20 +283,18 @@ def _check_encoding(path: Path) -> None:
     """Refuse what is no UTF-8 text, naming the line, without holding the file in memory."""
     if path.is_dir():
         raise ValueError(f"{path} is a folder: expected a CSV file")
-    decoder, line = codecs.getincrementaldecoder("utf-8")(), 1
     with path.open("rb") as file:
-        for part in file:  # a line
-            if b"\0" in part:
+        for line, content in enumerate(file, 1):
+            if b"\0" in content:
                 raise ValueError(
                     f"{path} has a NUL byte in line {line}: no text, or UTF-16: save it as UTF-8"
                 )
             try:
-                decoder.decode(part)
+                content.decode()
             except UnicodeDecodeError:
                 raise ValueError(
                     f"{path} is not UTF-8 (in line {line}): save it as UTF-8"
                 ) from None
-            line += 1
 
 
 def _choose_classes(

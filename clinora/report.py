@@ -63,7 +63,11 @@ def results_table(results: Results) -> str:
         ),
         *((b.name, _say(b.any_label_accuracy), _say(b.accuracy)) for b in results.baselines),
         ("this run", _say(after.by_note.accuracy), _say(after.by_row.accuracy)),
-        ("possible at best", "100%", f"{results.ceiling:.1%}"),
+        (
+            "possible at best",
+            "100%" if results.split == "texts" else f"{results.test_ceiling:.1%}",
+            f"{results.ceiling:.1%}",
+        ),
     ]
     lines = [
         f"{results.notes:,} notes, filed in {results.rows:,} rows{_seen(results)}",
@@ -92,7 +96,8 @@ def class_table(measures: Measures) -> list[str]:
     lines = [f"{'class':<{width}} {'precision':<20} {'recall':<20} {'F1':<20} {'notes':>7}"]
     for c in measures.classes:
         figures = " ".join(f"{_say(e):<20}" for e in (c.precision, c.recall, c.f1))
-        lines.append(f"{c.label:<{width}} {figures} {c.support:>7,.5g}")
+        support = f"{c.support:,.1f}".removesuffix(".0")
+        lines.append(f"{c.label:<{width}} {figures} {support:>7}")
     lines.append(f"{'mean F1 of the classes':<{width}} {_say(measures.macro_f1)}")
     return lines
 
@@ -146,8 +151,9 @@ def write_report(
         f"# Report\n\n{about}",
         f"```\n{results_table(results)}\n```",
         *(f"![{name}]({name}.png)" for name in figures),
-        f"## The {len(mistakes)} most confident mistakes",
-        *(_mistake(mistake, excerpts) for mistake in mistakes),
+        f"## The most confident mistakes ({len(mistakes)})",
+        # As code: nothing in a class name or a note is read as Markdown or HTML.
+        "\n".join(("```", *(_mistake(mistake, excerpts) for mistake in mistakes), "```")),
     ]
     write_atomically(folder / "report.md", ("\n\n".join(parts) + "\n").encode())
 
@@ -190,9 +196,12 @@ def _confidence_lines(results: Results) -> list[str]:
             "Not calibrated (too few validation notes): no confidence is claimed, and no note is "
             "referred."
         ]
+    value, low, high = (100 * x for x in after.overconfidence)
+    error, top = after.calibration_error.value, after.top_calibration_error.value
     lines = [
-        f"Confidence differs from the share right by {after.calibration_error.value:.1%} on "
-        f"average (the largest probability alone: {after.top_calibration_error.value:.1%})."
+        f"Mean confidence minus the share right: {value:+.1f} points [{low:+.1f}, {high:+.1f}].",
+        f"In tenths of the notes by confidence the two differ by {error:.1%} on average; by chance",
+        f"alone they would by {after.chance_error:.1%}, with the largest probability by {top:.1%}.",
     ]
     if answered.accuracy is None:
         return [*lines, "The threshold was never reached: every note is referred to a person."]
@@ -220,13 +229,13 @@ def _seen(results: Results) -> str:
 
 
 def _mistake(mistake: dict, excerpts: dict[str, str]) -> str:
-    sure = mistake["confidence"] or mistake["probability"]
+    sure = mistake["probability"] if mistake["confidence"] is None else mistake["confidence"]
     line = (
-        f"- {sure:.1%} {mistake['named']}; filed under {', '.join(mistake['filed'])}; "
+        f"{sure:.1%} {mistake['named']}; filed under {', '.join(mistake['filed'])}; "
         f"{mistake['tokens']:,} tokens; sha256 {mistake['sha256'][:16]}"
     )
     excerpt = " ".join(excerpts.get(mistake["sha256"], "")[:EXCERPT].split())
-    return f"{line}\n\n      {excerpt}" if excerpt else line
+    return f"{line}\n    {excerpt}" if excerpt else line
 
 
 def _say(estimate: Estimate) -> str:

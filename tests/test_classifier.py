@@ -1,9 +1,13 @@
 """A run on disk and its predictions, against Transformers and PEFT reading the same files."""
 
+import dataclasses
 import json
 import random
+import re
+import shutil
 
 import hypothesis
+import numpy as np
 import peft
 import pytest
 import torch
@@ -12,7 +16,7 @@ from hypothesis import strategies
 
 import clinora
 from clinora.checkpoint import BUNDLED, CheckpointError
-from clinora.classifier import choose_device, choose_dtype, group_by_length, pad
+from clinora.classifier import Calibration, choose_device, choose_dtype, group_by_length, pad
 
 NOTES = [
     "The patient reports severe chest pain and shortness of breath. ECG shows ST elevation. "
@@ -21,6 +25,10 @@ NOTES = [
     "PROCEDURE: Laparoscopic appendectomy under general anesthesia. " * 60,
     "Right hip pain after a fall.",
 ]
+CALIBRATION = {
+    "weights": [1.0, 0.5], "bias": 0.0, "promise": 0.9, "threshold": 0.5, "notes": 50,
+    "coverage": 1.0, "accuracy": 1.0,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -74,10 +82,64 @@ def test_published_forms(classifier):
     assert prediction.as_text() == "Predicted Label: Cardiovascular / Pulmonary"
 
 
+def uncalibrated(classifier, calibration=None):
+    return clinora.Classifier(
+        classifier.model, classifier.tokenizer, classifier.labels, classifier.token_limit,
+        calibration,
+    )  # fmt: skip
+
+
 def test_a_run_without_calibration_claims_no_confidence(classifier):
-    prediction = classifier([NOTES[0]])[0]
-    assert prediction.confidence is None
-    assert prediction.refer is None
+    for prediction in uncalibrated(classifier)(NOTES):
+        assert prediction.confidence is None
+        assert prediction.refer is None
+
+
+def test_confidence_is_the_calibrations_and_refer_follows_the_threshold(classifier):
+    p = np.array([prediction.probabilities for prediction in classifier(NOTES)])
+    second, first = np.sort(p)[:, -2:].T
+    both = np.minimum(first + second, 1 - 1e-6)
+    expected = 1 / (1 + np.exp(-(0.5 * np.log(both / (1 - both)) + 0.1 * np.log(first / second))))
+    assert len(set(expected)) == len(NOTES)
+    for threshold in (*expected * (1 - 1e-4), *expected * (1 + 1e-4)):
+        calibration = Calibration(
+            weights=(0.5, 0.1), bias=0.0, promise=0.9, threshold=threshold, notes=50, coverage=1.0,
+            accuracy=1.0,
+        )  # fmt: skip
+        predictions = uncalibrated(classifier, calibration)(NOTES)
+        assert [p.confidence for p in predictions] == pytest.approx(expected, rel=1e-5)
+        assert [p.refer for p in predictions] == (expected < threshold).tolist()
+
+
+def test_a_threshold_that_is_just_reached_is_answered(classifier):
+    (sure,) = classifier(NOTES[:1])
+    calibration = dataclasses.replace(classifier.calibration, threshold=sure.confidence)
+    assert uncalibrated(classifier, calibration)(NOTES[:1])[0].refer is False
+
+
+def test_a_calibration_is_saved_and_comes_back(classifier, run):
+    came = clinora.Classifier.load(run, device="cpu").calibration
+    assert came == classifier.calibration
+    assert came.notes >= 50
+
+
+def test_answers_that_are_not_finite_are_refused(small_run):
+    """Not a number is below no threshold: such a note would not have been referred."""
+    broken = clinora.Classifier.load(small_run, device="cpu", precision="fp32")
+    with torch.no_grad():
+        broken.model.score.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"not finite.*--precision fp32"):
+        broken(NOTES)
+
+
+def test_a_note_of_ten_megabytes_is_cut_and_its_tokens_are_counted(small_run):
+    classifier = clinora.Classifier.load(small_run, device="cpu", precision="fp32")
+    (one,) = classifier(["chest pain " * 50])
+    (huge,) = classifier(["chest pain " * 900_000])
+    assert huge.truncated
+    each = (one.tokens - 1) / 50  # less the first token
+    assert huge.tokens == 1 + 900_000 * each
+    assert huge.probabilities == pytest.approx(one.probabilities, abs=1e-6)  # the same first 128
 
 
 @pytest.mark.parametrize("empty", ["", "  \n\t "])
@@ -116,10 +178,25 @@ def test_a_saved_run_comes_back_to_the_bit(classifier, run):
     assert clinora.Classifier.load(run, device="cpu", precision="fp32")(NOTES) == classifier(NOTES)
 
 
+def test_a_run_records_no_text(run):
+    known = {"adapter_config.json", "adapter_model.safetensors", "clinora.json"}
+    assert {file.name for file in run.iterdir()} == known
+    about = json.loads((run / "clinora.json").read_text())
+    assert all(re.fullmatch("[0-9a-f]{16}", seen) for seen in about["notes"]["seen"])
+
+
 def test_another_base_is_refused(run, reference):
     _, other = reference(num_labels=None)
-    with pytest.raises(CheckpointError, match=r"not those that .* was trained on"):
+    shutil.copy(BUNDLED / "base" / "tokenizer.model", other)
+    with pytest.raises(CheckpointError, match=r"the weights in .* is not what .* was trained on"):
         clinora.Classifier.load(run, base=other)
+
+
+def test_another_tokenizer_is_refused(run, small_run, tmp_path):
+    shutil.copytree(BUNDLED / "base", tmp_path / "base")
+    shutil.copy(small_run.parent / "base" / "tokenizer.model", tmp_path / "base")
+    with pytest.raises(CheckpointError, match=r"the tokenizer.model in .* is not what"):
+        clinora.Classifier.load(run, base=tmp_path / "base")
 
 
 def test_a_base_that_moved_is_found_with_its_new_place(classifier, run, tmp_path):
@@ -136,7 +213,15 @@ def test_a_base_that_moved_is_found_with_its_new_place(classifier, run, tmp_path
     [
         ({"schema": 99}, "schema 99"),
         ({"labels": ["A", "B"]}, r"score\.weight \(5 × 128, expected 2 × 128\)"),
-        ({"base": {}}, "lacks 'source'"),
+        ({"labels": ["A"] * 5}, "labels are not different names"),
+        ({"labels": [1, 2, 3, 4, 5]}, "labels are not different names"),
+        ({"base": {}}, "not whole: 'source'"),
+        ({"calibration": 7}, "calibration is missing or of another kind"),
+        ({"calibration": {"bias": 0}}, "calibration: .*missing"),
+        ({"calibration": CALIBRATION | {"weights": [1]}}, "two weights"),
+        ({"calibration": CALIBRATION | {"weights": "ab"}}, "clinora.json: calibration: "),
+        ({"calibration": CALIBRATION | {"threshold": float("nan")}}, "finite numbers"),
+        ({"calibration": CALIBRATION | {"bias": float("inf")}}, "finite numbers"),
         ({"token_limit": 100_000}, "token limit 100000"),
     ],
 )

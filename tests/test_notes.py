@@ -1,11 +1,20 @@
-"""Reading notes, classes and sides of the split."""
+"""Reading notes, classes and sides of the split: against the csv module's own counting."""
 
 import csv
 import hashlib
+import math
+import random
+from collections import Counter, defaultdict
 
+import numpy as np
 import pytest
+import torch
 
-from clinora.notes import PUBLISHED_CLASSES, Note, read_notes
+import eval as eval_script
+import train as train_script
+from clinora.notes import PUBLISHED_CLASSES, read_notes, row_sides, side_of
+
+HEADER = "transcription,medical_specialty\n"
 
 
 @pytest.fixture
@@ -17,6 +26,18 @@ def write(tmp_path):
         return path
 
     return write
+
+
+@pytest.fixture(scope="module")
+def mtsamples(data):
+    """Rows of the file with text and label, stripped: (text, label), by the csv module alone."""
+    with (data / "mtsamples.csv").open(newline="", encoding="utf-8") as file:
+        rows = [(r["transcription"].strip(), r["medical_specialty"].strip())
+                for r in csv.DictReader(file)]  # fmt: skip
+    return [(text, label) for text, label in rows if text and label]
+
+
+# --- texts and labels -----------------------------------------------------------------------------
 
 
 def test_text_filed_twice_is_one_note_with_two_labels(write):
@@ -33,9 +54,23 @@ def test_rows_without_text_or_label_are_counted_and_left_out(write):
     assert (notes.rows, notes.without_text, len(notes.notes)) == (5, 3, 2)
 
 
+def test_near_empty_texts_are_counted_and_said(write):
+    assert "2 shorter than 50" in str(
+        read_notes(write([("x" * 49, "A"), ("x" * 50, "B"), ("y", "B")]))
+    )
+
+
 def test_text_that_pandas_would_take_for_missing_is_kept(write):
     notes = read_notes(write([("NA", "A"), ("None", "B")]))
     assert [n.text for n in notes.notes] == ["NA", "None"]
+
+
+def test_other_columns_can_be_named(write):
+    path = write([("a", "x"), ("b", "y")], header=("text", "label"))
+    assert read_notes(path, text_column="text", label_column="label").classes == ("x", "y")
+
+
+# --- classes --------------------------------------------------------------------------------------
 
 
 def test_published_classes_are_named_not_counted(write):
@@ -50,9 +85,17 @@ def test_most_frequent_classes_are_counted(write):
     assert read_notes(write(rows), classes=2).classes == ("B", "C")
 
 
-def test_other_columns_can_be_named(write):
-    path = write([("a", "x"), ("b", "y")], header=("text", "label"))
-    assert read_notes(path, text_column="text", label_column="label").classes == ("x", "y")
+def test_all_classes_can_be_asked_for(write):
+    rows = [(name, name) for name in (*PUBLISHED_CLASSES, "Urology")]
+    assert read_notes(write(rows), classes="all").classes == (*PUBLISHED_CLASSES, "Urology")
+
+
+def test_a_list_of_classes_is_sorted_and_counted_once(write):
+    path = write([("a", "A"), ("b", "B"), ("c", "C")])
+    assert read_notes(path, classes=("C", "A", "C")).classes == ("A", "C")
+
+
+# --- sides ----------------------------------------------------------------------------------------
 
 
 def test_side_follows_the_hash_of_the_text():
@@ -60,53 +103,237 @@ def test_side_follows_the_hash_of_the_text():
     for i in range(1000):
         text = f"note {i}"
         bucket = int.from_bytes(hashlib.sha256(text.encode()).digest(), "big") % 10
-        sides.setdefault(bucket, set()).add(Note(text, (0,)).side)
+        sides.setdefault(bucket, set()).add(side_of(text))
     expected = {0: {"test"}, 1: {"test"}, 2: {"validation"}}
     assert sides == {bucket: expected.get(bucket, {"training"}) for bucket in range(10)}
+
+
+def test_a_texts_side_does_not_depend_on_what_stands_beside_it(write):
+    rows = [(f"note {i}", "AB"[i % 2]) for i in range(60)]
+    whole, part = read_notes(write(rows)), read_notes(write(rows[::-2] + rows[:1]))
+    sides = {n.text: side for n, side in zip(whole.notes, whole.sides, strict=True)}
+    assert all(sides[n.text] == s for n, s in zip(part.notes, part.sides, strict=True))
+
+
+@pytest.mark.parametrize("rows", [1, 9, 10, 11, 2603])
+def test_the_published_split_rounds_its_tenth_up(rows):
+    counts = Counter(row_sides(rows))
+    assert counts["test"] == math.ceil(rows / 10)
+    assert counts["validation"] == min(math.ceil(rows / 10), rows - counts["test"])
+    assert counts.total() == rows
+
+
+def test_seeds_never_move_the_test_set(write):
+    """Nor does any random state that a caller left behind."""
+    path, splits = write([(f"note {i}", "AB"[i % 2]) for i in range(60)]), set()
+    for seed in range(3):
+        random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
+        splits.add(tuple(read_notes(path, split=s).split_fingerprint for s in ("texts", "rows")))
+    assert len(splits) == 1
+
+
+def test_split_by_rows_each_row_has_its_own_label_in_the_files_order(write):
+    notes = read_notes(write([("a", "A"), ("b", "B"), ("a", "B"), ("a", "A")]), split="rows")
+    assert [(n.text, n.filed) for n in notes.notes] == [
+        ("a", (0,)), ("b", (1,)), ("a", (1,)), ("a", (0,)),
+    ]  # fmt: skip
+
+
+def test_a_split_of_another_name_is_refused(write):
+    with pytest.raises(ValueError, match="'thirds': expected one of texts, rows"):
+        read_notes(write([("a", "A"), ("b", "B")]), split="thirds")
+
+
+# --- fingerprints ---------------------------------------------------------------------------------
 
 
 def test_fingerprint_ignores_the_order_of_rows_and_sees_a_label(write):
     rows = [("a", "A"), ("b", "B"), ("c", "A")]
     one = read_notes(write(rows)).fingerprint
     assert read_notes(write(rows[::-1])).fingerprint == one
+    assert read_notes(write([("a", "B"), ("b", "B"), ("c", "A")])).fingerprint != one
     assert read_notes(write([*rows, ("c", "B")])).fingerprint != one
 
 
-def test_mtsamples_has_the_counts_that_the_csv_module_finds(data):
-    by_text = {}
-    with (data / "mtsamples.csv").open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            label, text = row["medical_specialty"].strip(), row["transcription"].strip()
-            if text and label in PUBLISHED_CLASSES:
-                by_text.setdefault(text, set()).add(label)
+def test_fingerprint_sees_a_class_that_is_called_otherwise(write):
+    fingerprints = {read_notes(write([("a", "A"), ("b", name)])).fingerprint for name in "BC"}
+    assert len(fingerprints) == 2
+
+
+def test_split_fingerprint_sees_a_text_on_another_side(write, monkeypatch):
+    path = write([(f"note {i}", "AB"[i % 2]) for i in range(20)])
+    before = read_notes(path)
+    monkeypatch.setattr(
+        "clinora.notes.side_of",
+        lambda text: "test" if text == before.on("training")[0].text else side_of(text),
+    )
+    after = read_notes(path)
+    assert after.fingerprint == before.fingerprint
+    assert after.split_fingerprint != before.split_fingerprint
+
+
+# --- MTSamples ------------------------------------------------------------------------------------
+
+
+def test_mtsamples_texts_have_the_label_sets_that_the_csv_module_finds(data, mtsamples):
+    by_text = defaultdict(list)
+    for text, label in mtsamples:
+        if label in PUBLISHED_CLASSES:
+            by_text[text].append(label)
     notes = read_notes(data / "mtsamples.csv")
-    assert {n.text: {notes.classes[i] for i in n.labels} for n in notes.notes} == by_text
+    assert {n.text: [notes.classes[i] for i in n.filed] for n in notes.notes} == by_text
+    several = sum(len(set(labels)) > 1 for labels in by_text.values())
+    assert f"{len(by_text):,} different texts in 5 classes ({several:,} filed under" in str(notes)
+
+
+def test_mtsamples_five_most_frequent_are_not_the_published_five(data, mtsamples):
+    counts = Counter(label for _, label in mtsamples)
+    top = {label for label, _ in counts.most_common(5)}
+    assert top - set(PUBLISHED_CLASSES) == {"General Medicine"}  # passes Radiology here
+    assert read_notes(data / "mtsamples.csv", classes=5).classes == tuple(sorted(top))
+    assert read_notes(data / "mtsamples.csv").classes == PUBLISHED_CLASSES
+    assert read_notes(data / "mtsamples.csv", classes="all").classes == tuple(sorted(counts))
+
+
+def test_mtsamples_counts_of_rows_add_up(data, mtsamples):
+    notes = read_notes(data / "mtsamples.csv")
+    with (data / "mtsamples.csv").open(newline="", encoding="utf-8") as file:
+        rows = sum(1 for _ in csv.reader(file)) - 1
+    assert notes.rows == rows
+    assert notes.without_text == rows - len(mtsamples)
+    assert notes.other_classes == sum(label not in PUBLISHED_CLASSES for _, label in mtsamples)
+
+
+def test_mtsamples_sides_are_counted_by_hash(data, mtsamples):
+    texts = {text for text, label in mtsamples if label in PUBLISHED_CLASSES}
+    last = Counter(int(hashlib.sha256(t.encode()).hexdigest(), 16) % 10 for t in texts)
+    notes = read_notes(data / "mtsamples.csv")
+    assert len(notes.on("test")) == last[0] + last[1]
+    assert len(notes.on("validation")) == last[2]
+    assert len(notes.on("training")) == sum(last[bucket] for bucket in range(3, 10))
+
+
+def test_mtsamples_row_split_puts_texts_on_both_sides_and_the_text_split_none(data, mtsamples):
+    rows = [(text, label) for text, label in mtsamples if label in PUBLISHED_CLASSES]
+    by_row = read_notes(data / "mtsamples.csv", split="rows")
+    assert [(n.text, by_row.classes[n.filed[0]]) for n in by_row.notes] == rows
+    assert len(by_row.on("test")) == math.ceil(len(rows) / 10)
+    by_text = read_notes(data / "mtsamples.csv")
+    twins = {}
+    for notes in (by_row, by_text):
+        training = {n.text for n in notes.on("training")}
+        twins[notes.split] = sum(n.text in training for n in notes.on("test"))
+    assert twins["texts"] == 0
+    assert twins["rows"] > 0
+
+
+# --- files that are no such file, or hostile ------------------------------------------------------
 
 
 def test_byte_order_mark_is_no_part_of_the_first_column(tmp_path):
     path = tmp_path / "bom.csv"
-    path.write_bytes("\ufefftranscription,medical_specialty\na,A\nb,B\n".encode())
+    path.write_bytes(("\ufeff" + HEADER + "a,A\nb,B\n").encode())
     assert len(read_notes(path).notes) == 2
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "is empty"),
-        (b"text,medical_specialty\na,A\n", "no column 'transcription'.*text"),
-        (b"transcription,medical_specialty\n", "no row has text and label"),
-        (b"transcription,medical_specialty\na,A\nb,A\n", "leaves 1 class"),
-        (b"transcription,medical_specialty\n\xff\xfe,A\nb,B\n", "not UTF-8"),
-        (b'transcription,medical_specialty\n"a,A\n', "no CSV file"),
-    ],
-    ids=["empty", "column", "no rows", "one class", "latin-1", "open quote"],
-)
-def test_bad_file_is_one_clear_line(tmp_path, content, message):
+@pytest.mark.parametrize("formula", ["=cmd|' /C calc'!A0", "+1+1", "-2+3", "@SUM(A1)", "=1+1"])
+def test_a_formula_is_read_as_plain_text(write, formula):
+    notes = read_notes(write([(formula, "A"), ("b", formula)]))
+    assert notes.notes[0].text == formula
+    assert set(notes.classes) == {formula, "A"}
+
+
+def test_windows_line_ends_give_the_same_notes_and_hashes(tmp_path):
+    unix = (HEADER + '"line one\nline two",A\nb,B\n').encode()
+    (tmp_path / "unix.csv").write_bytes(unix)
+    (tmp_path / "windows.csv").write_bytes(unix.replace(b"\n", b"\r\n"))
+    (tmp_path / "mac.csv").write_bytes(unix.replace(b"\n", b"\r"))
+    one, *others = (read_notes(tmp_path / f"{name}.csv") for name in ("unix", "windows", "mac"))
+    for other in others:
+        assert other == one
+        assert other.split_fingerprint == one.split_fingerprint
+
+
+@pytest.fixture
+def field_limit():
+    """A limit that is no one else's."""
+    before = csv.field_size_limit(100_003)
+    yield 100_003
+    csv.field_size_limit(before)
+
+
+def test_a_note_of_ten_megabytes_is_read_and_the_limit_of_a_field_restored(write, field_limit):
+    text = "word " * 2_000_000
+    notes = read_notes(write([(text, "A"), ("b", "B")]))
+    assert notes.notes[0].text == text.strip()
+    assert csv.field_size_limit() == field_limit
+
+
+def test_the_limit_of_a_field_is_restored_after_an_error(tmp_path, field_limit):
+    (tmp_path / "bad.csv").write_text(HEADER + "a,A,x\n")
+    with pytest.raises(ValueError, match="3 fields"):
+        read_notes(tmp_path / "bad.csv")
+    assert csv.field_size_limit() == field_limit
+
+
+# Each file holds the words SECRET PATIENT in a note, which no message may say again.
+BAD_FILES = {
+    "empty": (b"", "is empty"),
+    "no rows": (HEADER, "no row has text and label"),
+    "no such column": ("text,medical_specialty\nSECRET PATIENT,A\n", r"no column.*'text'"),
+    "no header": ("SECRET PATIENT with a long history of nothing,A\nSECRET PATIENT b,B\n",
+                  "no column 'transcription'.*does not look like a header"),
+    "doubled column": ("transcription,transcription,medical_specialty\nSECRET PATIENT,b,A\n",
+                       "2 columns 'transcription'"),
+    "header again": (HEADER + "SECRET PATIENT,A\n" + HEADER + "b,B\n", "row 2 .*repeats the head"),
+    "one class": (HEADER + "SECRET PATIENT,A\nb,A\n", "leaves 1 class|no notes of class"),
+    "latin-1 in a line": ((HEADER + "SECRET PATIENT\u20ac,A\n").encode() + b"caf\xe9,B\n",
+                          r"not UTF-8 \(in line 3\)"),
+    "cut in a letter": ((HEADER + "SECRET PATIENT,A\nb\u20ac").encode()[:-1],
+                        r"not UTF-8 \(in line 3\)"),
+    "UTF-16": ((HEADER + "SECRET PATIENT,A\n").encode("utf-16"), "NUL byte in line 1.*UTF-16"),
+    "NUL": (HEADER + "a,A\nSECRET PATIENT\0,B\n", "NUL byte in line 3"),
+    "open quote": (HEADER + 'a,A\n"SECRET PATIENT,B\n', r"no CSV file.*line 3"),
+    "text after a quote": (HEADER + '"a" SECRET PATIENT,B\n', r"no CSV file.*line 2"),
+    "too many fields": (HEADER + "a,A\nSECRET PATIENT,with,commas,A\n",
+                        r"row 2 .*line 3\) has 4 fields, the header 2"),
+    "too few fields": (HEADER + '"a\nb",A\nSECRET PATIENT\n',
+                       r"row 2 .*line 4\) has 1 fields, the header 2"),
+    "control characters": (HEADER + "SECRET PATIENT,A\x1b[2J\n", "row 1 .*control characters"),
+    "class name of 101": (HEADER + "a,SECRET PATIENT" + 87 * "x" + "\n", "more than 100 char"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BAD_FILES)
+def test_bad_file_is_one_clear_line_without_text_of_a_note(tmp_path, kind):
+    content, message = BAD_FILES[kind]
     path = tmp_path / "bad.csv"
-    path.write_bytes(content)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=message) as caught:
         read_notes(path)
     assert "\n" not in str(caught.value)
+    assert "SECRET" not in str(caught.value)
+    assert caught.value.__cause__ is None
+    assert type(caught.value) is ValueError  # a UnicodeDecodeError would carry the bytes
+
+
+@pytest.mark.parametrize("script", [train_script, eval_script], ids=["train", "eval"])
+@pytest.mark.parametrize("kind", BAD_FILES)
+def test_scripts_say_no_text_of_a_bad_file(tmp_path, monkeypatch, capsys, script, kind):
+    monkeypatch.chdir(tmp_path)
+    content, _ = BAD_FILES[kind]
+    (tmp_path / "bad.csv").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(SystemExit) as caught:
+        script.main(["--notes", "bad.csv", "--device", "cpu"])
+    assert caught.value.code == 2
+    said = capsys.readouterr()
+    assert "bad.csv" in said.err
+    assert said.err.count("\n") == 1
+    assert "SECRET" not in said.out + said.err
+
+
+def test_a_class_name_of_a_hundred_characters_is_kept(write):
+    assert read_notes(write([("a", "x" * 100), ("b", "B")])).classes == ("B", "x" * 100)
 
 
 def test_folder_is_refused(tmp_path):
@@ -119,15 +346,18 @@ def test_missing_file_is_named(tmp_path):
         read_notes(tmp_path / "nowhere.csv")
 
 
+def test_one_column_cannot_be_notes_and_classes(write):
+    with pytest.raises(ValueError, match="cannot hold both"):
+        read_notes(write([("a", "A"), ("b", "B")]), label_column="transcription")
+
+
 def test_class_without_notes_is_refused_with_those_that_there_are(write):
     with pytest.raises(ValueError, match=r"'C'; it has: A, B"):
         read_notes(write([("a", "A"), ("b", "B")]), classes=("A", "C"))
 
 
-def test_no_text_of_a_note_stands_in_an_error(tmp_path):
-    path = tmp_path / "bad.csv"
-    path.write_text('transcription,medical_specialty\na,A\nSECRET,x,y,z\n"SECRET\n')
-    with pytest.raises(ValueError) as caught:
-        read_notes(path)
-    assert "SECRET" not in str(caught.value)
-    assert caught.value.__cause__ is None
+def test_a_hundred_and_one_classes_are_counted_not_listed(write):
+    path = write([(f"note {i}", f"Secret {i}") for i in range(101)])
+    with pytest.raises(ValueError, match="it has: 101 others") as caught:
+        read_notes(path, classes=("A", "B"))
+    assert "Secret" not in str(caught.value)

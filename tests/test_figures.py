@@ -1,0 +1,236 @@
+"""Figures: what stands in them, also without colour and with odd numbers."""
+
+import itertools
+import re
+
+import numpy as np
+import pytest
+from matplotlib import colormaps
+from matplotlib.colors import to_rgb
+
+from clinora.figures import (
+    confusion_figure,
+    coverage_figure,
+    length_figure,
+    rank_figure,
+    reliability_figure,
+    training_figure,
+)
+from clinora.report import png
+
+CONFUSION = np.array([[3, 1], [0, 5.5]])
+
+
+def words(axes):
+    return [text.get_text() for text in axes.texts]
+
+
+def sizes(axes, texts):
+    """Draw a figure; give the sizes of texts in the units of its axes: (texts, 2)."""
+    axes.figure.draw_without_rendering()
+    boxes = [text.get_window_extent().transformed(axes.transData.inverted()) for text in texts]
+    return np.abs([(box.width, box.height) for box in boxes])
+
+
+def lightness(colour):
+    return float(np.dot(to_rgb(colour), (0.2126, 0.7152, 0.0722)))
+
+
+def drawn(n=200, seed=0):
+    draw = np.random.default_rng(seed)
+    confidence = draw.uniform(0.3, 1, n)
+    return confidence, draw.random(n) < confidence
+
+
+# --- confusion ------------------------------------------------------------------------------------
+
+
+def test_the_confusion_says_every_count_and_share():
+    axes = confusion_figure(CONFUSION, ["A", "B"]).axes[0]
+    assert words(axes) == ["3\n75%", "1\n25%", "0\n0%", "5.5\n100%"]
+
+
+def test_a_row_is_what_is_filed_and_a_column_what_is_named():
+    axes = confusion_figure(CONFUSION, ["A", "B"]).axes[0]
+    one = next(t for t in axes.texts if t.get_text().startswith("1\n"))
+    assert one.get_position() == (1, 0)  # filed under A (row 0), named B (column 1)
+    assert (axes.get_ylabel(), axes.get_xlabel()) == ("filed under", "named")
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["A", "B"]
+
+
+def test_large_counts_are_written_out():
+    assert words(confusion_figure([[12345, 0], [0, 1]], "AB").axes[0])[0] == "12,345\n100%"
+
+
+def test_a_class_without_notes_has_no_share():
+    assert words(confusion_figure([[0, 0], [0, 2]], "AB").axes[0])[:2] == ["0\n0%", "0\n0%"]
+
+
+@pytest.mark.parametrize("classes", [2, 5, 12, 13, 40])
+def test_texts_of_a_confusion_fit_their_cells(classes):
+    draw = np.random.default_rng(0)
+    counts = np.diag(draw.integers(1, 2000, classes)) + 0.5
+    axes = confusion_figure(counts, [f"Specialty number {i}" for i in range(classes)]).axes[0]
+    assert (sizes(axes, axes.texts) < 1).all()
+    assert (sizes(axes, axes.get_yticklabels())[:, 1] < 1).all()
+    if classes > 12:  # the few have slanted names
+        assert (sizes(axes, axes.get_xticklabels())[:, 0] < 1).all()
+    assert max(axes.figure.get_size_inches()) < 24
+
+
+def test_forty_classes_say_every_count_that_is_not_zero():
+    counts = np.diag(np.arange(40)) + np.eye(40, k=1) / 2
+    said = words(confusion_figure(counts, [f"{i}" for i in range(40)]).axes[0])
+    assert sorted(map(float, said)) == sorted([*range(1, 40), *[0.5] * 39])
+
+
+def test_counts_stand_out_from_their_cells():
+    """White on dark, black on light, at every share."""
+    for share in np.linspace(0, 1, 21):
+        axes = confusion_figure([[share, 1 - share], [0, 1]], "AB").axes[0]
+        cell = lightness(colormaps["Blues"](share)[:3])
+        assert abs(cell - lightness(axes.texts[0].get_color())) > 0.4
+
+
+@pytest.mark.parametrize("name", ["$\\frac{$", "cost $5 or $6", "a_b^c", "<b>&amp;"])
+def test_a_class_name_is_no_formula(name):
+    figure = confusion_figure(CONFUSION, [name, "B"])
+    png(figure)
+    labels = [*figure.axes[0].get_xticklabels(), *figure.axes[0].get_yticklabels()]
+    assert [t.get_text() for t in labels] == [name, "B"] * 2
+    assert not any(t.get_parse_math() for t in labels)
+
+
+# --- confidence -----------------------------------------------------------------------------------
+
+
+def test_reliability_shows_tenths_of_the_notes():
+    confidence, right = drawn()
+    axes = reliability_figure(confidence, right).axes[0]
+    points = axes.containers[0].lines[0].get_xydata()
+    order = np.argsort(confidence).reshape(10, 20)
+    assert points[:, 0] == pytest.approx(confidence[order].mean(1))
+    assert points[:, 1] == pytest.approx(right[order].mean(1))
+
+
+def test_reliability_shows_all_of_its_points_and_intervals():
+    confidence, right = drawn(60)
+    axes = reliability_figure(confidence, right).axes[0]
+    (segments,) = (c.get_segments() for c in axes.containers[0].lines[2])
+    low, high = axes.get_ylim()
+    assert all(low <= y <= high for segment in segments for y in segment[:, 1])
+
+
+def test_coverage_shows_the_risk_of_each_share_answered():
+    confidence, right = np.array([0.9, 0.8, 0.6, 0.4]), np.array([True, False, True, False])
+    line, promise, point = coverage_figure(confidence, right, 0.6, 0.95).axes[0].lines
+    assert line.get_xdata().tolist() == [0.25, 0.5, 0.75, 1]
+    assert line.get_ydata() == pytest.approx([0, 1 / 2, 1 / 3, 1 / 2])
+    assert promise.get_ydata() == pytest.approx([0.05, 0.05])
+    assert (*point.get_xdata(), *point.get_ydata()) == pytest.approx((3 / 4, 1 / 3))
+
+
+def test_one_wrong_answer_of_great_confidence_does_not_flatten_the_rest():
+    confidence, right = np.linspace(1, 0.5, 100), np.arange(100) > 0
+    assert coverage_figure(confidence, right, 0.6, 0.95).axes[0].get_ylim()[1] < 0.2
+
+
+def test_no_point_where_every_note_is_referred():
+    assert len(coverage_figure(*drawn(), 1.1, 0.95).axes[0].lines) == 2
+
+
+# --- lengths, training, rank ----------------------------------------------------------------------
+
+
+def test_lengths_are_quarters_with_accuracy_and_number():
+    tokens, right = np.array([10, 20, 30, 40, 50, 600, 700, 800]), np.arange(8) % 4 > 0
+    axes = length_figure(tokens, right, 512).axes[0]
+    assert words(axes) == ["50.0%\n2 notes", "100.0%\n2 notes"] * 2
+    labels = [t.get_text() for t in axes.get_xticklabels()]
+    assert labels == ["10–20", "30–40", "50–600", "700–800"]
+    assert [bool(bar.get_hatch()) for bar in axes.patches] == [False, False, True, True]
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 127, 192])
+@pytest.mark.parametrize("right", [True, False])
+def test_all_right_or_all_wrong_can_be_drawn(n, right):
+    """Rounding once gave an error bar of −1e-16, which matplotlib refuses."""
+    n *= 4
+    length_figure(np.full(n, 9), np.full(n, right), 512)
+    reliability_figure(np.full(n, 0.5), np.full(n, right))
+    png(coverage_figure(np.full(n, 0.5), np.full(n, right), 0.4, 0.95))
+
+
+STEPS = [{"step": i, "loss": 1 / i, "learning_rate": i * 1e-3} for i in range(1, 61)]
+
+
+def test_training_shows_losses_and_learning_rate():
+    validations = [{"step": 30, "validation_loss": 0.7}, {"step": 60, "validation_loss": 0.5}]
+    above, below = training_figure(STEPS, validations).axes
+    each, mean, validation = above.lines
+    assert each.get_xydata().tolist() == [[s["step"], s["loss"]] for s in STEPS]
+    assert mean.get_xydata()[0] == pytest.approx([2, (1 + 1 / 2) / 2])  # of two steps
+    assert validation.get_xydata().tolist() == [[30, 0.7], [60, 0.5]]
+    assert below.lines[0].get_ydata() == pytest.approx([s["learning_rate"] for s in STEPS])
+
+
+def test_training_of_one_step_without_validation_can_be_drawn():
+    png(training_figure(STEPS[:1], []))
+
+
+def points():
+    ways = [("head", "head only", 640), ("lora", "rank 1", 3000), ("lora", "rank 8", 20000),
+            ("full", "all", 1_200_000)]  # fmt: skip
+    return [
+        {"tune": t, "name": n, "trainable": k, "any_label_accuracy": 0.9, "low": 0.85, "high": 0.92}
+        for t, n, k in ways
+    ]
+
+
+def test_rank_names_each_way_and_shows_its_interval():
+    axes = rank_figure(points()).axes[0]
+    assert words(axes) == [p["name"] for p in points()]
+    assert axes.get_xscale() == "log"
+    for container in axes.containers:
+        for segment in container.lines[2][0].get_segments():
+            assert segment[:, 1] == pytest.approx([0.85, 0.92])
+
+
+def test_lines_and_points_differ_without_colour():
+    """By dash, marker, filling or at least two fifths of lightness."""
+    figures = [
+        reliability_figure(*drawn()),
+        coverage_figure(*drawn(), 0.6, 0.95),
+        training_figure(STEPS, [{"step": 30, "validation_loss": 0.7}]),
+        rank_figure(points()),
+    ]
+    for figure in figures:
+        shown = figure.axes[0].get_legend_handles_labels()[0]
+        lines = [getattr(handle, "lines", (handle,))[0] for handle in shown]
+        for a, b in itertools.combinations(lines, 2):
+            differ = [
+                a.get_linestyle() != b.get_linestyle(),
+                a.get_marker() != b.get_marker(),
+                abs(lightness(a.get_color()) - lightness(b.get_color())) > 0.4,
+            ]
+            assert any(differ)
+
+
+@pytest.mark.parametrize(
+    "figure",
+    [
+        confusion_figure(CONFUSION, "AB"),
+        reliability_figure(*drawn()),
+        coverage_figure(*drawn(), 0.6, 0.95),
+        length_figure(np.arange(200), drawn()[1], 100),
+        training_figure(STEPS, []),
+        rank_figure(points()),
+    ],
+    ids=["confusion", "reliability", "coverage", "length", "training", "rank"],
+)
+def test_every_axis_says_what_it_is(figure):
+    *_, last = (axes for axes in figure.axes if axes.get_label() != "<colorbar>")
+    assert last.get_xlabel()
+    for axes in figure.axes:
+        assert axes.get_ylabel()
+    assert re.search(r"\w", figure.axes[0].get_title())
