@@ -24,6 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--precision", default="auto", help="auto, bf16, fp16 or fp32")
     args = parser.parse_args(argv)
+    sys.stdout.reconfigure(errors="replace")  # a redirect on Windows is not UTF-8
     try:
         run_job(args)
     except (OSError, ValueError) as error:

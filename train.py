@@ -64,6 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     """Train and report; returns the exit status."""
     parser = build_parser()
     args = parser.parse_args(argv)
+    sys.stdout.reconfigure(errors="replace")  # a redirect on Windows is not UTF-8
     args.run = args.run or Path("runs", datetime.now().strftime("%Y-%m-%d-%H%M%S"))
     again = shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)])
     again += "" if "--run" in again else f" --run {args.run}"

@@ -127,8 +127,6 @@ class Evaluation:
         overconfidence: Mean confidence minus the share right; None without calibration.
         calibration_error: Expected calibration error of the confidence; None if there is none.
         top_calibration_error: The same had the largest probability been taken for confidence.
-        chance_error: What ``calibration_error`` would be on average on so few notes were each
-            confidence exactly the probability of being right.
         answered: What the threshold does; None without calibration.
     """
 
@@ -138,11 +136,10 @@ class Evaluation:
     overconfidence: Estimate | None
     calibration_error: Estimate | None
     top_calibration_error: Estimate
-    chance_error: float | None
     answered: Answered | None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class RandomHeads:
     """How right the base is before training, its states under several random heads.
 
@@ -317,13 +314,6 @@ def expected_calibration_error(
     return float(np.abs(gaps).sum() / weights.sum())
 
 
-def chance_error(confidence: np.ndarray, draws: int = 200) -> float:
-    """Give the mean calibration error were each of (N,) confidences exactly the chance of right."""
-    draw = np.random.default_rng(0)
-    chance = (draw.random(len(confidence)) < confidence for _ in range(draws))
-    return float(np.mean([expected_calibration_error(confidence, right) for right in chance]))
-
-
 def measure(
     answers: Answers, notes: Sequence[Note], labels: Sequence[str], calibration: Calibration | None
 ) -> Evaluation:
@@ -350,9 +340,7 @@ def measure(
         )
 
     log_loss, over_mean, coverage, accuracy, top, *rest = bootstrap(all_figures, notes)
-    error = chance = None
-    if calibration is not None:
-        error, chance = rest.pop(0), chance_error(answers.confidence)
+    error = None if calibration is None else rest.pop(0)
     tables = []
     for c, part in zip(cells, (rest[: 2 + 3 * classes], rest[2 + 3 * classes :]), strict=True):
         confusion = c.confusion(np.ones(len(notes)))
@@ -388,7 +376,6 @@ def measure(
         overconfidence=None if calibration is None else over_mean,
         calibration_error=error,
         top_calibration_error=top,
-        chance_error=chance,
         answered=answered,
     )
 
@@ -456,14 +443,7 @@ def evaluate_random_heads(
         by_row = _figures(_by_row(named[head], notes, classes).confusion(once))
         results.append((by_note[0], by_row[0], by_note[1], float(losses[head].mean())))
     means, spreads = np.mean(results, axis=0).tolist(), np.std(results, axis=0, ddof=1).tolist()
-    any_label, accuracy, macro_f1, log_loss = zip(means, spreads, strict=True)
-    return RandomHeads(
-        heads=heads,
-        any_label_accuracy=any_label,
-        accuracy=accuracy,
-        macro_f1=macro_f1,
-        log_loss=log_loss,
-    )
+    return RandomHeads(heads, *zip(means, spreads, strict=True))
 
 
 def calibrate(

@@ -200,8 +200,8 @@ def _confidence_lines(results: Results) -> list[str]:
     error, top = after.calibration_error.value, after.top_calibration_error.value
     lines = [
         f"Mean confidence minus the share right: {value:+.1f} points [{low:+.1f}, {high:+.1f}].",
-        f"In tenths of the notes by confidence the two differ by {error:.1%} on average; by chance",
-        f"alone they would by {after.chance_error:.1%}, with the largest probability by {top:.1%}.",
+        f"In tenths of the notes by confidence the two differ by {error:.1%} on average; had the",
+        f"largest probability been taken for the confidence, by {top:.1%}.",
     ]
     if answered.accuracy is None:
         return [*lines, "The threshold was never reached: every note is referred to a person."]

@@ -35,7 +35,6 @@ from clinora.evaluation import (
     bootstrap,
     calibrate,
     ceiling,
-    chance_error,
     classify,
     evaluate_random_heads,
     expected_calibration_error,
@@ -204,14 +203,6 @@ def test_calibration_error_counts_a_note_as_often_as_it_was_drawn():
     claimed, right = np.array([0.2, 0.9]), np.array([True, True])
     error = expected_calibration_error(claimed, right, np.array([3.0, 1.0]))
     assert error == pytest.approx((3 * 0.8 + 0.1) / 4)
-
-
-def test_chance_error_is_the_mean_error_of_perfect_confidence():
-    """One note a bin: |c − 1| with probability c, else c: 2·c·(1 − c) on average."""
-    confidence = np.linspace(0.1, 0.9, 10)
-    expected = (2 * confidence * (1 - confidence)).mean()
-    # The standard deviation of one draw's mean is below 1/2 · 1/√10; of 4,000 draws' mean, 1/400.
-    assert chance_error(confidence, draws=4000) == pytest.approx(expected, abs=4 / 400)
 
 
 # --- intervals ------------------------------------------------------------------------------------

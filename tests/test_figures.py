@@ -12,11 +12,11 @@ from clinora.figures import (
     confusion_figure,
     coverage_figure,
     length_figure,
-    rank_figure,
     reliability_figure,
     training_figure,
 )
 from clinora.report import png
+from tools.compare import rank_figure
 
 CONFUSION = np.array([[3, 1], [0, 5.5]])
 

@@ -711,7 +711,7 @@ def tied() -> nn.Module:
         (mlp, {"targets": ("0", "q_proj")},
          "no layer is named 'q_proj'; this model's linear layers are named: 0, 2, 4$"),
         (nn.ReLU, {}, r"no layer is named '0'; .* are named: \(none\)"),
-        (mlp, {"rank": 11}, "rank 11 is too large for 2 .10 × 16.: at most 10"),
+        (mlp, {"rank": 11}, "rank 11 is too large for 2: at most 10"),
         (mlp, {"targets": ("0", "1")}, "1 is a ReLU: only nn.Linear can be adapted"),
         (mlp, {"targets": ("0", "4"), "rank": 1}, "4 is in targets and in also_train"),
         (lambda: nn.ModuleDict({"head": mlp()}), {"also_train": ("head",)},

@@ -106,7 +106,7 @@ def test_metrics_have_the_keys_that_readers_rely_on(report):
     }  # fmt: skip
     assert metrics["after"].keys() == {
         "by_note", "by_row", "log_loss", "overconfidence", "calibration_error",
-        "top_calibration_error", "chance_error", "answered",
+        "top_calibration_error", "answered",
     }  # fmt: skip
     for way in ("by_note", "by_row"):
         measures = metrics["after"][way]

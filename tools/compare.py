@@ -20,12 +20,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 
 import clinora
 from clinora.checkpoint import write_atomically
 from clinora.classifier import base_hashes, choose_device, choose_dtype
 from clinora.evaluation import bootstrap, classify
-from clinora.figures import rank_figure
+from clinora.figures import BLACK
 from clinora.notes import SPLITS
 from clinora.report import png, read_steps
 from clinora.resume import unlike
@@ -168,6 +170,41 @@ def table(rows: Sequence[dict]) -> str:
             f"{peak} | {row['any_label_accuracy']:.1%} | {row['low']:.1%} to {row['high']:.1%} |"
         )
     return "\n".join(lines)
+
+
+def rank_figure(points: Sequence[dict]) -> Figure:
+    """Draw what the rank buys: any-label accuracy against parameters trained.
+
+    Args:
+        points: Of each way of tuning: name; tune ("head", "lora" or "full"); trainable; and
+            any_label_accuracy, low and high, shares.
+    """
+    figure = Figure(figsize=(7, 4.6), layout="constrained")
+    axes = figure.subplots()
+    kinds = {"head": "s", "lora": "o", "full": "D"}
+    for kind, marker in kinds.items():
+        group = [p for p in points if p["tune"] == kind]
+        if not group:
+            continue
+        share = np.array([p["any_label_accuracy"] for p in group])
+        bounds = np.array([(p["low"], p["high"]) for p in group]).T
+        axes.errorbar(
+            [p["trainable"] for p in group], share, abs(bounds - share), color=BLACK,
+            marker=marker, markerfacecolor="white" if kind != "lora" else BLACK,
+            linestyle="-" if kind == "lora" else "none", capsize=3, label=kind,
+        )  # fmt: skip
+        for p in group:
+            axes.annotate(
+                p["name"], (p["trainable"], p["low"]), fontsize=8, rotation=90, ha="center",
+                va="top", xytext=(0, -4), textcoords="offset points",
+            )  # fmt: skip
+    axes.set_xscale("log")
+    axes.margins(x=0.12, y=0.2)
+    axes.set(xlabel="parameters trained", ylabel="any-label accuracy")
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.set_title("What does the rank buy?")
+    axes.legend(loc="lower right", fontsize=8)
+    return figure
 
 
 def read(args: argparse.Namespace) -> clinora.Notes:
