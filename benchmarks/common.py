@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import clinora
 from clinora.checkpoint import find_base
-from clinora.classifier import autocast, group_by_length, pad
+from clinora.classifier import group_by_length, pad
 from clinora.notes import Note
 
 LORA = clinora.LoRAConfig(rank=8, alpha=16, dropout=0.05, targets=("q_proj", "v_proj"))
@@ -150,7 +150,7 @@ def our_step(model: nn.Module) -> Callable[[Batch], None]:
     model.train()
 
     def step(batch: Batch) -> None:
-        with autocast(model):
+        with torch.autocast("cpu", torch.bfloat16):
             logits = model(*batch)
         _learn(logits, trained, optimizer)
 
@@ -184,15 +184,15 @@ def train_ours(
     classifier: clinora.Classifier, notes: Sequence[Note], steps: int, tokens: int, rate: float
 ) -> tuple[int, float]:
     """Train by ``clinora.training.train``; gives the notes that it saw and its seconds."""
-    from clinora.training import TrainingConfig, train
+    from clinora.report import read_steps
+    from clinora.training import METRICS, TrainingConfig, train
 
-    config = TrainingConfig(steps=steps, tokens_per_step=tokens, learning_rate=rate)
+    config = TrainingConfig(steps=steps, tokens_per_batch=tokens, learning_rate=rate)
     with tempfile.TemporaryDirectory() as folder:
-        metrics = Path(folder, "metrics.jsonl")
         began = time.perf_counter()
-        train(classifier, notes, config, metrics)
+        train(classifier, notes, [], config, Path(folder))
         seconds = time.perf_counter() - began
-        points = [json.loads(line) for line in metrics.read_text().splitlines()]
+        points = read_steps(Path(folder, METRICS))
     return sum(point["notes"] for point in points), seconds
 
 
