@@ -20,10 +20,10 @@ import torch.distributed as dist
 
 import clinora
 from clinora.classifier import base_hashes, choose_device, choose_dtype
-from clinora.evaluation import PROMISE, assess, calibrate
+from clinora.evaluation import PROMISE, assess, calibrate, check_promise
 from clinora.notes import NAMED_NOTES, SPLITS
 from clinora.report import model_table, read_steps, results_table, write_report
-from clinora.resume import world
+from clinora.resume import gathered, world
 from clinora.training import METRICS, InterruptedTraining, TrainingConfig, train
 
 
@@ -65,23 +65,31 @@ def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
     sys.stdout.reconfigure(errors="replace")  # a redirect on Windows is not UTF-8
-    args.run = args.run or Path("runs", datetime.now().strftime("%Y-%m-%d-%H%M%S"))
-    again = shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)])
-    again += "" if "--run" in again else f" --run {args.run}"
-    again += "" if args.resume else " --resume"
+    command = ["python", "train.py", *(sys.argv[1:] if argv is None else argv)]
     if "RANK" in os.environ:  # torchrun sets it
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-        again = again.replace("python", f"torchrun --nproc-per-node={world()[1]} --", 1)
+        dist.init_process_group()  # gloo for the CPU, nccl for GPUs
+        command[:1] = ["torchrun", f"--nproc-per-node={os.environ['LOCAL_WORLD_SIZE']}", "--"]
+    if args.run is None:
+        args.run = gathered(Path("runs", datetime.now().strftime("%Y-%m-%d-%H%M%S")))[0]
+        command += ["--run", str(args.run)]
+    go_on = f"To go on: {shlex.join(command if args.resume else [*command, '--resume'])}\n"
     try:
         run_job(args)
     except (OSError, ValueError, FloatingPointError) as error:
         parser.exit(2, f"train.py: {error}\n")
-    except (InterruptedTraining, KeyboardInterrupt) as error:
-        parser.exit(130, f"train.py: {error or 'stopped'}\nTo go on: {again}\n")
-    except RuntimeError:
+    except InterruptedTraining as error:
+        text, number = error.args
+        parser.exit(128 + number, f"train.py: {text}\n{go_on}" if world()[0] == 0 else "")
+    except KeyboardInterrupt:
+        parser.exit(130, f"train.py: stopped\n{go_on if (args.run / METRICS).is_file() else ''}")
+    except RuntimeError as error:
+        if "memory" in str(error):  # of a GPU, or the CPU's allocator
+            parser.exit(2, "train.py: out of memory: try fewer --tokens-per-batch\n")
         if world()[1] == 1:
             raise
-        parser.exit(2, f"train.py: another process has ended. To go on: {again}\n")
+        lost = isinstance(error, dist.DistBackendError) or "onnection" in str(error)
+        why = "another process has ended" if lost else str(error).partition("\n")[0]
+        parser.exit(2, f"train.py: {why}. {go_on}")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -97,6 +105,7 @@ def run_job(args: argparse.Namespace) -> None:
     lora = clinora.LoRAConfig(
         rank=args.rank, alpha=args.alpha, dropout=args.dropout, targets=tuple(args.targets)
     )
+    check_promise(args.promise)
     if first:
         check_run(args.run, args.resume)
     notes = clinora.read_notes(
@@ -141,7 +150,7 @@ def run_job(args: argparse.Namespace) -> None:
     }
     classifier = clinora.Classifier(model, tokenizer, notes.classes, args.token_limit, about=about)
     if first:
-        print(f"Notes: {notes}\nModel:\n{model_table(classifier)}", flush=True)
+        print(f"Run: {args.run}\nNotes: {notes}\nModel:\n{model_table(classifier)}", flush=True)
         args.run.mkdir(parents=True, exist_ok=True)
 
     identity = {

@@ -53,7 +53,10 @@ def choose_device(device: str = "auto") -> torch.device:
     if not available.get(device.partition(":")[0], False):
         there = ", ".join(name for name, there in available.items() if there)
         raise ValueError(f"device {device!r} is not available here: choose auto or one of {there}")
-    return torch.device(device)
+    try:
+        return torch.empty(0, device=device).device
+    except RuntimeError:  # no such number
+        raise ValueError(f"device {device!r} is not there: expected cuda:0 or the like") from None
 
 
 def choose_dtype(device: torch.device, precision: str = "auto") -> torch.dtype:

@@ -465,14 +465,23 @@ def calibrate(
     Raises:
         ValueError: ``promise`` is no share.
     """
-    if not 0 < promise < 1:
-        raise ValueError(f"the promised share is {promise}: expected more than 0 and less than 1")
+    check_promise(promise)
     if len(notes) < FEWEST_VALIDATION:
         return None
     probabilities, _ = classifier.probabilities([note.text for note in notes])
     named = probabilities.argmax(-1)
     right = np.array([n in note.labels for n, note in zip(named, notes, strict=True)])
     return fit_calibration(probabilities, right, promise)
+
+
+def check_promise(promise: float) -> None:
+    """Refuse a promise that is no share.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if not 0 < promise < 1:
+        raise ValueError(f"the promised share is {promise}: expected more than 0 and less than 1")
 
 
 def fit_calibration(probabilities: np.ndarray, right: np.ndarray, promise: float) -> Calibration:

@@ -251,7 +251,7 @@ class TiledAttention(torch.autograd.Function):
 
 def _tiles(q: Tensor, rows: int = 64) -> Iterator[tuple[slice, slice]]:
     """Cut B and T so that a tile's scores, about 1 MB, stay in a core's cache."""
-    notes = max(1, 2**18 // (rows * q[0, ..., 0].numel()))
+    notes = max(1, 2**18 // (rows * q.size(1) * q.size(2)))
     for b in range(0, q.size(0), notes):
         yield from ((slice(b, b + notes), slice(t, t + rows)) for t in range(0, q.size(2), rows))
 

@@ -59,6 +59,7 @@ class State:
         self.identity = json.loads(json.dumps(identity))  # tuples become lists, as in the file
         self.step, self.best, self.worse, self.seconds = 0, None, 0, 0.0
         self.best_tensors: dict[str, Tensor] = {}
+        self.kept: list[Path] = []  # checkpoints of this training, the oldest first
         self.began = time.perf_counter()
 
     def judge(self, loss: float) -> None:
@@ -88,45 +89,52 @@ class State:
                 tensors[f"optimizer.{name}.{key}"] = value
         for rank, states in enumerate(gathered(self.random_states())):
             tensors |= {f"random.{rank}.{kind}": t for kind, t in states.items()}
-        if world()[0] != 0:
-            return
-        tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-        numbers = {
-            "step": self.step, "best": self.best, "worse": self.worse, "seconds": self.elapsed(),
-            "scaler": self.scaler.state_dict(), "identity": self.identity,
-            "sha256": hash_tensors(tensors),
-        }  # fmt: skip
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"step-{self.step:06d}.safetensors"
-        write_atomically(path, save(tensors, metadata={"state": json.dumps(numbers)}))
-        # A kill while a checkpoint was written leaves its beginning under a hidden name.
-        for old in [*self.paths()[:-CHECKPOINTS_KEPT], *self.folder.glob(".step-*")]:
-            old.unlink()
+        if world()[0] == 0:
+            tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+            numbers = {
+                "step": self.step, "best": self.best, "worse": self.worse,
+                "seconds": self.elapsed(), "scaler": self.scaler.state_dict(),
+                "identity": self.identity,
+            }  # fmt: skip
+            text = json.dumps(numbers)
+            metadata = {"state": text, "sha256": hash_state(text, tensors)}
+            self.folder.mkdir(parents=True, exist_ok=True)
+            path = self.folder / f"step-{self.step:06d}.safetensors"
+            write_atomically(path, save(tensors, metadata=metadata))
+            self.kept = [*self.kept[1 - CHECKPOINTS_KEPT :], path]
+            # Of another training, damaged, or the hidden beginning of one that a kill cut short.
+            for old in {*self.paths(), *self.folder.glob(".step-*")} - {*self.kept}:
+                old.unlink()
+        gathered(None)  # the others wait until it is there
 
     def load(self) -> None:
         """Go on from the last whole checkpoint, or from the beginning if there is none yet.
 
         Raises:
-            CheckpointError: All are damaged, or it is of another data, config or base.
+            CheckpointError: All are damaged, the processes see different ones, or it is of
+                another data, config or base.
         """
-        if not self.paths():
-            tqdm.write(f"There is no checkpoint in {self.folder} yet: training from the beginning.")
-            return
-        for path in reversed(self.paths()):
-            try:
-                tensors, numbers = read_state(path)
-                break
-            except CheckpointError as error:
-                tqdm.write(f"{error}: going back to the checkpoint before.")
-        else:
+        found, paths = None, self.paths()
+        while paths and found is None:
+            found = read_state(path := paths.pop())
+            if found is None:
+                self._say(f"{path} is damaged: going back to the checkpoint before.")
+        if found is None and self.paths():
             raise CheckpointError(
                 f"every checkpoint in {self.folder} is damaged: train again without --resume"
             )
+        if len(set(gathered(found and found[2]))) > 1:
+            raise CheckpointError(f"the processes do not see the same checkpoints in {self.folder}")
+        if found is None:
+            self._say(f"There is no checkpoint in {self.folder} yet: training from the beginning.")
+            return
+        tensors, numbers, _ = found
         if differences := unlike(numbers["identity"], self.identity):
             raise CheckpointError(
                 f"{path} is of another run: {'; '.join(differences)}. Resume with the options "
                 "that it was begun with"
             )
+        self.kept = [path]
         with torch.no_grad():
             for name, parameter in self.trained.items():
                 parameter.copy_(tensors[f"trained.{name}"])
@@ -146,20 +154,28 @@ class State:
         self.step, self.best, self.worse = (numbers[key] for key in ("step", "best", "worse"))
         self.seconds = numbers["seconds"]
         torch.set_rng_state(tensors[f"random.{world()[0]}.cpu"])
-        if self.device.type != "cpu":
-            state = tensors[f"random.{world()[0]}.{self.device.type}"]
-            getattr(torch, self.device.type).set_rng_state(state)
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(tensors[f"random.{world()[0]}.cuda"], self.device)
+        elif self.device.type == "mps":
+            torch.mps.set_rng_state(tensors[f"random.{world()[0]}.mps"])
+
+    def _say(self, text: str) -> None:
+        if world()[0] == 0:
+            tqdm.write(text)
 
     def random_states(self) -> dict[str, Tensor]:
         """Give the states of the generators that dropout draws from."""
         states = {"cpu": torch.get_rng_state()}
-        if self.device.type != "cpu":
-            states[self.device.type] = getattr(torch, self.device.type).get_rng_state()
+        if self.device.type == "cuda":
+            states["cuda"] = torch.cuda.get_rng_state(self.device)
+        elif self.device.type == "mps":
+            states["mps"] = torch.mps.get_rng_state()
         return states
 
     def paths(self) -> list[Path]:
         """List the checkpoints, the oldest first."""
-        return sorted(self.folder.glob("step-*.safetensors"))
+        paths = self.folder.glob("step-*.safetensors")
+        return sorted(paths, key=lambda path: (len(path.name), path.name))  # beyond six digits, too
 
     def last_checkpoint(self) -> str:
         """Say which checkpoint is the last."""
@@ -167,30 +183,29 @@ class State:
         return f"The last checkpoint is {paths[-1]}." if paths else "There is no checkpoint yet."
 
 
-def read_state(path: Path) -> tuple[dict[str, Tensor], dict]:
-    """Read a checkpoint whole.
+def read_state(path: Path) -> tuple[dict[str, Tensor], dict, str] | None:
+    """Read tensors, numbers and hash of a checkpoint; None if it is damaged.
 
     Raises:
-        CheckpointError: It is damaged.
+        OSError: The file cannot be read.
     """
+    path.open("rb").close()  # a file that may not be read is not damaged
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            numbers = json.loads(file.metadata()["state"])
-        whole = numbers["sha256"] == hash_tensors(tensors)
-    except (SafetensorError, OSError, ValueError, TypeError, KeyError):
-        whole = False
-    if not whole:
-        raise CheckpointError(f"{path} is damaged")
-    return tensors, numbers
+            text, sha256 = (file.metadata()[key] for key in ("state", "sha256"))
+    except (SafetensorError, OSError, TypeError, KeyError):
+        return None
+    return (tensors, json.loads(text), sha256) if sha256 == hash_state(text, tensors) else None
 
 
-def hash_tensors(tensors: dict[str, Tensor]) -> str:
-    """Hash names and bits of tensors, in the order of the names."""
-    digest = hashlib.sha256()
+def hash_state(text: str, tensors: dict[str, Tensor]) -> str:
+    """Hash a text, and names, dtypes, shapes and bits of tensors, in the order of the names."""
+    digest = hashlib.sha256(text.encode())
     for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy())
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

@@ -14,6 +14,7 @@ Shapes: N notes, B batch, C classes.
 import dataclasses
 import json
 import math
+import os
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -30,7 +31,7 @@ from tqdm import tqdm
 from clinora.checkpoint import write_atomically
 from clinora.classifier import Classifier, group_by_length, pad
 from clinora.evaluation import FEWEST_VALIDATION, targets
-from clinora.notes import Note
+from clinora.notes import Note, text_sha256
 from clinora.resume import State, summed, world
 
 METRICS = "metrics.jsonl"
@@ -68,6 +69,8 @@ class TrainingConfig:
                      "validate_every", "patience", "checkpoint_every"):  # fmt: skip
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected more than 0")
+        if self.learning_rate > 1:
+            raise ValueError(f"learning_rate is {self.learning_rate}: expected at most 1")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup is {self.warmup}: expected 0 or more and less than 1")
         if not 0 <= self.weight_decay < math.inf:
@@ -75,7 +78,7 @@ class TrainingConfig:
 
 
 class InterruptedTraining(Exception):
-    """A signal ended training after a step, whose checkpoint was written."""
+    """A signal, the second argument, ended training after a step, whose checkpoint was written."""
 
 
 def batches(lengths: Sequence[int], tokens: int, seed: int) -> Iterator[list[int]]:
@@ -160,7 +163,10 @@ def train(
     # float16 gradients underflow without it
     scaler = torch.amp.GradScaler(device.type, enabled=classifier.dtype == torch.float16)
     torch.manual_seed(config.seed + rank)  # of dropout, which differs between processes
-    identity = {"training": dataclasses.asdict(config), "processes": processes} | (identity or {})
+    order = text_sha256(" ".join(note.sha256 for note in [*notes, *validation]))
+    identity = {"training": dataclasses.asdict(config), "processes": processes, "order": order} | (
+        identity or {}
+    )
     state = State(run / "checkpoint", trained, optimizer, scaler, identity)
     if resume:
         state.load()
@@ -168,13 +174,13 @@ def train(
     if processes > 1:  # averages gradients; init_sync would send the frozen base, too
         parallel = DistributedDataParallel(model, init_sync=False)
     each = config.accumulate * processes  # batches of a step
-    order = batches([len(note) for note in ids], config.tokens_per_batch, config.seed)
-    order = islice(order, state.step * each, None)
+    dealer = batches([len(note) for note in ids], config.tokens_per_batch, config.seed)
+    dealer = islice(dealer, state.step * each, None)
 
     with Log(run / METRICS, state, config.steps, silent=rank != 0) as log, signals() as caught:
         while state.step < config.steps and state.worse < config.patience:
             model.train()
-            step, dealt = state.step + 1, list(islice(order, each))
+            step, dealt = state.step + 1, list(islice(dealer, each))
             count, mine = sum(map(len, dealt)), dealt[rank::processes]
             rate = config.learning_rate * learning_rate_factor(step, config)
             for group in optimizer.param_groups:
@@ -192,13 +198,13 @@ def train(
                 padded += inputs[0].numel()
             tokens = sum(len(ids[n]) for batch in dealt for n in batch)
             loss, padded, stop = summed([losses.item(), padded, len(caught)], device)
-            if not math.isfinite(loss):
-                raise FloatingPointError(
-                    f"the loss is {loss} at step {step}: try a lower --learning-rate or "
-                    f"--precision fp32. {state.last_checkpoint()}"
-                )
             scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(trained.values(), config.clip)
+            norm = nn.utils.clip_grad_norm_(trained.values(), config.clip).item()
+            if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
+                raise FloatingPointError(  # of infinite scaled gradients the scaler takes care
+                    f"the loss is {loss} and the gradient's norm {norm} at step {step}: try a "
+                    f"lower --learning-rate or --precision fp32. {state.last_checkpoint()}"
+                )
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
@@ -213,9 +219,12 @@ def train(
             log(point)
             ended = step == config.steps or state.worse == config.patience
             if stop or ended or step % config.checkpoint_every == 0:
+                log.sync()
                 state.save()
-            if stop and not ended:
-                raise InterruptedTraining(f"stopped after step {step}. {state.last_checkpoint()}")
+            if stop:
+                number = caught[0] if caught else signal.SIGTERM  # another process caught it
+                message = f"stopped after step {step}. {state.last_checkpoint()}"
+                raise InterruptedTraining(message, number)
     state.keep_best()
     model.eval()
     model.head_trained = True
@@ -290,6 +299,11 @@ class Log:
             self.shown["validation"] = f"{point['validation_loss']:.3f}"
         self.bar.set_postfix(self.shown, refresh=False)
         self.bar.update()
+
+    def sync(self) -> None:
+        """Bring the lines to the disk: a checkpoint relies on those of its steps."""
+        if not self.silent:
+            os.fsync(self.file.fileno())
 
     def __exit__(self, *_: object) -> None:
         self.bar.close()

@@ -23,7 +23,7 @@ OPTIONS = [
 ]  # fmt: skip
 
 
-def write_notes(path: Path, texts: int = 300) -> Path:
+def write_notes(path: Path, texts: int = 700) -> Path:
     """Write a file of short notes of two classes, of which the words tell."""
     words = {"Heart": "chest pain", "Bone": "fracture"}
     rows = [

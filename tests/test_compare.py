@@ -8,6 +8,7 @@ import torch
 
 import clinora
 from clinora.checkpoint import BUNDLED
+from clinora.notes import Note
 from clinora.training import TrainingConfig, train
 from tests.kill_and_resume import write_notes
 from tools import compare
@@ -70,7 +71,8 @@ def test_seeds_are_pooled():
         {"tune": "lora", "rank": 8, "right": right, "trainable": 7, "seconds": s, "peak_bytes": b}
         for right, s, b in [([1, 1, 0, 0], 2.0, 5), ([1, 0, 0, 0], 4.0, 9)]
     ]
-    (row,) = compare.summarise(results)
+    notes = [Note(str(i), (0,)) for i in range(4)]
+    (row,) = compare.summarise(results, notes)
     assert (row["any_label_accuracy"], row["seconds"], row["peak_bytes"]) == (3 / 8, 3.0, 9)
     assert row["between_seeds"] == pytest.approx(np.std([0.5, 0.25], ddof=1))
     assert row["low"] < 3 / 8 < row["high"]

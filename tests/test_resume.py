@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 
 import clinora
 import train as train_script
@@ -114,13 +114,41 @@ def test_killed_before_the_first_checkpoint_it_begins_again(tmp_path, whole, cap
     assert len((tmp_path / METRICS).read_text().splitlines()) == 9
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "bit"])
+def test_checkpoints_of_an_earlier_training_are_removed(tmp_path):
+    """By their numbers alone they would pass for the newest."""
+    begin(tmp_path)
+    begin(tmp_path, steps=3)
+    assert steps(tmp_path) == [2, 3]
+
+
+def test_an_infinite_gradient_stops_before_it_spoils_a_checkpoint(tmp_path):
+    classifier = fresh()
+    parameter = classifier.model.model.layers[1].self_attn.q_proj.lora_B
+    calls = iter(range(1, 10))
+    parameter.register_hook(lambda grad: grad * (torch.inf if next(calls) == 4 else 1))
+    with pytest.raises(FloatingPointError, match=r"at step 4: .* is .*step-000002"):
+        begin(tmp_path, classifier)
+    assert steps(tmp_path) == [2]
+    assert parameter.isfinite().all()
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "bit", "number", "foreign"])
 def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path, whole, capsys, damage):
     begin(tmp_path)
     newest = tmp_path / "checkpoint" / "step-000009.safetensors"
-    data = bytearray(newest.read_bytes())
-    data[-100] ^= 1
-    newest.write_bytes({"cut": data[:-1], "empty": b"", "bit": data}[damage])
+    data = newest.read_bytes()
+    bit, foreign = bytearray(data), {"a": torch.zeros(1)}
+    bit[-100] ^= 1
+    number = data.replace(rb"\"step\": 9", rb"\"step\": 5")
+    assert number != data
+    changed = {
+        "cut": data[:-1],
+        "empty": b"",
+        "bit": bit,
+        "number": number,
+        "foreign": save(foreign),
+    }
+    newest.write_bytes(changed[damage])
     assert same(begin(tmp_path, resume=True), whole)
     assert "step-000009.safetensors is damaged: going back" in capsys.readouterr().out
 
@@ -148,6 +176,13 @@ def test_a_checkpoint_of_something_else_is_refused_with_the_difference(
     begin(tmp_path, identity={"base": {"sha256": "a"}})
     with pytest.raises(CheckpointError, match=difference):
         begin(tmp_path, resume=True, **{"identity": {"base": {"sha256": "a"}}} | changes)
+
+
+def test_notes_in_another_order_are_other_data(tmp_path):
+    """The order of training is one of positions."""
+    begin(tmp_path)
+    with pytest.raises(CheckpointError, match="order: "):
+        train(fresh(), NOTES[::-1], VALIDATION, TrainingConfig(**CONFIG), tmp_path, resume=True)
 
 
 @pytest.fixture
@@ -195,7 +230,7 @@ train.main(sys.argv[2:])
 @pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files")
 def test_a_full_disk_ends_with_one_line_and_the_old_checkpoint_whole(tmp_path):
     """No file may grow beyond what the second checkpoint, with the best parameters, needs."""
-    notes = kill_and_resume.write_notes(tmp_path / "notes.csv", texts=700)
+    notes = kill_and_resume.write_notes(tmp_path / "notes.csv")
     options = ["--notes", notes, "--run", tmp_path / "run", *kill_and_resume.OPTIONS]
     options += ["--checkpoint-every", "2", "--validate-every", "3"]
     code = [sys.executable, "-c", FULL]

@@ -171,6 +171,9 @@ def test_a_bad_file_is_one_clear_line(tmp_path, capsys, script, kind):
         (["--device", "tpu"], "'tpu' is not available"),
         (["--precision", "int4"], "expected auto, bf16"),
         (["--steps", "0"], "steps is 0"),
+        (["--learning-rate", "1e39"], "learning_rate is 1e.39: expected at most 1"),
+        (["--promise", "95"], "promised share is 95"),
+        (["--device", "cpu:x"], "device 'cpu:x' is not there"),
         (["--classes", "Dentistry", "Surgery"], "no notes of class 'Dentistry'"),
     ],
 )

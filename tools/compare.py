@@ -12,9 +12,9 @@ import dataclasses
 import json
 import multiprocessing
 import shutil
+import signal
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,14 +24,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 import clinora
-from clinora.checkpoint import write_atomically
+from clinora.checkpoint import find_base, write_atomically
 from clinora.classifier import base_hashes, choose_device, choose_dtype
 from clinora.evaluation import bootstrap, classify
 from clinora.figures import BLACK
 from clinora.notes import SPLITS
 from clinora.report import png, read_steps
 from clinora.resume import unlike
-from clinora.training import METRICS, TrainingConfig, train
+from clinora.training import METRICS, InterruptedTraining, TrainingConfig, train
 from train import choose_classes
 
 TUNES = ("head", "lora", "full")
@@ -58,9 +58,22 @@ class Point:
         """What it has in common with the other seeds."""
         return f"r={self.rank}" if self.tune == "lora" else self.tune
 
+    @property
+    def name(self) -> str:
+        """What its files are called."""
+        return f"{self.group}-seed{self.seed}"
 
-def train_point(point: Point, args: argparse.Namespace) -> dict:
-    """Train and measure one point; called in a fresh process."""
+
+def train_point(point: Point, args: argparse.Namespace) -> None:
+    """Train and measure one point and write its result; called in a fresh process."""
+    try:
+        write_atomically(args.out / f"{point.name}.json", json.dumps(measure(point, args)).encode())
+    except (OSError, ValueError, FloatingPointError, InterruptedTraining) as error:
+        sys.exit(f"compare.py: {point.name}: {error.args[0]}")
+
+
+def measure(point: Point, args: argparse.Namespace) -> dict:
+    """Train one point, and classify the test notes."""
     notes = read(args)
     torch.manual_seed(point.seed)
     device = choose_device(args.device)
@@ -87,7 +100,7 @@ def train_point(point: Point, args: argparse.Namespace) -> dict:
         learning_rate=getattr(args, f"learning_rate_{point.tune}"),
         seed=point.seed,
     )
-    run = args.out / f"{point.group}-seed{point.seed}"
+    run = args.out / point.name
     run.mkdir(exist_ok=True)
     identity = {
         "data": [notes.fingerprint, notes.split_fingerprint],
@@ -110,7 +123,6 @@ def train_point(point: Point, args: argparse.Namespace) -> dict:
         "peak_bytes": peak,
         "right": answers.right.astype(int).tolist(),
     }
-    write_atomically(args.out / f"{run.name}.json", json.dumps(result).encode())
     shutil.rmtree(run)  # of full fine-tuning, several times the base
     return result
 
@@ -126,10 +138,14 @@ def peak_bytes() -> int | None:
         return None
 
 
-def summarise(results: Sequence[dict]) -> list[dict]:
+def summarise(results: Sequence[dict], notes: Sequence[clinora.Note]) -> list[dict]:
     """Pool the seeds of each way of tuning.
 
     The interval is a bootstrap over notes of the mean over seeds.
+
+    Args:
+        results: Of each training.
+        notes: The N notes that all were measured on.
     """
     groups = {}
     for result in results:
@@ -138,7 +154,7 @@ def summarise(results: Sequence[dict]) -> list[dict]:
     for (tune, rank), group in groups.items():
         right = np.array([result["right"] for result in group], float)  # (seeds, N)
         share = right.mean(0)
-        (accuracy,) = bootstrap(lambda w, s=share: np.array([w @ s / w.sum()]), right.shape[1])
+        (accuracy,) = bootstrap(lambda w, s=share: np.array([w @ s / w.sum()]), notes)
         peaks = [result["peak_bytes"] for result in group if result["peak_bytes"]]
         rows.append(
             {
@@ -246,35 +262,50 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     points = [
         Point(tune=tune, rank=rank, seed=seed)
-        for seed in args.seeds
-        for tune in args.tune
-        for rank in (args.ranks if tune == "lora" else [0])
+        for seed in dict.fromkeys(args.seeds)
+        for tune in dict.fromkeys(args.tune)
+        for rank in (dict.fromkeys(args.ranks) if tune == "lora" else [0])
     ]
-    fixed = {k: v for k, v in vars(args).items() if k not in ("out", "seeds", "ranks", "tune")}
-    fixed = json.loads(json.dumps(fixed))  # tuples become lists, as in the file
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the process that trains, too
     try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        options = args.out / "options.json"
-        if options.is_file() and (differences := unlike(json.loads(options.read_text()), fixed)):
-            raise ValueError(f"{args.out} holds other results: {'; '.join(differences)}")
-        write_atomically(options, (json.dumps(fixed, indent=2) + "\n").encode())
-        print(f"Notes: {read(args)}; {len(points)} trainings", flush=True)
-        spawn = multiprocessing.get_context("spawn")
-        for point in points:
-            if (args.out / f"{point.group}-seed{point.seed}.json").is_file():
-                continue
-            with ProcessPoolExecutor(1, mp_context=spawn) as pool:
-                result = pool.submit(train_point, point, args).result()
-            share = np.mean(result["right"])
-            print(f"{point.group}, seed {point.seed}: {share:.1%}", flush=True)
-    except (OSError, ValueError, FloatingPointError) as error:
+        return compare(args, points)
+    except (OSError, ValueError) as error:
         parser.exit(2, f"compare.py: {error}\n")
-    paths = [args.out / f"{p.group}-seed{p.seed}.json" for p in points]
-    rows = summarise([json.loads(path.read_text()) for path in paths])
-    write_atomically(args.out / "results.json", (json.dumps(rows, indent=2) + "\n").encode())
-    write_atomically(args.out / "table.md", (table(rows) + "\n").encode())
-    write_atomically(args.out / "rank.png", png(rank_figure(rows)))
-    print(f"\n{table(rows)}\n\nFigure: {args.out / 'rank.png'}")
+    except KeyboardInterrupt:
+        parser.exit(130, "compare.py: stopped; the same command goes on\n")
+
+
+def compare(args: argparse.Namespace, points: Sequence[Point]) -> int:
+    """Do what ``main`` says."""
+    notes, out = read(args), args.out
+    fixed = {k: v for k, v in vars(args).items() if k not in ("out", "seeds", "ranks", "tune")}
+    fixed["notes"] = [notes.fingerprint, notes.split_fingerprint]
+    fixed["base"] = base_hashes(find_base(args.base))
+    fixed = json.loads(json.dumps(fixed))  # tuples become lists, as in the file
+    options = out / "options.json"
+    if options.is_file() and (differences := unlike(json.loads(options.read_text()), fixed)):
+        raise ValueError(f"{out} holds other results: {'; '.join(differences)}")
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(options, (json.dumps(fixed, indent=2) + "\n").encode())
+    print(f"Notes: {notes}; {len(points)} trainings", flush=True)
+    for point in points:
+        path = out / f"{point.name}.json"
+        if path.is_file():
+            continue
+        spawn = multiprocessing.get_context("spawn")
+        process = spawn.Process(target=train_point, args=(point, args), daemon=True)
+        process.start()
+        process.join()
+        if not path.is_file():
+            raise ValueError(f"{point.name} did not end well: the same command tries it again")
+        share = np.mean(json.loads(path.read_text())["right"])
+        print(f"{point.group}, seed {point.seed}: {share:.1%}", flush=True)
+    results = [json.loads((out / f"{point.name}.json").read_text()) for point in points]
+    rows = summarise(results, notes.on("test"))
+    write_atomically(out / "results.json", (json.dumps(rows, indent=2) + "\n").encode())
+    write_atomically(out / "table.md", (table(rows) + "\n").encode())
+    write_atomically(out / "rank.png", png(rank_figure(rows)))
+    print(f"\n{table(rows)}\n\nFigure: {out / 'rank.png'}")
     return 0
 
 
