@@ -9,6 +9,7 @@ Without the -- torchrun would take --run for its own --run-path.
 
 import argparse
 import dataclasses
+import gc
 import os
 import shlex
 import sys
@@ -92,6 +93,9 @@ def main(argv: list[str] | None = None) -> int:
         parser.exit(2, f"train.py: {why}. {go_on}")
     finally:
         if dist.is_initialized():
+            # What is left of training in reference cycles would hold the group's threads, and a
+            # thread that is still there at exit aborts the process.
+            gc.collect()
             dist.destroy_process_group()
     return 0
 

@@ -49,36 +49,40 @@ def finish(job: subprocess.Popen) -> None:
         raise RuntimeError(f"train.py ended with {job.returncode}: {error.decode()[-2000:]}")
 
 
-def kill_mid_write(job: subprocess.Popen, folder: Path) -> bool:
-    """Kill the job while a checkpoint is half written; False if it ended before."""
-    while job.poll() is None:
-        if list(folder.glob(".step-*")):
-            job.send_signal(signal.SIGKILL)
-            return True
-    return False
+def wait_for(job: subprocess.Popen, folder: Path, pattern: str) -> None:
+    """Wait until a file is there or the job has ended."""
+    while job.poll() is None and not list(folder.glob(pattern)):
+        time.sleep(0.0005)
 
 
 def show(folder: Path, precision: str, kills: int, seed: int) -> dict:
     """Train whole and in pieces; gives how often it was killed and whether the ends are equal."""
     draw = random.Random(seed)
     notes = write_notes(folder / "notes.csv")
+    steps = ("--steps", str(20 * kills))  # more than are done between the kills
     began = time.monotonic()
-    finish(start(notes, folder / "whole", precision))
-    whole = time.monotonic() - began
+    job = start(notes, folder / "whole", precision, *steps)
+    wait_for(job, folder, "whole/metrics.jsonl")
+    ready = time.monotonic() - began
+    finish(job)
     run, killed, cut = folder / "killed", 0, 0
-    while killed < kills:
+    while True:
         resume = ["--resume"] if (run / "metrics.jsonl").exists() else []
-        job = start(notes, run, precision, *resume)
-        time.sleep(draw.uniform(0.3, 1.0) * whole / 2)
+        job = start(notes, run, precision, *steps, *resume)
+        if killed == kills:
+            finish(job)
+            break
+        time.sleep(draw.uniform(0.2 * ready, ready + 1))
         if killed % 2:
-            cut += kill_mid_write(job, run / "checkpoint")
+            wait_for(job, run, "checkpoint/.step-*")
         job.send_signal(signal.SIGKILL)
         job.communicate()
+        if job.returncode != -signal.SIGKILL:
+            raise RuntimeError("train.py ended before it was killed")
         killed += 1
-    resume = ["--resume"] if (run / "metrics.jsonl").exists() else []
-    finish(start(notes, run, precision, *resume))
+        cut += bool(list(run.glob("checkpoint/.step-*")))
     ends = [
-        (folder / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "killed")
+        (folder / end / "adapter_model.safetensors").read_bytes() for end in ("whole", "killed")
     ]
     return {
         "precision": precision, "kills": killed, "while writing": cut,
