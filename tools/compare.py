@@ -35,7 +35,7 @@ from clinora.training import METRICS, InterruptedTraining, TrainingConfig, train
 from train import choose_classes
 
 TUNES = ("head", "lora", "full")
-# Peaks at which each way did well on the bundled base: the fewer parameters, the larger.
+# Peaks: the fewer parameters, the larger. Starting points, not the result of a search.
 LEARNING_RATES = {"head": 1e-2, "lora": 1e-3, "full": 2e-4}
 
 
