@@ -87,8 +87,9 @@ class LlamaConfig:
         kind = hub.get("model_type") if isinstance(hub, dict) else type(hub).__name__
         if kind != "llama":
             raise ValueError(f"{path}: model_type is {kind!r}, expected 'llama'")
-        # Before Transformers 5, rope_theta stood alone and rope_scaling beside it.
-        rope = hub.get("rope_parameters") or hub.get("rope_scaling") or {}
+        # Before Transformers 5, rope_theta stood alone and rope_scaling beside it. Where a file has
+        # both kinds, Transformers goes by rope_scaling.
+        rope = hub.get("rope_scaling") or hub.get("rope_parameters") or {}
         rope = dict(rope) if isinstance(rope, dict) else {"rope_type": rope}
         rope_type = rope.pop("rope_type", rope.pop("type", "default"))
         hub["rope_theta"] = rope.pop("rope_theta", hub.get("rope_theta"))
@@ -378,7 +379,13 @@ class Llama(nn.Module):
 
         Returns:
             (B, T, D), or with ``lengths`` the last real token's (B, D).
+
+        Raises:
+            ValueError: There are not as many lengths as rows.
+            RuntimeError: A length is below 1 or above T.
         """
+        if lengths is not None and lengths.shape != ids.shape[:1]:  # a single one would broadcast
+            raise ValueError(f"lengths {[*lengths.shape]}, ids {[*ids.shape]}: expected one a row")
         x = self.embed_tokens(ids)  # (B, T, D)
         positions = torch.arange(ids.size(1), device=ids.device)
         angles = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)

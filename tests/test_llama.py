@@ -268,6 +268,14 @@ def test_a_real_pad_token_at_the_end_counts(twins, notes):
         assert not torch.allclose(logits, ours(ids, torch.tensor([8])), atol=1e-3)
 
 
+@pytest.mark.parametrize("lengths", [[7], [7, 7], [[7], [7], [7]], 7])
+def test_as_many_lengths_as_rows_or_an_error(notes, lengths):
+    """A single one was taken for every row's."""
+    ids, _ = notes((7, 7, 7))
+    with pytest.raises(ValueError, match=r"lengths .*, ids \[3, 7\]: expected one a row"):
+        Llama(small())(ids, torch.tensor(lengths))
+
+
 @pytest.mark.parametrize("length", [0, -1, 8])
 @pytest.mark.parametrize("layers", [1, 2])
 def test_a_length_outside_the_batch_raises(notes, length, layers):
@@ -617,8 +625,10 @@ def config_file(tmp_path):
         {"rope_scaling": {"type": "default"}},
         {"rope_scaling": ..., "rope_theta": ..., "torch_dtype": ..., "dtype": "bfloat16",
          "rope_parameters": {"rope_theta": 30000.0, "rope_type": "default"}},
+        {"rope_scaling": {"type": "default"},
+         "rope_parameters": {"rope_theta": 30000.0, "rope_type": "default"}},
     ],
-    ids=["old", "absent", "null", "all", "scaling named default", "new"],
+    ids=["old", "absent", "null", "all", "scaling named default", "new", "both"],
 )  # fmt: skip
 def test_config_reads_what_transformers_reads(config_file, changes):
     path = config_file(**changes)
@@ -647,6 +657,8 @@ def test_config_reads_what_transformers_writes(tmp_path):
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope type 'yarn'"),
         ({"rope_scaling": {"rope_type": "dynamic", "type": "dynamic"}}, "rope type 'dynamic'"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope type 'llama3'"),
+        ({"rope_parameters": {"rope_theta": 1e4}, "rope_scaling": {"type": "linear"}},
+         "rope type 'linear'"),
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
          r"rope parameters \{'partial_rotary_factor': 0.5\}"),
         ({"vocab_size": ..., "hidden_size": ...}, "lacks hidden_size, vocab_size"),
