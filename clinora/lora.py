@@ -102,6 +102,8 @@ class LoRALinear(nn.Module):
         self.config = config
         self.strength = 1.0
         self.train(base.training)  # or a model in evaluation mode would drop out
+        # PyTorch's TransformerEncoderLayer reads the weight past this forward, but for a hook
+        self.register_forward_pre_hook(_no_change)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer: (..., in) → (..., out), in the dtype of the base layer's output."""
@@ -125,11 +127,8 @@ class LoRALinear(nn.Module):
 
 def find_modules(model: nn.Module, names: tuple[str, ...]) -> dict[str, nn.Module]:
     """Find the modules whose dotted names end in one of ``names``, whole segments compared."""
-    return {
-        path: module
-        for path, module in model.named_modules(remove_duplicate=False)
-        if any(f".{path}".endswith(f".{name}") for name in names)
-    }
+    modules = model.named_modules(remove_duplicate=False)
+    return {p: m for p, m in modules if any(f".{p}".endswith(f".{name}") for name in names)}
 
 
 def target_linears(model: nn.Module, targets: tuple[str, ...]) -> dict[str, nn.Linear]:
@@ -314,6 +313,9 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 def _autocasts(kind: str) -> bool:  # the meta device knows no autocast
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+def _no_change(*_: object) -> None: ...
 
 
 def _master_dtype(weight: Tensor) -> torch.dtype:

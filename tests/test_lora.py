@@ -628,6 +628,23 @@ def test_bert_in_bfloat16_trains_without_autocast(bert, training):
     assert model.bert.encoder.layer[0].attention.self.query.lora_B.grad.any()
 
 
+@pytest.mark.parametrize("context", [torch.no_grad, torch.enable_grad, torch.inference_mode])
+@pytest.mark.parametrize("stacked", [False, True])
+def test_pytorchs_fused_encoder_does_not_pass_lora_by(fill_b, difference, stacked, context):
+    """In evaluation it reads the weights of linear1 and linear2 and never calls them."""
+    model = nn.TransformerEncoderLayer(16, 2, 24, batch_first=True)
+    model = nn.TransformerEncoder(model, 2) if stacked else model
+    x = torch.randn(3, 5, 16)
+    apply_lora(model.eval(), LoRAConfig(rank=4, targets=("linear1", "linear2")))
+    fill_b(model, std=0.5)
+    with context():
+        adapted = model(x)
+        with lora_disabled(model):
+            base = model(x)
+        assert difference(merge_lora(model)(x), adapted) <= 2e-6
+    assert difference(base, adapted) > 0.1
+
+
 class Shared(nn.Module):
     """One linear layer at two places."""
 
