@@ -170,10 +170,8 @@ def apply_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
             shares weights with a frozen one or holds a target.
     """
     if adapted := [name for name, _ in _lora_layers(model)]:
-        raise ValueError(
-            f"this model is adapted already, at {adapted[0]} and {len(adapted) - 1} more layers: "
-            "merge_lora it first, or start from a fresh model"
-        )
+        where = f"{adapted[0]} and {len(adapted) - 1} more layers"
+        raise ValueError(f"adapted already, at {where}: merge_lora it, or start from a fresh model")
     linears = target_linears(model, config.targets)
     for name, linear in linears.items():
         if config.rank > (most := min(linear.weight.shape)):
@@ -190,7 +188,8 @@ def apply_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
         head.register_forward_hook(partial(_cast, first.dtype), prepend=True)
         for parameter in head.requires_grad_(True).parameters():
             parameter.data = parameter.data.to(_master_dtype(parameter))
-        head.register_forward_pre_hook(partial(_cast, first.dtype))  # another one by now
+        cast = partial(_cast_inputs, first.dtype)  # another dtype by now
+        head.register_forward_pre_hook(cast, with_kwargs=True)
     model.lora_config = config
     return list(linears)
 
@@ -322,8 +321,12 @@ def _master_dtype(weight: Tensor) -> torch.dtype:
     return torch.promote_types(weight.dtype, torch.float32)
 
 
+def _cast_inputs(dtype: torch.dtype, module: nn.Module, args: tuple, kwargs: dict) -> tuple:
+    return _cast(dtype, module, args), {k: _cast(dtype, module, x) for k, x in kwargs.items()}
+
+
 def _cast(dtype: torch.dtype, module: nn.Module, *values: object) -> object:
-    """Cast what enters a module, as a pre-hook, or what leaves it, as a hook: the last value."""
+    """Cast a tensor or those in a tuple: the last value, which for a hook is what came out."""
     x = values[-1]
     if isinstance(x, tuple):
         return tuple(_cast(dtype, module, inner) for inner in x)

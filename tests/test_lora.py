@@ -393,6 +393,31 @@ def test_a_head_held_in_float32_gives_float32_logits(twins, notes):
     assert ours(*notes(LENGTHS)).dtype == torch.float32
 
 
+class ByKeyword(nn.Module):
+    """Calls its head as Transformers' layers call their attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(input=self.body(x))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_module_trained_whole_may_be_called_by_keyword(difference, dtype, autocast):
+    model, x = ByKeyword().to(dtype), torch.randn(5, 8, dtype=dtype)
+    before = model(x)
+    apply_lora(model, LoRAConfig(rank=2, targets=("body",), also_train=("head",)))
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        after = model(x)
+    after.float().square().sum().backward()
+    assert after.dtype == (torch.bfloat16 if autocast else dtype)
+    assert difference(after, before) <= 0.02
+    assert model.head.weight.grad.dtype == torch.float32 and model.head.weight.grad.any()
+
+
 def test_a_tied_embedding_trains_whole_beside_a_bfloat16_base(twins, notes):
     ours, _ = twins(num_labels=None, dtype=torch.bfloat16, tie_word_embeddings=True)
     apply_lora(ours, LoRAConfig(rank=2, also_train=("embed_tokens",)))
