@@ -199,7 +199,8 @@ def lora_strength(model: nn.Module, strength: float) -> Iterator[None]:
     """Multiply every layer's scaling inside a ``with`` block; nests, and restores.
 
     1 is the adapter as trained, 0 the base's layers (a trained head stays on). It changes the
-    model itself: while one thread holds a strength, the others see it too.
+    model itself: while one thread holds a strength, the others see it too. With activation
+    checkpointing the backward pass computes layers again, so it belongs inside the block.
 
     Raises:
         ValueError: The model has no LoRA layer.
@@ -221,7 +222,10 @@ def lora_disabled(model: nn.Module) -> AbstractContextManager[None]:
 
 @torch.no_grad()
 def merged_weight(layer: LoRALinear) -> Tensor:
-    """W' = W + s·B·A, in float32, rounded once to W's dtype: a new (out, in) tensor."""
+    """W' = W + s·B·A, in float32, rounded once to W's dtype: a new (out, in) tensor.
+
+    It is the adapter as trained, whatever ``lora_strength`` says at the time.
+    """
     with torch.autocast(layer.weight.device.type, enabled=False):
         update = (layer.lora_B @ layer.lora_A) * layer.config.scaling
         return (layer.weight.to(update.dtype) + update).to(layer.weight.dtype)

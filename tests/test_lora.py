@@ -85,6 +85,8 @@ def test_forward_of_a_hand_computed_layer():
 def test_merged_weight_of_a_hand_computed_layer():
     layer = by_hand()
     assert merged_weight(layer).tolist() == [[3.0, 4.0, 8.0], [-2.0, -3.0, -6.0]]
+    with lora_strength(layer, 0.5):
+        assert merged_weight(layer).tolist() == [[3.0, 4.0, 8.0], [-2.0, -3.0, -6.0]]
     assert layer.weight.tolist() == [[1.0, 0.0, 2.0], [0.0, 1.0, 0.0]]
 
 
@@ -473,6 +475,22 @@ def test_strength_restores_after_an_exception(adapted_mlp):
     with pytest.raises(KeyError), lora_strength(model, 0.5):
         raise KeyError
     assert model[0].strength == model[2].strength == 1.0
+
+
+@pytest.mark.parametrize("strength", [0, 0.5])
+def test_strength_holds_for_what_checkpointing_computes_again(adapted_twins, notes, strength):
+    """Outside the block it would compute the layers at strength 1, and other gradients."""
+    ours, _, _ = adapted_twins(LoRAConfig(rank=4, dropout=0.0))
+    ids, lengths = notes(LENGTHS)
+    ours.train()
+    gradients = []
+    for ours.model.activation_checkpointing in (False, True):
+        ours.zero_grad()
+        with lora_strength(ours, strength):
+            ours(ids, lengths).square().sum().backward()
+        gradients.append([p.grad.clone() for p in ours.parameters() if p.grad is not None])
+    assert len(gradients[0]) == (13 if strength else 1)  # off, the head alone
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 def test_strength_restores_layers_that_had_different_ones(adapted_mlp):
