@@ -36,7 +36,7 @@ class LoRAConfig:
         rank_stabilized: Scale by α/√r in place of α/r.
 
     Raises:
-        ValueError: A number is out of its range, or there is no target.
+        ValueError: A value is of another type or out of its range, or there is no target.
     """
 
     rank: int = 8
@@ -48,16 +48,16 @@ class LoRAConfig:
 
     def __post_init__(self) -> None:
         for name in ("targets", "also_train"):
-            names = getattr(self, name)
-            if isinstance(names, str):
-                raise ValueError(f"{name} is the string {names!r}: expected a tuple of names")
-            object.__setattr__(self, name, tuple(names))
+            came = getattr(self, name)
+            if type(came) not in (tuple, list, set) or not all(type(n) is str and n for n in came):
+                raise ValueError(f"{name} is {came!r}: expected a tuple of names")
+            object.__setattr__(self, name, tuple(came))
         if type(self.rank) is not int or self.rank < 1:
             raise ValueError(f"rank is {self.rank!r}: expected a whole number of at least 1")
-        if not 0 < self.alpha < math.inf:
-            raise ValueError(f"alpha is {self.alpha}: expected a positive number")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is {self.dropout}: expected 0 or more and less than 1")
+        if not isinstance(self.alpha, int | float) or not 0 < self.alpha < math.inf:
+            raise ValueError(f"alpha is {self.alpha!r}: expected a positive number")
+        if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout!r}: expected 0 or more and less than 1")
         if not self.targets:
             raise ValueError("targets is empty: name at least one linear layer to adapt")
 
@@ -141,10 +141,8 @@ def target_linears(model: nn.Module, targets: tuple[str, ...]) -> dict[str, nn.L
     for target in targets:
         if not find_modules(model, (target,)):
             linears = {n.split(".")[-1] for n, m in model.named_modules() if type(m) is nn.Linear}
-            raise ValueError(
-                f"no layer is named {target!r}; this model's linear layers are named: "
-                f"{', '.join(sorted(linears - {''})) or '(none)'}"
-            )
+            there = ", ".join(sorted(linears - {""})) or "(none)"
+            raise ValueError(f"no layer is named {target!r}; this model's linear layers: {there}")
     for name, module in found.items():
         if type(module) is not nn.Linear:  # a subclass may compute something else
             raise ValueError(f"{name} is a {type(module).__name__}: only nn.Linear can be adapted")
