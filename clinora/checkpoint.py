@@ -150,7 +150,7 @@ def load_model(
         ValueError: ``config.json`` asks for what ``LlamaConfig`` does not do, or ``num_labels`` is
             no number of classes.
     """
-    if num_labels is not None and (not isinstance(num_labels, int) or num_labels < 1):
+    if num_labels is not None and (type(num_labels) is not int or num_labels < 1):
         raise ValueError(
             f"num_labels is {num_labels!r}: expected a whole number of at least 1, or None for a "
             "causal LM"
@@ -204,7 +204,8 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
     ``model.head_trained = True``.
 
     Raises:
-        ValueError: ``apply_lora`` has not adapted this model, or its head was never trained.
+        ValueError: ``apply_lora`` has not adapted this model, or its head was never trained or
+            is itself adapted.
         OSError: The folder cannot be written.
     """
     state = lora_state_dict(model)
@@ -212,6 +213,8 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
         raise ValueError("only a whole model that apply_lora adapted can be saved as an adapter")
     config: LoRAConfig = model.lora_config
     if isinstance(model, LlamaForSequenceClassification):
+        if isinstance(model.score, LoRALinear):  # no one could load it: a head comes whole
+            raise ValueError("score is in targets, which a head cannot be: put it into also_train")
         if not model.head_trained:
             raise ValueError(
                 "this model's head was never trained: train it, or set model.head_trained = True "

@@ -231,7 +231,7 @@ def test_a_base_is_held_in_the_files_dtype(reference, dtype):
     assert clinora.load_model(folder, num_labels=5).model.norm.weight.dtype == dtype
 
 
-@pytest.mark.parametrize("num_labels", [0, -1, 2.0, "5"])
+@pytest.mark.parametrize("num_labels", [0, -1, 2.0, "5", True])
 def test_a_head_needs_at_least_one_class(reference, num_labels):
     _, folder = reference(num_labels=None)
     with pytest.raises(ValueError, match=f"num_labels is {num_labels!r}: expected .* at least 1"):
@@ -420,6 +420,15 @@ def test_an_untrained_head_is_not_saved(reference, tmp_path):
     model = clinora.load_model(folder, num_labels=5)
     clinora.apply_lora(model, CONFIG)
     with pytest.raises(ValueError, match=r"never trained: .* set model\.head_trained = True"):
+        clinora.save_adapter(model, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_a_head_that_is_adapted_is_not_saved(reference, tmp_path):
+    """An adapter that has it as a target and whole was written, and could not be read."""
+    _, folder = reference()
+    model = adapted(folder, targets=("q_proj", "score"), also_train=())
+    with pytest.raises(ValueError, match=r"score is in targets, .* put it into also_train"):
         clinora.save_adapter(model, tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
 
