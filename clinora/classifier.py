@@ -215,6 +215,9 @@ class Classifier:
         calibration: How sure its answers are; None if the run was not calibrated.
         about: What ``clinora.json`` records beside these (data, versions, …).
         dtype: What autocast computes in; unless told, that of the base.
+
+    Raises:
+        ValueError: The tokenizer, the labels or the token limit do not fit the model.
     """
 
     def __init__(
@@ -233,6 +236,8 @@ class Classifier:
                 f"the tokenizer has {tokenizer.vocab_size} ids, the model {config.vocab_size} "
                 "embeddings: they do not belong together"
             )
+        if len(labels) != (classes := model.score.weight.size(0)):
+            raise ValueError(f"{len(labels)} labels do not fit a head of {classes} classes")
         if not 1 <= token_limit <= config.max_position_embeddings:
             raise ValueError(
                 f"token limit {token_limit}: expected 1 to {config.max_position_embeddings}, the "
@@ -286,14 +291,14 @@ class Classifier:
             raise CheckpointError(f"{folder / RUN_FILE}: calibration: {error}") from None
         try:
             source = find_base(base or recorded["source"], None if base else recorded["revision"])
-            expected = {name: recorded[name] for name in ("sha256", "tokenizer_sha256")}
+            expected = {name: str(recorded[name]) for name in ("sha256", "tokenizer_sha256")}
         except (KeyError, TypeError) as error:
             raise CheckpointError(f"{folder / RUN_FILE} is not whole: {error}") from None
         if (came := base_hashes(source)) != expected:
             what = "weights" if came["sha256"] != expected["sha256"] else "tokenizer.model"
             raise CheckpointError(
                 f"the {what} in {source.folder} is not what {folder} was trained on "
-                f"({recorded['source']}, sha256 {recorded['sha256'][:12]}…): give the right base "
+                f"({recorded['source']}, sha256 {expected['sha256'][:12]}…): give the right base "
                 "with --base"
             )
         where = choose_device(device)

@@ -216,6 +216,10 @@ def test_a_base_that_moved_is_found_with_its_new_place(classifier, run, tmp_path
         ({"labels": ["A"] * 5}, "labels are not different names"),
         ({"labels": [1, 2, 3, 4, 5]}, "labels are not different names"),
         ({"base": {}}, "not whole: 'source'"),
+        (
+            {"base": {"source": "bundled", "revision": None, "sha256": 5, "tokenizer_sha256": 6}},
+            r"the weights in .* is not what .* was trained on \(bundled, sha256 5…\)",
+        ),
         ({"calibration": 7}, "calibration is missing or of another kind"),
         ({"calibration": {"bias": 0}}, "calibration: .*missing"),
         ({"calibration": CALIBRATION | {"weights": [1]}}, "two weights"),
@@ -243,6 +247,12 @@ def test_a_tokenizer_larger_than_the_model_is_refused(classifier, reference):
     small = clinora.load_model(folder, num_labels=5)
     with pytest.raises(ValueError, match="4096 ids, the model 97"):
         clinora.Classifier(small, classifier.tokenizer, classifier.labels, 64)
+
+
+@pytest.mark.parametrize("labels", [("a", "b", "c", "d"), tuple("abcdef")])
+def test_as_many_labels_as_classes(classifier, labels):
+    with pytest.raises(ValueError, match=f"{len(labels)} labels do not fit a head of 5 classes"):
+        clinora.Classifier(classifier.model, classifier.tokenizer, labels, 64)
 
 
 @hypothesis.given(
