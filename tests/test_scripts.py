@@ -14,6 +14,7 @@ import transformers
 
 import clinora
 import eval as eval_script
+import serve as serve_script
 import train as train_script
 from clinora.checkpoint import BUNDLED
 
@@ -45,7 +46,24 @@ def test_train_then_eval_on_a_file_of_ones_own(notes, tmp_path, capsys):
     assert train("--notes", notes, "--run", run, "--learning-rate", "5e-3") == 0
     printed = capsys.readouterr()
     assert "before training (20 random heads)" in printed.out
-    assert "Linear(128 → 2)" in printed.out
+    shape = json.loads((BUNDLED / "base" / "config.json").read_text())
+    layers, width = shape["num_hidden_layers"], shape["hidden_size"]
+    heads, keys = shape["num_attention_heads"], shape["num_key_value_heads"]
+    q_and_v = 2 * width + (heads + keys) * shape["head_dim"]  # r times as many, at r = 8
+    for words in (
+        "Llama decoder with a sequence classification head",
+        f"{layers} decoder layers, {heads} heads, {keys} for keys and values",
+        f"{width} (MLP {shape['intermediate_size']})",
+        f"{shape['vocab_size']:,} tokens",
+        f"rotary, up to {shape['max_position_embeddings']}",
+        "SiLU, gated",
+        f"RMSNorm, eps {shape['rms_norm_eps']}",
+        "q_proj, v_proj; rank 8, alpha 16",
+        f"Linear({width} → 2)",
+        f"{layers * 8 * q_and_v + 2 * width:,} parameters, ",
+        f"{layers * 8 * q_and_v:,} LoRA, {2 * width} head",
+    ):
+        assert words in printed.out
     assert "60/60" in printed.err  # the progress bar
     assert "visit" not in printed.out + printed.err + (run / "metrics.jsonl").read_text()
     trained = json.loads((run / "report" / "metrics.json").read_text())
@@ -130,6 +148,11 @@ def test_train_with_no_option_beats_the_base_on_the_bundled_notes(tmp_path):
     metrics = json.loads((run / "report" / "metrics.json").read_text())
     before, spread = metrics["before"]["any_label_accuracy"]
     assert metrics["after"]["by_note"]["accuracy"]["value"] > before + spread
+
+
+def test_what_the_scripts_write_beside_them_is_not_committed():
+    ignored = (ROOT / ".gitignore").read_text().split()
+    assert {"runs/", f"{serve_script.FLAGS}/"} <= set(ignored)
 
 
 def test_a_run_is_never_written_over(notes, tmp_path, capsys):
