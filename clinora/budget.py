@@ -208,7 +208,8 @@ def saved_activation_bytes(config: Any, tuning: FineTuning) -> int:
     """Count the bytes that a forward pass on (B, T) tokens saves for the backward pass.
 
     Each tensor counts once, parameters and autocast's copies of them not at all. As in
-    ``LlamaForSequenceClassification``, the last layer asks for one position a row.
+    ``LlamaForSequenceClassification``, the last layer asks for one position a row. In
+    bfloat16, attention is the CPU's; flash attention on a GPU keeps its output, too.
 
     Raises:
         ValueError: As ``lora_targets``.
