@@ -750,3 +750,27 @@ def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_write_replaces_the_file_and_never_fills_it(tmp_path):
+    """Who reads the old file meanwhile has it whole: it is another file until the rename."""
+    path = tmp_path / "file.json"
+    path.write_bytes(b"old")
+    with path.open("rb") as reader:
+        write_atomically(path, b"new and longer")
+        assert reader.read() == b"old"
+    assert path.read_bytes() == b"new and longer"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no such modes")
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_a_written_file_has_the_mode_of_any_new_file(tmp_path, umask):
+    """Those of mkstemp are their owner's alone."""
+    before = os.umask(umask)
+    try:
+        write_atomically(tmp_path / "file.json", b"")
+        assert os.umask(umask) == umask
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file.json").stat().st_mode & 0o777 == 0o666 & ~umask
