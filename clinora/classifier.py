@@ -28,11 +28,17 @@ from clinora.checkpoint import (
     weights_sha256,
     write_atomically,
 )
-from clinora.llama import LlamaForSequenceClassification
+from clinora.llama import LlamaConfig, LlamaForSequenceClassification
 from clinora.tokenizer import Tokenizer
 
 RUN_FILE = "clinora.json"
 SCHEMA = 1
+# What of a base is hashed, by its key in the run's file.
+BASE_HASHES = {
+    "sha256": "weights",
+    "tokenizer_sha256": "tokenizer.model",
+    "config_sha256": "config.json",
+}
 INFERENCE_TOKENS = 8192  # of a padded batch
 INFERENCE_NOTES = 1024  # tokenised at a time: the memory for ids does not grow with the notes
 
@@ -193,15 +199,24 @@ class Prediction:
 
 
 def base_hashes(source: Source) -> dict[str, str]:
-    """Give the sha256 of a base's weights and of its tokenizer: what a run is bound to.
+    """Give the sha256 of a base's weights, tokenizer and configuration: what a run is bound to.
+
+    Of the configuration, it is that of the values: a file written in another way is the same.
 
     Raises:
         CheckpointError: The folder holds no weights.
         FileNotFoundError: It holds no tokenizer.
+        ValueError: It is not a Llama's.
     """
     weights = weights_sha256(source.folder)
-    tokenizer = hashlib.sha256((source.folder / "tokenizer.model").read_bytes())
-    return {"sha256": weights, "tokenizer_sha256": tokenizer.hexdigest()}
+    tokenizer = (source.folder / "tokenizer.model").read_bytes()
+    config = dataclasses.asdict(LlamaConfig.from_json(source.folder / "config.json"))
+    values = json.dumps(config, sort_keys=True).encode()
+    return {
+        "sha256": weights,
+        "tokenizer_sha256": hashlib.sha256(tokenizer).hexdigest(),
+        "config_sha256": hashlib.sha256(values).hexdigest(),
+    }
 
 
 class Classifier:
@@ -291,11 +306,11 @@ class Classifier:
             raise CheckpointError(f"{folder / RUN_FILE}: calibration: {error}") from None
         try:
             source = find_base(base or recorded["source"], None if base else recorded["revision"])
-            expected = {name: str(recorded[name]) for name in ("sha256", "tokenizer_sha256")}
+            expected = {name: str(recorded[name]) for name in BASE_HASHES}
         except (KeyError, TypeError) as error:
             raise CheckpointError(f"{folder / RUN_FILE} is not whole: {error}") from None
         if (came := base_hashes(source)) != expected:
-            what = "weights" if came["sha256"] != expected["sha256"] else "tokenizer.model"
+            what = next(BASE_HASHES[name] for name in came if came[name] != expected[name])
             raise CheckpointError(
                 f"the {what} in {source.folder} is not what {folder} was trained on "
                 f"({recorded['source']}, sha256 {expected['sha256'][:12]}…): give the right base "

@@ -199,6 +199,21 @@ def test_another_tokenizer_is_refused(run, small_run, tmp_path):
         clinora.Classifier.load(run, base=tmp_path / "base")
 
 
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [({"rope_theta": 500.0, "rope_parameters": None}, False), ({"dtype": "float32"}, True)],
+)
+def test_another_configuration_is_refused_but_not_another_spelling(run, tmp_path, change, same):
+    shutil.copytree(BUNDLED / "base", tmp_path / "base")
+    path = tmp_path / "base" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    if same:
+        clinora.Classifier.load(run, base=tmp_path / "base")
+    else:
+        with pytest.raises(CheckpointError, match=r"the config.json in .* is not what"):
+            clinora.Classifier.load(run, base=tmp_path / "base")
+
+
 def test_a_base_that_moved_is_found_with_its_new_place(classifier, run, tmp_path):
     moved = tmp_path / "moved"
     moved.mkdir()
@@ -217,7 +232,15 @@ def test_a_base_that_moved_is_found_with_its_new_place(classifier, run, tmp_path
         ({"labels": [1, 2, 3, 4, 5]}, "labels are not different names"),
         ({"base": {}}, "not whole: 'source'"),
         (
-            {"base": {"source": "bundled", "revision": None, "sha256": 5, "tokenizer_sha256": 6}},
+            {
+                "base": {
+                    "source": "bundled",
+                    "revision": None,
+                    "sha256": 5,
+                    "tokenizer_sha256": 6,
+                    "config_sha256": 7,
+                }
+            },
             r"the weights in .* is not what .* was trained on \(bundled, sha256 5…\)",
         ),
         ({"calibration": 7}, "calibration is missing or of another kind"),
