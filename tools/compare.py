@@ -219,7 +219,7 @@ def rank_figure(points: Sequence[dict]) -> Figure:
     axes.set(xlabel="parameters trained", ylabel="any-label accuracy")
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.set_title("What does the rank buy?")
-    axes.legend(loc="lower right", fontsize=8)
+    figure.legend(loc="outside lower center", fontsize=8, ncols=3)
     return figure
 
 
