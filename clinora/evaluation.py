@@ -301,9 +301,8 @@ def wilson(hits: float, n: int) -> tuple[float, float]:
 
 def share_of(share: Estimate, n: float) -> Estimate:
     """Give a share of n its interval: Wilson's at 0 and 1, where every draw of the n agrees."""
-    if share.value not in (0, 1):
-        return share
-    return Estimate(share.value, *(wilson(share.value * n, n) if n else (0.0, 1.0)))
+    bounds = wilson(share.value * n, n) if n else (0.0, 1.0)
+    return Estimate(share.value, *bounds) if share.value in (0, 1) else share
 
 
 def _f1_of(f1: Estimate, n: float) -> Estimate:
@@ -361,26 +360,18 @@ def measure(
     tables = []
     for c, part in zip(cells, (rest[: 2 + 3 * classes], rest[2 + 3 * classes :]), strict=True):
         confusion = c.confusion(np.ones(len(notes)))
-        shares = zip(*(part[i : i + classes] for i in range(2, len(part), classes)), strict=True)
+        shares = [part[i : i + classes] for i in range(2, len(part), classes)]
+        kinds = zip((share_of, share_of, _f1_of), shares, c.behind(), strict=True)
+        columns = (map(of, share, n) for of, share, n in kinds)
         each = tuple(
-            ClassMeasures(
-                label=label,
-                precision=share_of(p, n_precision),
-                recall=share_of(r, n_recall),
-                f1=_f1_of(f, n_f1),
-                support=float(support),
-            )
-            for label, (p, r, f), support, n_precision, n_recall, n_f1 in zip(
-                labels, shares, confusion.sum(1), *c.behind(), strict=True
-            )
+            ClassMeasures(label=label, precision=p, recall=r, f1=f, support=float(support))
+            for label, p, r, f, support in zip(labels, *columns, confusion.sum(1), strict=True)
         )
-        macro_f1 = part[1]
-        if macro_f1.value in (0, 1):  # no surer than the classes are
-            macro_f1 = Estimate(*np.mean([m.f1 for m in each if m.support], axis=0).tolist())
+        macro = part[1]
+        if macro.value in (0, 1):  # no surer than the classes are
+            macro = Estimate(*np.mean([m.f1 for m in each if m.support], axis=0).tolist())
         right = share_of(part[0], len(notes))
-        tables.append(
-            Measures(accuracy=right, macro_f1=macro_f1, classes=each, confusion=confusion)
-        )
+        tables.append(Measures(accuracy=right, macro_f1=macro, classes=each, confusion=confusion))
     answered = calibration and Answered(
         promise=calibration.promise,
         threshold=calibration.threshold,

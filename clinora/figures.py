@@ -111,10 +111,7 @@ def coverage_figure(
     if answered:
         here = risk[round(answered * len(order)) - 1]
         text = f"threshold {threshold:.2f}: {answered:.0%} answered, {here:.1%} wrong"
-        axes.plot(
-            answered, here, color=BLUE, marker="D", markersize=8, linestyle="none", label=text,
-            clip_on=False,
-        )  # fmt: skip
+        axes.plot(answered, here, "D", color=BLUE, markersize=8, clip_on=False, label=text)
     # The first few answers may all be wrong: they would flatten the rest.
     top = 1.1 * max(*risk[len(risk) // 10 :], 1 - promise)
     axes.set(xlim=(0, 1), ylim=(0, top), xlabel="share of the notes answered", ylabel="share wrong")
