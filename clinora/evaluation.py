@@ -229,6 +229,15 @@ class _Cells:
         counts = np.bincount(self.cell, self.share * weights[self.note], self.classes**2)
         return counts.reshape(self.classes, self.classes)
 
+    def behind(self) -> list[np.ndarray]:
+        """Count the notes behind precision, recall and F1 of each class: (C,) each.
+
+        A note counts once, however many of its rows there are: they are right or wrong together.
+        """
+        filed, named = self.note * self.classes + np.stack(np.divmod(self.cell, self.classes))
+        sides = named, filed, np.concatenate((named, filed))
+        return [np.bincount(np.unique(s) % self.classes, minlength=self.classes) for s in sides]
+
 
 def _by_row(named: np.ndarray, notes: Sequence[Note], classes: int) -> _Cells:
     note = np.repeat(np.arange(len(notes)), [len(n.filed) for n in notes])
@@ -290,8 +299,15 @@ def wilson(hits: float, n: int) -> tuple[float, float]:
     return float(max(0, min(middle - half, share))), float(min(1, max(middle + half, share)))
 
 
-def _share(share: Estimate, n: int) -> Estimate:
-    return Estimate(share.value, *wilson(share.value * n, n)) if share.value in (0, 1) else share
+def share_of(share: Estimate, n: float) -> Estimate:
+    """Give a share of n its interval: Wilson's at 0 and 1, where every draw of the n agrees."""
+    bounds = wilson(share.value * n, n) if n else (0.0, 1.0)
+    return Estimate(share.value, *bounds) if share.value in (0, 1) else share
+
+
+def _f1_of(f1: Estimate, n: float) -> Estimate:
+    """The same for F1, which is 2·j / (1 + j) of a share j: of those filed or named so, both."""
+    return Estimate(*(2 * j / (1 + j) for j in share_of(f1, n))) if f1.value in (0, 1) else f1
 
 
 def expected_calibration_error(
@@ -344,30 +360,23 @@ def measure(
     tables = []
     for c, part in zip(cells, (rest[: 2 + 3 * classes], rest[2 + 3 * classes :]), strict=True):
         confusion = c.confusion(np.ones(len(notes)))
-        each = (
+        shares = [part[i : i + classes] for i in range(2, len(part), classes)]
+        kinds = zip((share_of, share_of, _f1_of), shares, c.behind(), strict=True)
+        columns = (map(of, share, n) for of, share, n in kinds)
+        each = tuple(
             ClassMeasures(label=label, precision=p, recall=r, f1=f, support=float(support))
-            for label, p, r, f, support in zip(
-                labels,
-                part[2 : 2 + classes],
-                part[2 + classes : 2 + 2 * classes],
-                part[2 + 2 * classes :],
-                confusion.sum(1),
-                strict=True,
-            )
+            for label, p, r, f, support in zip(labels, *columns, confusion.sum(1), strict=True)
         )
-        tables.append(
-            Measures(
-                accuracy=_share(part[0], len(notes)),
-                macro_f1=part[1],
-                classes=tuple(each),
-                confusion=confusion,
-            )
-        )
+        macro = part[1]
+        if macro.value in (0, 1):  # no surer than the classes are
+            macro = Estimate(*np.mean([m.f1 for m in each if m.support], axis=0).tolist())
+        right = share_of(part[0], len(notes))
+        tables.append(Measures(accuracy=right, macro_f1=macro, classes=each, confusion=confusion))
     answered = calibration and Answered(
         promise=calibration.promise,
         threshold=calibration.threshold,
-        coverage=_share(coverage, len(notes)),
-        accuracy=_share(accuracy, int(kept.sum())) if kept.any() else None,
+        coverage=share_of(coverage, len(notes)),
+        accuracy=share_of(accuracy, int(kept.sum())) if kept.any() else None,
     )
     return Evaluation(
         by_note=tables[0],
@@ -581,13 +590,16 @@ def assess(
         for name, named in baselines(training, measured).items():
             cells = [by(named, measured, len(notes.classes)) for by in (_by_note, _by_row)]
             any_label, accuracy = bootstrap(partial(_accuracies, cells), measured)
-            any_label = _share(any_label, len(measured))
+            any_label, accuracy = (share_of(e, len(measured)) for e in (any_label, accuracy))
             simpler.append(Baseline(name=name, any_label_accuracy=any_label, accuracy=accuracy))
             if "TF-IDF" in name and any_label.value > better:
                 better = any_label.value
                 right = [n in note.labels for n, note in zip(named, measured, strict=True)]
                 gain = answers.right.astype(float) - right
                 (against,) = bootstrap(lambda w, g=gain: np.array([w @ g / w.sum()]), measured)
+                if not gain.any():  # every draw agrees: as often as they may yet differ
+                    differ = wilson(0, len(measured))[1]
+                    against = Estimate(0.0, -differ, differ)
     results = Results(
         labels=notes.classes,
         split=notes.split,

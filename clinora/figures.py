@@ -111,9 +111,7 @@ def coverage_figure(
     if answered:
         here = risk[round(answered * len(order)) - 1]
         text = f"threshold {threshold:.2f}: {answered:.0%} answered, {here:.1%} wrong"
-        axes.plot(
-            answered, here, color=BLUE, marker="D", markersize=8, linestyle="none", label=text
-        )
+        axes.plot(answered, here, "D", color=BLUE, markersize=8, clip_on=False, label=text)
     # The first few answers may all be wrong: they would flatten the rest.
     top = 1.1 * max(*risk[len(risk) // 10 :], 1 - promise)
     axes.set(xlim=(0, 1), ylim=(0, top), xlabel="share of the notes answered", ylabel="share wrong")
@@ -143,11 +141,10 @@ def length_figure(tokens: np.ndarray, right: np.ndarray, token_limit: int) -> Fi
             hatch=None if whole else "//",
         )  # fmt: skip
         axes.errorbar(place, share, [[share - low], [high - share]], color=BLACK, capsize=4)
-        axes.text(place, 0.04, f"{share:.1%}\n{len(part)} notes", ha="center", fontsize=9,
-                  backgroundcolor="white")  # fmt: skip
+        axes.text(place, 1.03, f"{share:.1%}\n{len(part)} notes", ha="center", fontsize=9)
     names = [f"{tokens[p].min():,}–{tokens[p].max():,}" for p in parts]
     axes.set_xticks(range(len(parts)), names)
-    axes.set(ylim=(0, 1.04), xlabel="tokens of the note", ylabel="any-label accuracy")
+    axes.set(ylim=(0, 1.16), xlabel="tokens of the note", ylabel="any-label accuracy")
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.set_title(f"Accuracy by note length (hatched: some are cut at {token_limit:,} tokens)")
     return figure

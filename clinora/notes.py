@@ -171,6 +171,13 @@ def read_notes(
             "download it by hand and give its path"
         )
     counts = Counter(label for places in filed.values() for _, label in places)
+    # More classes than texts, and longer ones: the names of classes, which are shown, are notes.
+    lengths = [sum(map(len, words)) / max(1, len(words)) for words in (counts, filed)]
+    if len(counts) > len(filed) and lengths[0] > lengths[1]:
+        raise ValueError(
+            f"{path} has {len(counts):,} classes for {len(filed):,} texts: is {text_column!r} the "
+            f"column of the notes, and {label_column!r} that of their classes?"
+        )
     chosen = _choose_classes(counts, classes, path)
     index = {name: i for i, name in enumerate(chosen)}
     notes, order = [], []
@@ -300,6 +307,8 @@ def _check_encoding(path: Path) -> None:
 def _choose_classes(
     counts: Counter, classes: Sequence[str] | int | str | None, path: Path
 ) -> tuple[str, ...]:
+    if not counts:
+        raise ValueError(f"{path}: no row has text and label")
     if isinstance(classes, int):
         if classes < 2:
             raise ValueError(f"the {classes} most frequent classes: expected two or more")
@@ -318,6 +327,6 @@ def _choose_classes(
     if len(chosen) < 2:
         raise ValueError(
             f"{path} leaves {len(chosen)} class to choose from "
-            f"({', '.join(map(repr, chosen)) or 'no row has text and label'}): expected two or more"
+            f"({', '.join(map(repr, chosen))}): expected two or more"
         )
     return tuple(sorted(chosen))

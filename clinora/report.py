@@ -79,6 +79,7 @@ def results_table(results: Results) -> str:
         "under two classes is wrong in one of its rows whatever is answered, so no function of the",
         f"text is right in more than {results.ceiling:.1%} of the file's rows of these classes, or",
         f"in {results.test_ceiling:.1%} of those measured here. In brackets: 95% intervals.",
+        "After ±: the standard deviation between the random heads.",
     ]
     if results.against is not None:
         value, low, high = (100 * x for x in results.against)
@@ -93,7 +94,11 @@ def results_table(results: Results) -> str:
 def class_table(measures: Measures) -> list[str]:
     """Put each class's figures into lines of a table."""
     width = max(30, *(len(c.label) for c in measures.classes))
-    lines = [f"{'class':<{width}} {'precision':<20} {'recall':<20} {'F1':<20} {'notes':>7}"]
+    lines = [
+        "Precision: of what is named so, the share right. Recall: of what is filed so, the share",
+        "named so. A right note counts in the named class, a wrong one of k classes 1/k in each.",
+        f"{'class':<{width}} {'precision':<20} {'recall':<20} {'F1':<20} {'notes':>7}",
+    ]
     for c in measures.classes:
         figures = " ".join(f"{_say(e):<20}" for e in (c.precision, c.recall, c.f1))
         support = f"{c.support:,.1f}".removesuffix(".0")

@@ -1,9 +1,12 @@
 """The comparison of heads, ranks and full fine-tuning."""
 
 import json
+import resource
+from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 
 import clinora
@@ -76,3 +79,19 @@ def test_seeds_are_pooled():
     assert (row["any_label_accuracy"], row["seconds"], row["peak_bytes"]) == (3 / 8, 3.0, 9)
     assert row["between_seeds"] == pytest.approx(np.std([0.5, 0.25], ddof=1))
     assert row["low"] < 3 / 8 < row["high"]
+
+
+def test_all_right_with_every_seed_does_not_claim_certainty():
+    result = {"tune": "head", "rank": 0, "right": [1] * 9, "trainable": 7, "seconds": 1.0}
+    notes = [Note(str(i), (0,)) for i in range(9)]
+    (row,) = compare.summarise([result | {"peak_bytes": None}] * 2, notes)
+    low = scipy.stats.binomtest(9, 9).proportion_ci(method="wilson").low
+    assert (row["low"], row["high"]) == pytest.approx((low, 1), abs=1e-4)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+def test_the_peak_on_the_cpu_is_not_that_of_a_gpu_that_is_there_too(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda *_: 0)
+    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    assert compare.peak_bytes(torch.device("cpu")) == pytest.approx(held, rel=0.05)

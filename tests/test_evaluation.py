@@ -294,6 +294,50 @@ def test_all_right_or_all_wrong_does_not_claim_certainty(right):
     assert accuracy[1:] == wilson(50 * right, 50)
 
 
+def wilsons(hits, n):
+    return tuple(scipy.stats.binomtest(hits, n).proportion_ci(method="wilson"))
+
+
+def test_a_class_that_is_all_right_or_all_wrong_does_not_claim_certainty_either():
+    """Named 0: 5, all right. 1: 6, all right. 2: none. 3: 5, all wrong, and none is filed so."""
+    filed = [(0,)] * 5 + [(0,)] * 4 + [(1,)] * 6 + [(1, 2)]
+    named = np.array([0] * 5 + [3] * 4 + [1] * 6 + [3])
+    notes = [Note(f"{i}", labels) for i, labels in enumerate(filed)]
+    zero, one, two, three = measured(named, notes, 4).by_note.classes
+    assert zero.precision[1:] == pytest.approx(wilsons(5, 5), abs=1e-4)
+    assert one.precision[1:] == pytest.approx(wilsons(6, 6), abs=1e-4)
+    assert three.precision[1:] == pytest.approx(wilsons(0, 5), abs=1e-4)
+    assert two.precision[1:] == (0, 1)  # never named
+    assert three.recall[1:] == (0, 1)  # never filed
+    # F1 is 2·j / (1 + j) of j, the share of the notes filed or named so that are both.
+    low, high = wilsons(0, 5)
+    assert three.f1[1:] == pytest.approx((low, 2 * high / (1 + high)), abs=1e-4)
+    for c in (zero, one, two, three):
+        for share in (c.precision, c.recall, c.f1):
+            assert share.low < share.high
+
+
+def test_rows_of_one_note_count_once_where_a_class_is_all_right_or_all_wrong():
+    """Eight rows of two texts tell no more than two notes."""
+    notes = [Note("a", (0,) * 4), Note("b", (0,) * 4), Note("c", (1,)), Note("d", (2, 2, 2))]
+    zero, one, two = measured([0, 0, 1, 1], notes, 3).by_row.classes
+    for share in (zero.precision, zero.recall):
+        assert share[1:] == pytest.approx(wilsons(2, 2), abs=1e-4)
+    low = wilsons(2, 2)[0]
+    assert zero.f1[1:] == pytest.approx((2 * low / (1 + low), 1), abs=1e-4)
+    assert one.recall[1:] == pytest.approx(wilsons(1, 1), abs=1e-4)
+    assert two.recall[1:] == pytest.approx(wilsons(0, 1), abs=1e-4)
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_a_mean_f1_of_one_or_zero_is_no_surer_than_its_classes(right):
+    named = [0, 1] * 10 if right else [1, 0] * 10
+    result = measured(named, [Note(f"{i}", (i % 2,)) for i in range(20)], 2).by_note
+    assert result.macro_f1.value == right
+    assert result.macro_f1 == pytest.approx(result.classes[0].f1)
+    assert result.macro_f1.low < result.macro_f1.high
+
+
 # --- ceilings -------------------------------------------------------------------------------------
 
 
@@ -440,6 +484,21 @@ def test_lora_is_compared_pairwise_with_the_better_baseline(tmp_path, classifier
     # A grid of 1/N: one note more or less by chance.
     assert results.against[1:] == pytest.approx(tuple(theirs), abs=1.5 / len(test))
     assert results.in_training == 0
+
+
+def test_a_run_that_agrees_with_its_baseline_on_few_notes_may_yet_differ(
+    tmp_path, classifier, monkeypatch
+):
+    path = notes_file(tmp_path, clinora.PUBLISHED_CLASSES)
+    with path.open("a") as file:
+        file.write("spare a,Radiology\nspare b,Surgery\n")
+    notes = read_notes(path)
+    test = notes.on("test")[:12]
+    named = classify(classifier, test).named
+    monkeypatch.setattr("clinora.evaluation.baselines", lambda *_: {"TF-IDF": named})
+    results, _ = assess(classifier, notes, test)
+    none = scipy.stats.binomtest(0, 12).proportion_ci(method="wilson").high
+    assert results.against == pytest.approx((0, -none, none), abs=1e-4)
 
 
 def test_rows_split_says_how_many_texts_stand_in_training(tmp_path, classifier):

@@ -25,10 +25,15 @@ def words(axes):
     return [text.get_text() for text in axes.texts]
 
 
-def sizes(axes, texts):
-    """Draw a figure; give the sizes of texts in the units of its axes: (texts, 2)."""
+def boxes_of(axes, artists):
+    """Draw a figure; give where some of it is, in the units of its axes."""
     axes.figure.draw_without_rendering()
-    boxes = [text.get_window_extent().transformed(axes.transData.inverted()) for text in texts]
+    return [a.get_window_extent().transformed(axes.transData.inverted()) for a in artists]
+
+
+def sizes(axes, texts):
+    """Give the sizes of texts in the units of their axes: (texts, 2)."""
+    boxes = boxes_of(axes, texts)
     return np.abs([(box.width, box.height) for box in boxes])
 
 
@@ -151,6 +156,14 @@ def test_lengths_are_quarters_with_accuracy_and_number():
     assert [bool(bar.get_hatch()) for bar in axes.patches] == [False, False, True, True]
 
 
+@pytest.mark.parametrize("share", [0.0, 0.15, 0.5, 0.9, 1.0])
+def test_words_and_intervals_of_lengths_do_not_hide_each_other(share):
+    axes = length_figure(np.arange(400), np.arange(400) % 100 < 100 * share, 512).axes[0]
+    highest = max(box.get_segments()[0][:, 1].max() for box in axes.collections)
+    boxes = boxes_of(axes, axes.texts)
+    assert all(highest < box.y0 and box.y1 < axes.get_ylim()[1] for box in boxes)
+
+
 @pytest.mark.parametrize("n", [1, 2, 3, 127, 192])
 @pytest.mark.parametrize("right", [True, False])
 def test_all_right_or_all_wrong_can_be_drawn(n, right):
@@ -194,6 +207,21 @@ def test_rank_names_each_way_and_shows_its_interval():
     for container in axes.containers:
         for segment in container.lines[2][0].get_segments():
             assert segment[:, 1] == pytest.approx([0.85, 0.92])
+
+
+def test_the_legend_of_ranks_hides_nothing():
+    """Inside the axes it lay on the name and the interval of full fine-tuning."""
+    figure = rank_figure(points())
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    assert not legend.get_window_extent().overlaps(figure.axes[0].get_tightbbox())
+
+
+def test_a_threshold_without_a_wrong_answer_is_not_cut_by_the_axis():
+    figure = coverage_figure(np.linspace(1, 0.5, 9), np.arange(9) < 6, 0.7, 0.95)
+    *_, point = figure.axes[0].lines
+    assert point.get_ydata() == [0]
+    assert not point.get_clip_on()
 
 
 def test_lines_and_points_differ_without_colour():

@@ -279,7 +279,12 @@ def test_the_limit_of_a_field_is_restored_after_an_error(tmp_path, field_limit):
 # Each file holds the words SECRET PATIENT in a note, which no message may say again.
 BAD_FILES = {
     "empty": (b"", "is empty"),
-    "no rows": (HEADER, "no row has text and label"),
+    "no rows": (HEADER, "no row has text and label$"),
+    "no text": (HEADER + "  ,A\n,B\n", "no row has text and label$"),
+    "columns the other way round": (
+        HEADER + "".join(f"Class {i % 3},SECRET PATIENT {i} has pain\n" for i in range(60)),
+        "60 classes for 3 texts: is 'transcription' the column of the notes",
+    ),
     "no such column": ("text,medical_specialty\nSECRET PATIENT,A\n", r"no column.*'text'"),
     "no header": ("SECRET PATIENT with a long history of nothing,A\nSECRET PATIENT b,B\n",
                   "no column 'transcription'.*does not look like a header"),
@@ -330,6 +335,18 @@ def test_scripts_say_no_text_of_a_bad_file(tmp_path, monkeypatch, capsys, script
     assert "bad.csv" in said.err
     assert said.err.count("\n") == 1
     assert "SECRET" not in said.out + said.err
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [("short note", "A"), ("short note", "B"), ("short note", "C")],
+        [("pain", "Cardiovascular / Pulmonary"), ("knee", "Orthopedic")],
+    ],
+    ids=["more classes than texts", "classes longer than texts"],
+)
+def test_few_or_short_notes_are_not_taken_for_classes(write, rows):
+    assert len(read_notes(write(rows)).classes) == len(rows)
 
 
 def test_a_class_name_of_a_hundred_characters_is_kept(write):

@@ -188,6 +188,12 @@ def test_the_table_names_each_class_with_its_measures():
         assert float(line.split()[-1]) == pytest.approx(c.support, abs=0.05)
 
 
+def test_the_table_says_how_a_note_of_several_classes_counts_and_what_the_signs_mean():
+    table = " ".join(results_table(make()[0]).split())
+    assert "In brackets: 95% intervals. After ±: the standard deviation between" in table
+    assert "A right note counts in the named class, a wrong one of k classes 1/k in each" in table
+
+
 def test_the_table_says_the_comparison_with_the_better_baseline():
     assert "-4.9 points of the notes right [-7.6, -2.2]" in results_table(make()[0])
 

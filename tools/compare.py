@@ -26,7 +26,7 @@ from matplotlib.ticker import PercentFormatter
 import clinora
 from clinora.checkpoint import find_base, write_atomically
 from clinora.classifier import base_hashes, choose_device, choose_dtype
-from clinora.evaluation import bootstrap, classify
+from clinora.evaluation import bootstrap, classify, share_of
 from clinora.figures import BLACK
 from clinora.notes import SPLITS
 from clinora.report import png, read_steps
@@ -114,7 +114,7 @@ def measure(point: Point, args: argparse.Namespace) -> dict:
         identity=identity, resume=(run / METRICS).is_file(),
     )  # fmt: skip
     steps = read_steps(run / METRICS)
-    peak = peak_bytes()
+    peak = peak_bytes(device)
     answers = classify(classifier, notes.on("test"))
     result = dataclasses.asdict(point) | {
         "trainable": clinora.count_parameters(model).trainable,
@@ -127,10 +127,10 @@ def measure(point: Point, args: argparse.Namespace) -> dict:
     return result
 
 
-def peak_bytes() -> int | None:
-    """Give the most memory that this process has held; None where the system does not tell."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+def peak_bytes(device: torch.device) -> int | None:
+    """Give the most memory that a process has held on its device; None if no one tells."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     try:
         with open("/proc/self/status") as status:
             return 1024 * next(int(x.split()[1]) for x in status if x.startswith("VmHWM"))
@@ -155,6 +155,7 @@ def summarise(results: Sequence[dict], notes: Sequence[clinora.Note]) -> list[di
         right = np.array([result["right"] for result in group], float)  # (seeds, N)
         share = right.mean(0)
         (accuracy,) = bootstrap(lambda w, s=share: np.array([w @ s / w.sum()]), notes)
+        accuracy = share_of(accuracy, len(notes))
         peaks = [result["peak_bytes"] for result in group if result["peak_bytes"]]
         rows.append(
             {
@@ -219,7 +220,7 @@ def rank_figure(points: Sequence[dict]) -> Figure:
     axes.set(xlabel="parameters trained", ylabel="any-label accuracy")
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.set_title("What does the rank buy?")
-    axes.legend(loc="lower right", fontsize=8)
+    figure.legend(loc="outside lower center", fontsize=8, ncols=3)
     return figure
 
 
