@@ -18,7 +18,7 @@ import train as train_script
 from clinora import training
 from clinora.checkpoint import BUNDLED, CheckpointError
 from clinora.notes import Note
-from clinora.resume import world
+from clinora.resume import read_state, world
 from clinora.training import METRICS, InterruptedTraining, TrainingConfig, train
 from tests import kill_and_resume
 
@@ -73,12 +73,37 @@ def same(a, b):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_an_interrupted_training_goes_on_to_the_same_bits(tmp_path, monkeypatch, dtype):
-    expected = begin(tmp_path / "a", fresh(dtype))
+    expected = begin(tmp_path / "a", fresh(dtype), accumulate=2)
     with monkeypatch.context() as patch, pytest.raises(InterruptedTraining, match="after step 5"):
         stop_at(5, patch)
-        begin(tmp_path / "b", fresh(dtype))
+        begin(tmp_path / "b", fresh(dtype), accumulate=2)
     # Another seed: all that was random must come from the checkpoint.
-    assert same(begin(tmp_path / "b", fresh(dtype, seed=99), resume=True), expected)
+    went_on = begin(tmp_path / "b", fresh(dtype, seed=99), resume=True, accumulate=2)
+    assert same(went_on, expected)
+    # So must what has not told yet, such as the steps since the scaler's factor changed.
+    (tensors, numbers, _), (others, their_numbers, _) = (
+        read_state(tmp_path / run / "checkpoint" / "step-000009.safetensors") for run in "ab"
+    )
+    assert same(tensors, others)
+    assert numbers | {"seconds": 0} == their_numbers | {"seconds": 0}
+
+
+def test_the_best_so_far_and_the_patience_outlast_an_interruption(tmp_path, monkeypatch):
+    """Best is step 3; the third worse validation, step 12, is the last step."""
+
+    def validate(*_):
+        return {"validation_loss": next(losses), "validation_accuracy": 0.5}
+
+    monkeypatch.setattr(training, "validate", validate)
+    losses, options = iter([0.5, 0.7, 0.6, 0.5]), {"steps": 30, "patience": 3}
+    expected = begin(tmp_path / "a", **options)
+    assert steps(tmp_path / "a") == [10, 12]
+    losses = iter([0.5, 0.7, 0.6, 0.5])
+    with monkeypatch.context() as patch, pytest.raises(InterruptedTraining, match="after step 7"):
+        stop_at(7, patch)
+        begin(tmp_path / "b", **options)
+    assert same(begin(tmp_path / "b", resume=True, **options), expected)
+    assert steps(tmp_path / "b") == [10, 12]
 
 
 def test_the_history_goes_on_as_if_nothing_had_happened(tmp_path, monkeypatch, whole):
@@ -151,6 +176,7 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path, whol
     newest.write_bytes(changed[damage])
     assert same(begin(tmp_path, resume=True), whole)
     assert "step-000009.safetensors is damaged: going back" in capsys.readouterr().out
+    assert steps(tmp_path) == [8, 9]  # the whole one stays beside the new one
 
 
 def test_without_a_whole_checkpoint_it_does_not_begin_again_in_silence(tmp_path):
@@ -183,6 +209,14 @@ def test_notes_in_another_order_are_other_data(tmp_path):
     begin(tmp_path)
     with pytest.raises(CheckpointError, match="order: "):
         train(fresh(), NOTES[::-1], VALIDATION, TrainingConfig(**CONFIG), tmp_path, resume=True)
+
+
+def test_another_number_of_processes_is_refused(tmp_path, monkeypatch):
+    """A step would have other notes."""
+    begin(tmp_path)
+    monkeypatch.setattr(training, "world", lambda: (0, 2))
+    with pytest.raises(CheckpointError, match="processes: 1 then, 2 now"):
+        begin(tmp_path, resume=True)
 
 
 @pytest.fixture
@@ -315,6 +349,8 @@ def test_two_processes_train_what_one_does_on_the_same_global_batches(tmp_path):
     )
     assert histories[0][-1]["validation_accuracy"] == histories[1][-1]["validation_accuracy"]
     assert output.count("Report: ") == 1  # the first process alone speaks and writes
+    tensors, *_ = read_state(max((tmp_path / "two" / "checkpoint").iterdir()))
+    assert not torch.equal(tensors["random.0.cpu"], tensors["random.1.cpu"])  # of dropout
 
 
 @pytest.mark.slow
