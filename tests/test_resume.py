@@ -1,6 +1,7 @@
 """Checkpoints: killed, interrupted, damaged or refused, training loses nothing that it had."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -120,6 +121,18 @@ def test_the_history_goes_on_as_if_nothing_had_happened(tmp_path, monkeypatch, w
     assert seconds == sorted(seconds)
 
 
+def test_a_validation_that_is_not_a_number_is_not_the_best(tmp_path, monkeypatch):
+    losses, seen = iter([math.nan, 0.7, math.nan]), []
+
+    def validate(classifier, *_):
+        trained = clinora.lora_state_dict(classifier.model)
+        seen.append({name: tensor.clone() for name, tensor in trained.items()})
+        return {"validation_loss": next(losses), "validation_accuracy": 0.5}
+
+    monkeypatch.setattr(training, "validate", validate)
+    assert same(begin(tmp_path), seen[1])
+
+
 def test_the_last_two_checkpoints_are_kept(tmp_path):
     begin(tmp_path)
     assert steps(tmp_path) == [8, 9]
@@ -183,7 +196,7 @@ def test_without_a_whole_checkpoint_it_does_not_begin_again_in_silence(tmp_path)
     begin(tmp_path)
     for path in (tmp_path / "checkpoint").iterdir():
         path.write_bytes(b"nothing")
-    with pytest.raises(CheckpointError, match=r"every checkpoint in .* is damaged"):
+    with pytest.raises(CheckpointError, match=r"every checkpoint in .* is damaged: .* --run"):
         begin(tmp_path, resume=True)
 
 
