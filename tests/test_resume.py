@@ -121,6 +121,21 @@ def test_the_history_goes_on_as_if_nothing_had_happened(tmp_path, monkeypatch, w
     assert seconds == sorted(seconds)
 
 
+def test_a_signal_after_the_last_step_is_not_lost(tmp_path, monkeypatch, whole):
+    """What follows training may take long."""
+    real = training.validate
+
+    def validate(*args):
+        if (tmp_path / "checkpoint" / "step-000008.safetensors").exists():
+            signal.raise_signal(signal.SIGTERM)
+        return real(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(InterruptedTraining, match="after step 9"):
+        patch.setattr(training, "validate", validate)
+        begin(tmp_path)
+    assert same(begin(tmp_path, resume=True), whole)
+
+
 def test_a_validation_that_is_not_a_number_is_not_the_best(tmp_path, monkeypatch):
     losses, seen = iter([math.nan, 0.7, math.nan]), []
 
@@ -258,10 +273,18 @@ def test_a_folder_that_cannot_be_written_leaves_the_old_checkpoint_whole(
             parent.chmod(0o755)
     classifier = fresh()
     request.getfixturevalue("without_rights")
-    with pytest.raises(PermissionError, match=str(tmp_path / read_only)):
+    message = rf"{tmp_path / read_only}.* The last checkpoint is .*step-000003.safetensors\."
+    with pytest.raises(PermissionError, match=message):
         begin(tmp_path, classifier)
     after = {p.name: p.read_bytes() for p in (tmp_path / "checkpoint").iterdir()}
     assert after == before
+
+
+def test_an_error_does_not_stand_behind_a_progress_bar(tmp_path, capsys):
+    (tmp_path / METRICS).mkdir()
+    with pytest.raises(OSError, match=r"There is no checkpoint yet\."):
+        begin(tmp_path)
+    assert capsys.readouterr().err == ""
 
 
 FULL = """
@@ -287,6 +310,7 @@ def test_a_full_disk_ends_with_one_line_and_the_old_checkpoint_whole(tmp_path):
     assert done.returncode == 2, done.stderr
     error = done.stderr.splitlines()[-1]
     assert error.startswith("train.py: ") and "File too large" in error
+    assert error.endswith("step-000002.safetensors.")
     assert "Traceback" not in done.stderr
     assert steps(tmp_path / "run") == [2]
     done = subprocess.run(
