@@ -410,4 +410,6 @@ def test_a_dead_worker_ends_all_and_training_can_go_on(tmp_path):
     job.send_signal(signal.SIGTERM)
     _, error = job.communicate(timeout=120)
     assert "damaged" not in error
+    assert error.count("train.py: stopped after step ") == 1
+    assert error.count("\nTo go on: torchrun --nproc-per-node=2 -- train.py --notes") == 1
     assert max(steps(tmp_path / "run")) > last
