@@ -121,6 +121,16 @@ def test_the_history_goes_on_as_if_nothing_had_happened(tmp_path, monkeypatch, w
     assert seconds == sorted(seconds)
 
 
+def test_a_second_ctrl_c_ends_at_once_and_the_handlers_come_back():
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(KeyboardInterrupt), training.signals() as caught:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        assert caught == [signal.SIGTERM] * 2
+        signal.raise_signal(signal.SIGINT)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
 def test_a_signal_after_the_last_step_is_not_lost(tmp_path, monkeypatch, whole):
     """What follows training may take long."""
     real = training.validate
