@@ -186,7 +186,8 @@ def check_run(run: Path, resume: bool) -> None:
     if resume:
         if not (run / METRICS).is_file():
             raise ValueError(f"{run} holds no training to resume: give its folder with --run")
-    elif run.exists() and (not run.is_dir() or any(run.iterdir())):
+    # A kill at the very beginning leaves a hidden beginning of the history, and nothing else.
+    elif run.exists() and (not run.is_dir() or {*run.iterdir()} - {*run.glob(f".{METRICS}.*")}):
         raise ValueError(
             f"{run} exists and is not empty: choose another --run, remove it, or --resume it"
         )

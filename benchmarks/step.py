@@ -4,8 +4,8 @@
     python -m benchmarks.step FOLDER [--layers 4] [--memory]
 
 "alone" computes the products of our step's linear layers and nothing else, in the same run: its
-rate is the machine's at these shapes. A step's share is the time that its products would take at
-that rate over the time that it took.
+rate is the machine's at these shapes. Our step's share is the time that its products would take at
+that rate over the time that it took; theirs executes other products.
 """
 
 import argparse
@@ -33,9 +33,10 @@ def measure(args: argparse.Namespace) -> None:
     tokens = args.batch * args.tokens
     rate = products.flops / statistics.median(seconds["alone"])
     rows = [
-        [name, f"{s:.2f}", f"{tokens / s:.0f}", f"{products.flops / s / rate:.1%}"]
+        [name, f"{s:.2f}", f"{tokens / s:.0f}",
+         f"{products.flops / s / rate:.1%}" if name != "theirs" else ""]
         for name, s in ((name, statistics.median(times)) for name, times in seconds.items())
-    ]
+    ]  # fmt: skip
     common.table(["", "seconds a step", "tokens/s", "share of the matmul rate"], rows)
     print(
         f"matmul rate {rate / 1e9:.0f} GFLOP/s; {products.flops / 1e12:.2f} TFLOP a step executed"

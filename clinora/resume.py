@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import time
 from pathlib import Path
 
@@ -64,7 +65,7 @@ class State:
 
     def judge(self, loss: float) -> None:
         """Remember the trained parameters if their validation loss is the lowest so far."""
-        if self.best is None or loss < self.best:
+        if math.isfinite(loss) and (self.best is None or loss < self.best):
             self.best, self.worse = loss, 0
             self.best_tensors = {n: p.detach().clone() for n, p in self.trained.items()}
         else:
@@ -121,7 +122,7 @@ class State:
                 self._say(f"{path} is damaged: going back to the checkpoint before.")
         if found is None and self.paths():
             raise CheckpointError(
-                f"every checkpoint in {self.folder} is damaged: train again without --resume"
+                f"every checkpoint in {self.folder} is damaged: train again with another --run"
             )
         if len(set(gathered(found and found[2]))) > 1:
             raise CheckpointError(f"the processes do not see the same checkpoints in {self.folder}")

@@ -149,7 +149,7 @@ def train(
         CheckpointError: There is no whole checkpoint, or it is of another data, config or base.
         FloatingPointError: The loss is not finite.
         InterruptedTraining: Ctrl-C or SIGTERM came.
-        OSError: A file cannot be written; the last checkpoint is whole.
+        OSError: A file cannot be written; the last checkpoint, which it names, is whole.
     """
     if not notes:
         raise ValueError("there are no notes to train on")
@@ -177,8 +177,9 @@ def train(
     dealer = batches([len(note) for note in ids], config.tokens_per_batch, config.seed)
     dealer = islice(dealer, state.step * each, None)
 
-    with Log(run / METRICS, state, config.steps, silent=rank != 0) as log, signals() as caught:
-        while state.step < config.steps and state.worse < config.patience:
+    log, stop = Log(run / METRICS, state, config.steps, silent=rank != 0), 0
+    with naming_checkpoint(state), signals() as caught, log:
+        while not stop and state.step < config.steps and state.worse < config.patience:
             model.train()
             step, dealt = state.step + 1, list(islice(dealer, each))
             count, mine = sum(map(len, dealt)), dealt[rank::processes]
@@ -221,10 +222,12 @@ def train(
             if stop or ended or step % config.checkpoint_every == 0:
                 log.sync()
                 state.save()
-            if stop:
-                number = caught[0] if caught else signal.SIGTERM  # another process caught it
-                message = f"stopped after step {step}. {state.last_checkpoint()}"
-                raise InterruptedTraining(message, number)
+        if not stop:  # a signal may have come since the last step's sum
+            (stop,) = summed([len(caught)], device)
+    if stop:
+        number = caught[0] if caught else signal.SIGTERM  # another process caught it
+        message = f"stopped after step {state.step}. {state.last_checkpoint()}"
+        raise InterruptedTraining(message, number)
     state.keep_best()
     model.eval()
     model.head_trained = True
@@ -267,10 +270,7 @@ class Log:
     """
 
     def __init__(self, path: Path, state: State, steps: int, silent: bool) -> None:
-        self.path, self.state, self.silent = path, state, silent
-        self.bar = tqdm(
-            total=steps, initial=state.step, desc="training", unit="step", disable=silent
-        )
+        self.path, self.state, self.steps, self.silent = path, state, steps, silent
         self.shown, self.last = {}, state.elapsed()
 
     def __enter__(self) -> "Log":
@@ -280,6 +280,10 @@ class Log:
                 kept = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
             write_atomically(self.path, "".join(kept[: self.state.step]).encode())
             self.file = self.path.open("a", encoding="utf-8")
+        self.bar = tqdm(  # now that nothing can fail: an error has a line of its own
+            total=self.steps, initial=self.state.step, desc="training", unit="step",
+            disable=self.silent,
+        )  # fmt: skip
         return self
 
     def __call__(self, point: dict) -> None:
@@ -309,6 +313,15 @@ class Log:
         self.bar.close()
         if not self.silent:
             self.file.close()
+
+
+@contextmanager
+def naming_checkpoint(state: State) -> Iterator[None]:
+    """Say which checkpoint is the last when a file cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise type(error)(f"{error}. {state.last_checkpoint()}") from error
 
 
 @contextmanager

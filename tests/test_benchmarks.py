@@ -1,6 +1,9 @@
 """The benchmarks: what they count is right, and each of them runs at a small size."""
 
 import importlib
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from clinora.lora import apply_lora
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+ROOT = Path(__file__).parents[1]
 SCRIPTS = ("job", "lengths", "inference", "start", "scaling", "step", "tinyllama_shape")
 
 
@@ -73,6 +77,30 @@ def test_a_process_reports_what_it_held():
     before = common.peak_bytes()
     torch.ones(50_000_000)
     assert 190e6 < common.peak_bytes() - before < 260e6
+
+
+@pytest.mark.slow
+def test_the_share_of_the_matmul_rate_is_of_our_products_alone(capsys):
+    step = importlib.import_module("benchmarks.step")
+    options = ["--batch", "2", "--tokens", "8", "--repetitions", "1", "--threads", "1"]
+    assert step.main(["bundled", *options]) == 0
+    rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert rows["ours"].endswith("%") and not rows["theirs"].endswith("%")
+
+
+FIRST_MARK = """
+import sys, time
+from benchmarks import start
+imported = []
+time.perf_counter = lambda: imported.append(set(sys.modules)) or 0.0
+start.main(["bundled", "--tokens", "8", "--side", "theirs"])
+assert {"peft", "transformers.models.auto.modeling_auto"} <= imported[0]
+"""
+
+
+@pytest.mark.slow
+def test_loading_does_not_time_what_the_import_has_timed():
+    subprocess.run([sys.executable, "-c", FIRST_MARK], check=True, cwd=ROOT)
 
 
 @pytest.mark.slow

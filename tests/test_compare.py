@@ -1,5 +1,6 @@
 """The comparison of heads, ranks and full fine-tuning."""
 
+import argparse
 import json
 import resource
 from pathlib import Path
@@ -67,6 +68,16 @@ def test_what_is_done_is_not_repeated_and_other_options_are_refused(options, tmp
         run(options, "--steps", "4")
     assert caught.value.code == 2
     assert "steps: 3 then, 4 now" in capsys.readouterr().err
+
+
+def test_an_error_is_said_in_words(tmp_path, monkeypatch):
+    def measure(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(compare, "measure", measure)
+    point = compare.Point(tune="lora", rank=2, seed=5)
+    with pytest.raises(SystemExit, match=r"compare.py: r=2-seed5: .*No space left on device"):
+        compare.train_point(point, argparse.Namespace(out=tmp_path))
 
 
 def test_seeds_are_pooled():

@@ -1,6 +1,7 @@
 """Checkpoints: killed, interrupted, damaged or refused, training loses nothing that it had."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -18,7 +19,7 @@ import train as train_script
 from clinora import training
 from clinora.checkpoint import BUNDLED, CheckpointError
 from clinora.notes import Note
-from clinora.resume import world
+from clinora.resume import read_state, world
 from clinora.training import METRICS, InterruptedTraining, TrainingConfig, train
 from tests import kill_and_resume
 
@@ -73,12 +74,37 @@ def same(a, b):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_an_interrupted_training_goes_on_to_the_same_bits(tmp_path, monkeypatch, dtype):
-    expected = begin(tmp_path / "a", fresh(dtype))
+    expected = begin(tmp_path / "a", fresh(dtype), accumulate=2)
     with monkeypatch.context() as patch, pytest.raises(InterruptedTraining, match="after step 5"):
         stop_at(5, patch)
-        begin(tmp_path / "b", fresh(dtype))
+        begin(tmp_path / "b", fresh(dtype), accumulate=2)
     # Another seed: all that was random must come from the checkpoint.
-    assert same(begin(tmp_path / "b", fresh(dtype, seed=99), resume=True), expected)
+    went_on = begin(tmp_path / "b", fresh(dtype, seed=99), resume=True, accumulate=2)
+    assert same(went_on, expected)
+    # So must what has not told yet, such as the steps since the scaler's factor changed.
+    (tensors, numbers, _), (others, their_numbers, _) = (
+        read_state(tmp_path / run / "checkpoint" / "step-000009.safetensors") for run in "ab"
+    )
+    assert same(tensors, others)
+    assert numbers | {"seconds": 0} == their_numbers | {"seconds": 0}
+
+
+def test_the_best_so_far_and_the_patience_outlast_an_interruption(tmp_path, monkeypatch):
+    """Best is step 3; the third worse validation, step 12, is the last step."""
+
+    def validate(*_):
+        return {"validation_loss": next(losses), "validation_accuracy": 0.5}
+
+    monkeypatch.setattr(training, "validate", validate)
+    losses, options = iter([0.5, 0.7, 0.6, 0.5]), {"steps": 30, "patience": 3}
+    expected = begin(tmp_path / "a", **options)
+    assert steps(tmp_path / "a") == [10, 12]
+    losses = iter([0.5, 0.7, 0.6, 0.5])
+    with monkeypatch.context() as patch, pytest.raises(InterruptedTraining, match="after step 7"):
+        stop_at(7, patch)
+        begin(tmp_path / "b", **options)
+    assert same(begin(tmp_path / "b", resume=True, **options), expected)
+    assert steps(tmp_path / "b") == [10, 12]
 
 
 def test_the_history_goes_on_as_if_nothing_had_happened(tmp_path, monkeypatch, whole):
@@ -93,6 +119,43 @@ def test_the_history_goes_on_as_if_nothing_had_happened(tmp_path, monkeypatch, w
     assert [line["step"] for line in lines] == list(range(1, 10))
     seconds = [line["seconds"] for line in lines]
     assert seconds == sorted(seconds)
+
+
+def test_a_second_ctrl_c_ends_at_once_and_the_handlers_come_back():
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(KeyboardInterrupt), training.signals() as caught:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        assert caught == [signal.SIGTERM] * 2
+        signal.raise_signal(signal.SIGINT)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_signal_after_the_last_step_is_not_lost(tmp_path, monkeypatch, whole):
+    """What follows training may take long."""
+    real = training.validate
+
+    def validate(*args):
+        if (tmp_path / "checkpoint" / "step-000008.safetensors").exists():
+            signal.raise_signal(signal.SIGTERM)
+        return real(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(InterruptedTraining, match="after step 9"):
+        patch.setattr(training, "validate", validate)
+        begin(tmp_path)
+    assert same(begin(tmp_path, resume=True), whole)
+
+
+def test_a_validation_that_is_not_a_number_is_not_the_best(tmp_path, monkeypatch):
+    losses, seen = iter([math.nan, 0.7, math.nan]), []
+
+    def validate(classifier, *_):
+        trained = clinora.lora_state_dict(classifier.model)
+        seen.append({name: tensor.clone() for name, tensor in trained.items()})
+        return {"validation_loss": next(losses), "validation_accuracy": 0.5}
+
+    monkeypatch.setattr(training, "validate", validate)
+    assert same(begin(tmp_path), seen[1])
 
 
 def test_the_last_two_checkpoints_are_kept(tmp_path):
@@ -151,13 +214,14 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path, whol
     newest.write_bytes(changed[damage])
     assert same(begin(tmp_path, resume=True), whole)
     assert "step-000009.safetensors is damaged: going back" in capsys.readouterr().out
+    assert steps(tmp_path) == [8, 9]  # the whole one stays beside the new one
 
 
 def test_without_a_whole_checkpoint_it_does_not_begin_again_in_silence(tmp_path):
     begin(tmp_path)
     for path in (tmp_path / "checkpoint").iterdir():
         path.write_bytes(b"nothing")
-    with pytest.raises(CheckpointError, match=r"every checkpoint in .* is damaged"):
+    with pytest.raises(CheckpointError, match=r"every checkpoint in .* is damaged: .* --run"):
         begin(tmp_path, resume=True)
 
 
@@ -183,6 +247,14 @@ def test_notes_in_another_order_are_other_data(tmp_path):
     begin(tmp_path)
     with pytest.raises(CheckpointError, match="order: "):
         train(fresh(), NOTES[::-1], VALIDATION, TrainingConfig(**CONFIG), tmp_path, resume=True)
+
+
+def test_another_number_of_processes_is_refused(tmp_path, monkeypatch):
+    """A step would have other notes."""
+    begin(tmp_path)
+    monkeypatch.setattr(training, "world", lambda: (0, 2))
+    with pytest.raises(CheckpointError, match="processes: 1 then, 2 now"):
+        begin(tmp_path, resume=True)
 
 
 @pytest.fixture
@@ -211,10 +283,18 @@ def test_a_folder_that_cannot_be_written_leaves_the_old_checkpoint_whole(
             parent.chmod(0o755)
     classifier = fresh()
     request.getfixturevalue("without_rights")
-    with pytest.raises(PermissionError, match=str(tmp_path / read_only)):
+    message = rf"{tmp_path / read_only}.* The last checkpoint is .*step-000003.safetensors\."
+    with pytest.raises(PermissionError, match=message):
         begin(tmp_path, classifier)
     after = {p.name: p.read_bytes() for p in (tmp_path / "checkpoint").iterdir()}
     assert after == before
+
+
+def test_an_error_does_not_stand_behind_a_progress_bar(tmp_path, capsys):
+    (tmp_path / METRICS).mkdir()
+    with pytest.raises(OSError, match=r"There is no checkpoint yet\."):
+        begin(tmp_path)
+    assert capsys.readouterr().err == ""
 
 
 FULL = """
@@ -240,6 +320,7 @@ def test_a_full_disk_ends_with_one_line_and_the_old_checkpoint_whole(tmp_path):
     assert done.returncode == 2, done.stderr
     error = done.stderr.splitlines()[-1]
     assert error.startswith("train.py: ") and "File too large" in error
+    assert error.endswith("step-000002.safetensors.")
     assert "Traceback" not in done.stderr
     assert steps(tmp_path / "run") == [2]
     done = subprocess.run(
@@ -315,6 +396,8 @@ def test_two_processes_train_what_one_does_on_the_same_global_batches(tmp_path):
     )
     assert histories[0][-1]["validation_accuracy"] == histories[1][-1]["validation_accuracy"]
     assert output.count("Report: ") == 1  # the first process alone speaks and writes
+    tensors, *_ = read_state(max((tmp_path / "two" / "checkpoint").iterdir()))
+    assert not torch.equal(tensors["random.0.cpu"], tensors["random.1.cpu"])  # of dropout
 
 
 @pytest.mark.slow
@@ -337,4 +420,6 @@ def test_a_dead_worker_ends_all_and_training_can_go_on(tmp_path):
     job.send_signal(signal.SIGTERM)
     _, error = job.communicate(timeout=120)
     assert "damaged" not in error
+    assert error.count("train.py: stopped after step ") == 1
+    assert error.count("\nTo go on: torchrun --nproc-per-node=2 -- train.py --notes") == 1
     assert max(steps(tmp_path / "run")) > last

@@ -162,6 +162,11 @@ def test_a_run_is_never_written_over(notes, tmp_path, capsys):
     assert (tmp_path / "run" / "precious").read_text() == "data"
 
 
+def test_a_run_killed_at_its_very_beginning_can_begin_again(tmp_path):
+    (tmp_path / f".{train_script.METRICS}.abc").touch()
+    train_script.check_run(tmp_path, resume=False)
+
+
 BAD_FILES = {
     "missing column": (b"note,medical_specialty\na,A\n", "no column 'transcription'"),
     "empty": (b"", "is empty"),

@@ -68,7 +68,9 @@ def train_point(point: Point, args: argparse.Namespace) -> None:
     """Train and measure one point and write its result; called in a fresh process."""
     try:
         write_atomically(args.out / f"{point.name}.json", json.dumps(measure(point, args)).encode())
-    except (OSError, ValueError, FloatingPointError, InterruptedTraining) as error:
+    except (OSError, ValueError, FloatingPointError) as error:
+        sys.exit(f"compare.py: {point.name}: {error}")
+    except InterruptedTraining as error:
         sys.exit(f"compare.py: {point.name}: {error.args[0]}")
 
 
