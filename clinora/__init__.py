@@ -4,12 +4,7 @@ from importlib.metadata import version
 
 from clinora.checkpoint import load_adapter, load_model, save_adapter
 from clinora.classifier import Classifier, Prediction
-from clinora.llama import (
-    Llama,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlamaForSequenceClassification,
-)
+from clinora.llama import Llama, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 from clinora.lora import (
     LoRAConfig,
     LoRALinear,
@@ -29,29 +24,9 @@ from clinora.tokenizer import Tokenizer
 __version__ = version("clinora")
 
 __all__ = [
-    "PUBLISHED_CLASSES",
-    "Classifier",
-    "Llama",
-    "LlamaConfig",
-    "LlamaForCausalLM",
-    "LlamaForSequenceClassification",
-    "LoRAConfig",
-    "LoRALinear",
-    "Note",
-    "Notes",
-    "ParameterCount",
-    "Prediction",
-    "Tokenizer",
-    "apply_lora",
-    "count_parameters",
-    "load_adapter",
-    "load_model",
-    "lora_disabled",
-    "lora_parameter_count",
-    "lora_state_dict",
-    "lora_strength",
-    "merge_lora",
-    "merged_weight",
-    "read_notes",
-    "save_adapter",
-]
+    "PUBLISHED_CLASSES", "Classifier", "Llama", "LlamaConfig", "LlamaForCausalLM",
+    "LlamaForSequenceClassification", "LoRAConfig", "LoRALinear", "Note", "Notes",
+    "ParameterCount", "Prediction", "Tokenizer", "apply_lora", "count_parameters", "load_adapter",
+    "load_model", "lora_disabled", "lora_parameter_count", "lora_state_dict", "lora_strength",
+    "merge_lora", "merged_weight", "read_notes", "save_adapter",
+]  # fmt: skip

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import torch
@@ -19,6 +20,7 @@ from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from clinora.llama import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 from clinora.lora import (
@@ -157,7 +159,7 @@ def load_model(
         )
     found = find_base(source, revision)
     config = LlamaConfig.from_json(find_config(found.folder))
-    with torch.device("meta"):
+    with torch.device("meta"), _DrawsNothing():
         if num_labels is None:
             model = LlamaForCausalLM(config)
         else:
@@ -191,6 +193,13 @@ def load_model(
     model.load_state_dict(tensors, assign=True)
     model.source = found
     return model
+
+
+class _DrawsNothing(TorchFunctionMode):
+    """Skips normal_: on the meta device it fills nothing and imports PyTorch's compiler, 1.5 s."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return kwargs["tensor"] if func is nn.init.normal_ else func(*args, **(kwargs or {}))
 
 
 def save_adapter(model: nn.Module, folder: str | Path) -> None:

@@ -33,12 +33,8 @@ from clinora.tokenizer import Tokenizer
 
 RUN_FILE = "clinora.json"
 SCHEMA = 1
-# What of a base is hashed, by its key in the run's file.
-BASE_HASHES = {
-    "sha256": "weights",
-    "tokenizer_sha256": "tokenizer.model",
-    "config_sha256": "config.json",
-}
+# What of a base a run is bound to, by the key of its hash in the run's file.
+BOUND = {"sha256": "weights", "tokenizer_sha256": "tokenizer.model", "config_sha256": "config.json"}
 INFERENCE_TOKENS = 8192  # of a padded batch
 INFERENCE_NOTES = 1024  # tokenised at a time: the memory for ids does not grow with the notes
 
@@ -208,12 +204,11 @@ def base_hashes(source: Source) -> dict[str, str]:
         FileNotFoundError: It holds no tokenizer.
         ValueError: It is not a Llama's.
     """
-    weights = weights_sha256(source.folder)
     tokenizer = (source.folder / "tokenizer.model").read_bytes()
-    config = dataclasses.asdict(LlamaConfig.from_json(source.folder / "config.json"))
-    values = json.dumps(config, sort_keys=True).encode()
+    config = LlamaConfig.from_json(source.folder / "config.json")
+    values = json.dumps(dataclasses.asdict(config), sort_keys=True).encode()
     return {
-        "sha256": weights,
+        "sha256": weights_sha256(source.folder),
         "tokenizer_sha256": hashlib.sha256(tokenizer).hexdigest(),
         "config_sha256": hashlib.sha256(values).hexdigest(),
     }
@@ -306,11 +301,11 @@ class Classifier:
             raise CheckpointError(f"{folder / RUN_FILE}: calibration: {error}") from None
         try:
             source = find_base(base or recorded["source"], None if base else recorded["revision"])
-            expected = {name: str(recorded[name]) for name in BASE_HASHES}
+            expected = {name: str(recorded[name]) for name in BOUND}
         except (KeyError, TypeError) as error:
             raise CheckpointError(f"{folder / RUN_FILE} is not whole: {error}") from None
         if (came := base_hashes(source)) != expected:
-            what = next(BASE_HASHES[name] for name in came if came[name] != expected[name])
+            what = next(BOUND[name] for name in came if came[name] != expected[name])
             raise CheckpointError(
                 f"the {what} in {source.folder} is not what {folder} was trained on "
                 f"({recorded['source']}, sha256 {expected['sha256'][:12]}…): give the right base "

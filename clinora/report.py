@@ -220,16 +220,11 @@ def _confidence_lines(results: Results) -> list[str]:
 
 
 def _seen(results: Results) -> str:
-    said = ""
-    if results.trained_on:
-        said += (
-            f"\nNOT A TEST: the run was trained or calibrated on {results.trained_on:,} of these "
-            "notes"
-        )
-    if results.in_training:
-        said += (
-            f"\n{results.in_training:,} of these notes' texts also stand among the training notes"
-        )
+    seen, same, said = results.trained_on, results.in_training, ""
+    if seen:
+        said += f"\nNOT A TEST: the run was trained or calibrated on {seen:,} of these notes"
+    if same:
+        said += f"\n{same:,} of these notes' texts also stand among the training notes"
     return said
 
 

@@ -4,6 +4,8 @@ import fnmatch
 import json
 import os
 import shutil
+import subprocess
+import sys
 import types
 import warnings
 
@@ -774,3 +776,11 @@ def test_a_written_file_has_the_mode_of_any_new_file(tmp_path, umask):
     finally:
         os.umask(before)
     assert (tmp_path / "file.json").stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+def test_loading_imports_nothing_that_it_does_not_need():
+    """Drawing numbers on the meta device imported PyTorch's compiler: a second and a half."""
+    code = "import sys, clinora; clinora.load_model('bundled', num_labels=5); "
+    code += "print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
