@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -51,11 +52,12 @@ class State:
         self,
         folder: Path,
         trained: dict[str, nn.Parameter],
-        optimizer: torch.optim.Optimizer,
+        optimizers: Sequence[torch.optim.Optimizer],
         scaler: torch.amp.GradScaler,
         identity: dict,
     ) -> None:
-        self.folder, self.trained, self.optimizer, self.scaler = folder, trained, optimizer, scaler
+        self.folder, self.trained, self.scaler = folder, trained, scaler
+        self.optimizer = {p: o for o in optimizers for g in o.param_groups for p in g["params"]}
         self.device = next(iter(trained.values())).device
         self.identity = json.loads(json.dumps(identity))  # tuples become lists, as in the file
         self.step, self.best, self.worse, self.seconds = 0, None, 0, 0.0
@@ -86,7 +88,7 @@ class State:
         tensors = {f"trained.{n}": p.detach() for n, p in self.trained.items()}
         tensors |= {f"best.{n}": t for n, t in self.best_tensors.items()}
         for name, parameter in self.trained.items():
-            for key, value in self.optimizer.state[parameter].items():
+            for key, value in self.optimizer[parameter].state[parameter].items():
                 tensors[f"optimizer.{name}.{key}"] = value
         for rank, states in enumerate(gathered(self.random_states())):
             tensors |= {f"random.{rank}.{kind}": t for kind, t in states.items()}
@@ -140,7 +142,7 @@ class State:
             for name, parameter in self.trained.items():
                 parameter.copy_(tensors[f"trained.{name}"])
                 prefix = f"optimizer.{name}."
-                self.optimizer.state[parameter] = {
+                self.optimizer[parameter].state[parameter] = {
                     # AdamW keeps its step count on the CPU
                     key.removeprefix(prefix): t.to(parameter.device if t.ndim else "cpu")
                     for key, t in tensors.items()

@@ -167,7 +167,7 @@ def train(
     identity = {"training": dataclasses.asdict(config), "processes": processes, "order": order} | (
         identity or {}
     )
-    state = State(run / "checkpoint", trained, optimizer, scaler, identity)
+    state = State(run / "checkpoint", trained, [optimizer], scaler, identity)
     if resume:
         state.load()
     parallel = model
