@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import clinora
+from clinora.classifier import keep_freed_memory
 from clinora.evaluation import assess
 from clinora.report import read_steps, results_table, write_report
 from clinora.training import METRICS
@@ -31,6 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--precision", default="auto", help="auto, bf16, fp16 or fp32")
     args = parser.parse_args(argv)
+    keep_freed_memory()
     sys.stdout.reconfigure(errors="replace")  # a console may lack a letter of a class's name
     try:
         run_job(args)

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 import clinora
-from clinora.classifier import base_hashes, choose_device, choose_dtype
+from clinora.classifier import base_hashes, choose_device, choose_dtype, keep_freed_memory
 from clinora.evaluation import PROMISE, assess, calibrate, check_promise
 from clinora.notes import NAMED_NOTES, SPLITS
 from clinora.report import model_table, read_steps, results_table, write_report
@@ -65,6 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     """Train and report; returns the exit status."""
     parser = build_parser()
     args = parser.parse_args(argv)
+    keep_freed_memory()
     sys.stdout.reconfigure(errors="replace")  # a redirect on Windows is not UTF-8
     command = ["python", "train.py", *(sys.argv[1:] if argv is None else argv)]
     if "RANK" in os.environ:  # torchrun sets it

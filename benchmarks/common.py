@@ -276,6 +276,12 @@ def peak_bytes() -> int:
         return 1024 * int(next(line.split()[1] for line in status if line.startswith("VmHWM")))
 
 
+def words_of(args: argparse.Namespace, *without: str) -> list[str]:
+    """Write options as the words of a command, but for some and those that were not given."""
+    given = {k: v for k, v in vars(args).items() if k not in without and v is not None}
+    return [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+
+
 def in_own_process(module: str, *words: str) -> dict:
     """Run ``python -m module words`` and read the JSON on its last line."""
     command = [sys.executable, "-m", module, *words]

@@ -8,13 +8,16 @@ the same tokens; it is timed with --batch notes a batch (its default is 1).
 """
 
 import argparse
+import json
 import statistics
 import sys
+import time
 
 import torch
 
 import clinora
 from benchmarks import common
+from clinora.classifier import keep_freed_memory
 
 
 def their_pipeline(run: str, classifier: clinora.Classifier, batch: int) -> object:
@@ -43,26 +46,36 @@ def their_pipeline(run: str, classifier: clinora.Classifier, batch: int) -> obje
     return lambda texts: pipe(texts, **limits)
 
 
-def measure_notes(args: argparse.Namespace) -> None:
-    """Time both sides on the test notes."""
+def measure_side(args: argparse.Namespace) -> dict:
+    """Time one side on the test notes, after a pass that is not timed; gives its answers, too."""
     texts = [note.text for note in clinora.read_notes(args.notes).on("test")][: args.sample]
     classifier = clinora.Classifier.load(args.run, device="cpu", precision="bf16")
-    clinora.merge_lora(classifier.model)
-    pipe = their_pipeline(args.run, classifier, args.batch)
-    answers = {}
-    sides = {
-        "ours": lambda: answers.update(ours=[p.index for p in classifier(texts)]),
-        "theirs": lambda: answers.update(
-            theirs=[int(row["label"].removeprefix("LABEL_")) for row in pipe(texts)]
-        ),
-    }
-    seconds = common.alternate(sides, args.repetitions)
-    rows = [
-        [name, f"{len(texts) / statistics.median(times):.1f}"] for name, times in seconds.items()
-    ]
+    if args.side == "ours":
+        keep_freed_memory()  # as eval.py does
+        clinora.merge_lora(classifier.model)
+        answer = lambda: [p.index for p in classifier(texts)]
+    else:
+        pipe = their_pipeline(args.run, classifier, args.batch)
+        answer = lambda: [int(row["label"].removeprefix("LABEL_")) for row in pipe(texts)]
+    answer()
+    began = time.perf_counter()
+    answers = answer()
+    return {"seconds": time.perf_counter() - began, "answers": answers}
+
+
+def measure_notes(args: argparse.Namespace) -> None:
+    """Time both sides in turn, each in a process of its own."""
+    words = common.words_of(args, "repetitions", "side", "one_note", "tokens", "layers")
+    results = {"ours": [], "theirs": []}
+    for _ in range(args.repetitions):
+        for side, found in results.items():
+            found.append(common.in_own_process("benchmarks.inference", *words, "--side", side))
+    seconds = {side: [r["seconds"] for r in found] for side, found in results.items()}
+    ours, theirs = (found[-1]["answers"] for found in results.values())
+    rows = [[side, f"{len(ours) / statistics.median(s):.1f}"] for side, s in seconds.items()]
     common.table(["", "notes/s"], rows)
-    same = sum(a == b for a, b in zip(answers["ours"], answers["theirs"], strict=True))
-    print(f"the same answer to {same} of {len(texts)} notes")
+    same = sum(a == b for a, b in zip(ours, theirs, strict=True))
+    print(f"the same answer to {same} of {len(ours)} notes")
     print(f"times faster than theirs: {common.spread(common.ratios(seconds))}")
 
 
@@ -102,8 +115,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--one-note", metavar="FOLDER", help="one note on this base instead")
     parser.add_argument("--tokens", type=int, default=500, help="of the one note")
     parser.add_argument("--layers", type=int, help="cut that base after so many (default: all)")
+    parser.add_argument("--side", choices=("ours", "theirs"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     common.begin(args)
+    if args.side:
+        print(json.dumps(measure_side(args)))
+        return 0
     (measure_one if args.one_note else measure_notes)(args)
     return 0
 

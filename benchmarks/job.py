@@ -10,6 +10,7 @@ both sides from new adapters.
 """
 
 import argparse
+import json
 import math
 import statistics
 import sys
@@ -21,7 +22,7 @@ import torch
 
 import clinora
 from benchmarks import common
-from clinora.classifier import group_by_length
+from clinora.classifier import group_by_length, keep_freed_memory
 from clinora.notes import Note
 
 
@@ -88,33 +89,46 @@ def any_label_accuracy(named: Sequence[int], notes: Sequence[Note]) -> float:
     return statistics.mean(n in note.labels for n, note in zip(named, notes, strict=True))
 
 
-def measure(args: argparse.Namespace) -> None:
-    """Train both sides in turn and compare."""
+def measure_side(args: argparse.Namespace) -> dict:
+    """Train one side from a new adapter; gives its seconds a note, accuracy and counts."""
     notes = clinora.read_notes(args.notes)
     training, test = notes.on("training")[: args.sample], notes.on("test")
     tokenizer = clinora.Tokenizer(common.find_base(args.base).folder / "tokenizer.model")
     encode = lambda some: [tokenizer.encode(note.text, args.token_limit) for note in some]
-    ids, test_ids = encode(training), encode(test)
-    tokens = args.batch * args.token_limit
+    ids, tokens, labels = encode(training), args.batch * args.token_limit, len(notes.classes)
     steps = args.epochs * len(group_by_length([len(note) for note in ids], tokens))
-    labels, seconds, accuracy = len(notes.classes), {}, {"ours": [], "theirs": []}
-    for _ in range(args.repetitions):
+    if args.side == "ours":
+        keep_freed_memory()  # as train.py does
         model = common.our_model(args.base, labels)
         ours = clinora.Classifier(model, tokenizer, notes.classes, args.token_limit)
         seen, took = common.train_ours(ours, training, steps, tokens, args.learning_rate)
-        seconds.setdefault("ours", []).append(took / seen)
-        named = [p.index for p in ours([note.text for note in test])]
-        accuracy["ours"].append(any_label_accuracy(named, test))
-
+        accuracy = any_label_accuracy([p.index for p in ours([n.text for n in test])], test)
+    else:
         seen, took, model = train_theirs(args, args.base, labels, ids, training)
-        seconds.setdefault("theirs", []).append(took / seen)
-        accuracy["theirs"].append(their_accuracy(model, test_ids, test))
+        accuracy = their_accuracy(model, encode(test), test)
+    counts = {"notes": len(training), "steps": steps, "test": len(test)}
+    return {"seconds": took / seen, "accuracy": accuracy, **counts}
+
+
+def measure(args: argparse.Namespace) -> None:
+    """Train both sides in turn, each in a process of its own, and compare."""
+    words = common.words_of(args, "repetitions", "side")
+    results = {"ours": [], "theirs": []}
+    for _ in range(args.repetitions):
+        for side, found in results.items():
+            found.append(common.in_own_process("benchmarks.job", *words, "--side", side))
+    seconds = {side: [r["seconds"] for r in found] for side, found in results.items()}
     rows = [
-        [name, f"{1 / statistics.median(seconds[name]):.1f}", common.spread(accuracy[name])]
-        for name in ("ours", "theirs")
+        [
+            side,
+            f"{1 / statistics.median(seconds[side]):.1f}",
+            common.spread([r["accuracy"] for r in found]),
+        ]
+        for side, found in results.items()
     ]
     common.table(["", "notes/s", "any-label accuracy"], rows)
-    print(f"{len(training)} notes, {steps} steps of ours, {len(test)} test notes")
+    first = results["ours"][0]
+    print(f"{first['notes']} notes, {first['steps']} steps of ours, {first['test']} test notes")
     print(f"times faster than theirs: {common.spread(common.ratios(seconds))}")
 
 
@@ -128,9 +142,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=16, help="their notes in a batch")
     parser.add_argument("--token-limit", type=int, default=512, help="tokens read of a note")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="peak")
+    parser.add_argument("--side", choices=("ours", "theirs"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     common.begin(args)
-    measure(args)
+    if args.side:
+        print(json.dumps(measure_side(args)))
+    else:
+        measure(args)
     return 0
 
 

@@ -235,8 +235,7 @@ def train(
 
 def encode(classifier: Classifier, notes: Sequence[Note]) -> list[Tensor]:
     """Tokenise notes, cut at the token limit: int32, a quarter of a list's memory or less."""
-    limit = classifier.token_limit
-    encoded = (classifier.tokenizer.encode(note.text, limit) for note in notes)
+    encoded = (classifier.tokenizer.encode(note.text, classifier.token_limit) for note in notes)
     return [torch.tensor(ids, dtype=torch.int32) for ids in encoded]
 
 
@@ -251,8 +250,7 @@ def validate(classifier: Classifier, notes: Sequence[Note], ids: Sequence[Tensor
         loss = -(log_p * wanted).sum().item()
         named = log_p.argmax(-1).tolist()
         right = sum(n in note.labels for n, note in zip(named, notes, strict=True))
-    device = classifier.model.score.weight.device
-    loss, right, count = summed([loss, right, len(notes)], device)
+    loss, right, count = summed([loss, right, len(notes)], classifier.model.score.weight.device)
     return {"validation_loss": loss / count, "validation_accuracy": right / count}
 
 

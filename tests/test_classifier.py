@@ -2,9 +2,12 @@
 
 import dataclasses
 import json
+import platform
 import random
 import re
 import shutil
+import subprocess
+import sys
 
 import hypothesis
 import numpy as np
@@ -176,6 +179,34 @@ def test_predicting_leaves_a_model_in_training_mode_there(classifier):
 
 def test_a_saved_run_comes_back_to_the_bit(classifier, run):
     assert clinora.Classifier.load(run, device="cpu", precision="fp32")(NOTES) == classifier(NOTES)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_memory_of_freed_tensors_is_kept():
+    """By glibc's own account: a tensor of 24 MB is not mapped, and its memory stays when freed."""
+    code = """
+import ctypes, sys, torch
+from clinora.classifier import keep_freed_memory
+
+class Account(ctypes.Structure):
+    names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
+
+ask = ctypes.CDLL("libc.so.6").mallinfo2
+ask.restype = Account
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+before = ask()
+tensor = torch.ones(6_000_000)
+mapped = ask().hblkhd - before.hblkhd
+del tensor
+print(mapped, ask().arena - before.arena)
+"""
+    grown = {}
+    for way in ("keep", "default"):
+        done = subprocess.run([sys.executable, "-c", code, way], capture_output=True, check=True)
+        grown[way] = [int(number) > 20e6 for number in done.stdout.split()]
+    assert grown == {"keep": [False, True], "default": [True, False]}
 
 
 def test_a_run_records_no_text(run):

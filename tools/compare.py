@@ -25,7 +25,7 @@ from matplotlib.ticker import PercentFormatter
 
 import clinora
 from clinora.checkpoint import find_base, write_atomically
-from clinora.classifier import base_hashes, choose_device, choose_dtype
+from clinora.classifier import base_hashes, choose_device, choose_dtype, keep_freed_memory
 from clinora.evaluation import bootstrap, classify, share_of
 from clinora.figures import BLACK
 from clinora.notes import SPLITS
@@ -76,6 +76,7 @@ def train_point(point: Point, args: argparse.Namespace) -> None:
 
 def measure(point: Point, args: argparse.Namespace) -> dict:
     """Train one point, and classify the test notes."""
+    keep_freed_memory()
     notes = read(args)
     torch.manual_seed(point.seed)
     device = choose_device(args.device)

@@ -7,9 +7,7 @@ line. Of the notes only the training side of the split is read; the hashes of al
 written beside the weights. With ``--resume`` it goes on from its last checkpoint, to the same bits.
 
 Matrices learn by Muon, embedding and norms by AdamW, on float32 masters; forward and backward pass
-compute in bfloat16, but for the embedding, whose gradient sums many rows. On a CPU,
-``MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000`` in the environment keeps glibc from
-handing large tensors back to the kernel at every step.
+compute in bfloat16, but for the embedding, whose gradient sums many rows.
 
 Shapes: B windows, T tokens, D width, V vocabulary.
 """
@@ -37,7 +35,7 @@ from tqdm import tqdm
 
 import clinora
 from clinora.checkpoint import write_atomically
-from clinora.classifier import choose_device
+from clinora.classifier import choose_device, keep_freed_memory
 from clinora.figures import BLACK, LIGHT
 from clinora.llama import LlamaConfig, LlamaForCausalLM
 from clinora.notes import text_sha256
@@ -499,6 +497,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run_job(args: argparse.Namespace) -> None:
     """Read, train the tokenizer and the model, write both."""
+    keep_freed_memory()
     torch.manual_seed(args.seed)
     device = choose_device(args.device)
     sources = read_sources(args.corpus, args.notes, args.seed)
