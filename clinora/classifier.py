@@ -216,14 +216,12 @@ def base_hashes(source: Source) -> dict[str, str]:
         FileNotFoundError: It holds no tokenizer.
         ValueError: It is not a Llama's.
     """
+    weights = weights_sha256(source.folder)
     tokenizer = (source.folder / "tokenizer.model").read_bytes()
     config = LlamaConfig.from_json(source.folder / "config.json")
     values = json.dumps(dataclasses.asdict(config), sort_keys=True).encode()
-    return {
-        "sha256": weights_sha256(source.folder),
-        "tokenizer_sha256": hashlib.sha256(tokenizer).hexdigest(),
-        "config_sha256": hashlib.sha256(values).hexdigest(),
-    }
+    hashes = (hashlib.sha256(data).hexdigest() for data in (tokenizer, values))
+    return dict(zip(BOUND, (weights, *hashes), strict=True))
 
 
 class Classifier:
