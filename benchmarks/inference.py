@@ -5,6 +5,8 @@
 
 Theirs is Transformers' text-classification pipeline on the same adapter, merged on both sides, with
 the same tokens; it is timed with --batch notes a batch (its default is 1).
+
+Ours keeps freed memory, as eval.py does; theirs has the C library's default.
 """
 
 import argparse

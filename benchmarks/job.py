@@ -7,6 +7,8 @@ is train.py's loop on as many notes. Both have the same base, ids, LoRA, peak le
 and cosine; a note under several classes is trained on all of them by ours and on the first by
 theirs. Accuracy counts an answer right that is one of the note's classes. Each repetition trains
 both sides from new adapters.
+
+Ours keeps freed memory, as train.py does; theirs has the C library's default.
 """
 
 import argparse

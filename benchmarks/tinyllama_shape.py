@@ -1,6 +1,6 @@
 """Write a base of random weights at TinyLlama's exact shape: 201 bfloat16 tensors, 2.2 GB.
 
-    python benchmarks/tinyllama_shape.py FOLDER [--tokenizer tokenizer.model]
+    python -m benchmarks.tinyllama_shape FOLDER [--tokenizer tokenizer.model]
 
 Speed and memory do not depend on what the weights say; accuracy does, and nothing about it can be
 learnt here.

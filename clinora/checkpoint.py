@@ -199,7 +199,8 @@ class _DrawsNothing(TorchFunctionMode):
     """Skips normal_: on the meta device it fills nothing and imports PyTorch's compiler, 1.5 s."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return kwargs["tensor"] if func is nn.init.normal_ else func(*args, **(kwargs or {}))
+        named = kwargs or {}
+        return named.get("tensor", *args[:1]) if func is nn.init.normal_ else func(*args, **named)
 
 
 def save_adapter(model: nn.Module, folder: str | Path) -> None:

@@ -59,6 +59,7 @@ def test_notes_have_80_to_250_words(texts):
     assert {len(text.split()) for text in texts} <= set(range(80, 251))
 
 
+@pytest.mark.slow
 def test_notes_are_as_unlike_each_other_as_real_ones(texts, data):
     real = [note.text for note in clinora.read_notes(data / "mtsamples.csv").notes]
     assert similarities(texts).max() <= np.quantile(similarities(real), 0.95)
@@ -75,7 +76,7 @@ def test_no_eight_words_in_a_row_are_mtsamples(texts, data):
 def test_no_eight_words_in_a_row_are_the_corpus(texts, data):
     files = sorted((data.parent / "corpus").glob("*.jsonl.gz"))
     if not files:
-        lacking("data", f"there is no corpus beside {data}")
+        lacking("corpus", f"there is no corpus beside {data}")
     mine = set.union(*(runs(text, 8) for text in texts))
     for path in files:
         with gzip.open(path, "rt", encoding="utf-8") as lines:

@@ -220,17 +220,16 @@ def learn(model: LlamaForCausalLM, window: Tensor, backward: bool) -> float:
     ids, wanted = window[:, :-1], window[:, 1:].flatten()
     table = model.model.embed_tokens.weight
     hidden = model.model(ids).flatten(0, 1)  # (B·T, D)
-    below, head = (x.detach().bfloat16().requires_grad_(backward) for x in (hidden, table))
+    below = hidden.detach().requires_grad_(backward)
     total = 0.0
     for part, target in zip(below.split(1024), wanted.split(1024), strict=True):
-        logits = F.linear(part, head).float()  # (1024, V)
+        logits = F.linear(part, table.bfloat16()).float()  # (1024, V)
         loss = F.cross_entropy(logits, target, reduction="sum") / len(wanted)
         if backward:
             loss.backward()
         total += loss.item()
     if backward:
         hidden.backward(below.grad)
-        table.grad += head.grad  # the head is the embedding
     return total
 
 
@@ -271,6 +270,7 @@ def pretrain(
     identity = {
         "shape": dataclasses.asdict(model.model.config),
         "ids": hash_state("", {"ids": torch.from_numpy(ids.astype(np.int32))}),
+        "device": device.type,
         "training": {"steps": steps, "tokens": tokens, "lr": lr, "seed": seed, "stages": STAGES},
     }
     state = State(folder, masters, optimizers, torch.amp.GradScaler(enabled=False), identity)
@@ -417,8 +417,8 @@ is {held_out:.3f} nats a token.
 
 Of MTSamples (transcribed notes, CC0) it read the texts of all specialties that Clinora's split puts
 on the training side, and no text of the validation or test side: `notes_sha256.txt` lists the
-hashes of those read. The other sources share no 13 words in a row with MTSamples. One text in a
-hundred of each source was held out.
+hashes of those read. The corpus was built to share no 13 words in a row with MTSamples. One text in
+a hundred of each source was held out.
 
 ## Limits
 
