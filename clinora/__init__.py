@@ -17,7 +17,7 @@ from clinora.lora import (
     lora_strength,
     merge_lora,
     merged_weight,
-)  # fmt: skip
+)
 from clinora.notes import PUBLISHED_CLASSES, Note, Notes, read_notes
 from clinora.tokenizer import Tokenizer
 

@@ -196,7 +196,7 @@ def load_model(
 
 
 class _DrawsNothing(TorchFunctionMode):
-    """Skips normal_: on the meta device it fills nothing and imports PyTorch's compiler, 1.5 s."""
+    """Skips normal_: on the meta device it fills nothing, yet imports PyTorch's compiler."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         named = kwargs or {}

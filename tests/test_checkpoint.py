@@ -779,7 +779,7 @@ def test_a_written_file_has_the_mode_of_any_new_file(tmp_path, umask):
 
 
 def test_loading_imports_nothing_that_it_does_not_need():
-    """Drawing numbers on the meta device imported PyTorch's compiler: a second and a half."""
+    """Drawing numbers on the meta device imported PyTorch's compiler, the longest part of it."""
     code = "import sys, clinora; clinora.load_model('bundled', num_labels=5); "
     code += "print('torch._dynamo' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import clinora
 from clinora.checkpoint import CheckpointError
 from clinora.llama import LlamaConfig, LlamaForCausalLM
 from tools import pretrain_base as tool
@@ -110,9 +111,7 @@ def test_every_window_is_dealt_once_an_epoch_and_targets_follow_inputs():
         assert torch.equal(epoch, epoch[:, :1] + torch.arange(11))
 
 
-def test_the_tool_writes_a_base_and_the_hashes_of_the_notes_that_it_read(
-    small, folders, tmp_path, monkeypatch
-):
+def test_the_tool_writes_a_base_and_the_hashes_of_the_notes_that_it_read(small, folders, tmp_path):
     corpus, notes, texts = folders
     out = tmp_path / "base"
     command = ["--corpus", corpus, "--notes", notes, "--out", out, "--tokens", 640, "--batch", 64]
@@ -128,7 +127,7 @@ def test_the_tool_writes_a_base_and_the_hashes_of_the_notes_that_it_read(
     import transformers
 
     theirs = transformers.LlamaForCausalLM.from_pretrained(out, dtype=torch.float32)
-    ours = tool.clinora.load_model(out, dtype=torch.float32)
+    ours = clinora.load_model(out, dtype=torch.float32)
     ids = torch.randint(3, 300, (2, 20))
     with torch.no_grad():
         assert torch.equal(ours(ids), theirs(ids).logits)
@@ -155,5 +154,10 @@ def test_a_greedy_continuation_that_repeats_a_text_is_counted(small):
     model.model = Counting()
     copied = " ".join(map(str, range(0, 60)))
     other = " ".join(map(str, range(299, 239, -1)))
-    options = {"beginnings": 2, "prompt": 10, "continued": 30, "run": 25}  # 22 tokens after 299
+    options = {
+        "beginnings": 2,
+        "prompt": 10,
+        "continued": 30,
+        "run": 25,
+    }  # 21 tokens from 0 on are too few
     assert tool.share_copied(model, Alphabet(), [copied, other], **options) == 0.5
