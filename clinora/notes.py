@@ -157,7 +157,7 @@ def read_notes(
         raise ValueError(f"split is {split!r}: expected one of {', '.join(SPLITS)}")
     if text_column == label_column:
         raise ValueError(f"column {text_column!r} cannot hold both the notes and their classes")
-    path = _find(source)
+    path = find_notes(source)
     filed, rows, without_text = defaultdict(list), 0, 0  # filed: text → (row, class) of each
     for row, text, label in _read_rows(path, text_column, label_column):
         rows += 1
@@ -216,7 +216,12 @@ def row_sides(rows: int) -> list[str]:
     return sides.tolist()
 
 
-def _find(source: str | Path) -> Path:
+def find_notes(source: str | Path) -> Path:
+    """Give the path of a named collection, downloaded once, or of a file.
+
+    Raises:
+        ValueError: The Hub did not give it.
+    """
     if source == "bundled":
         return BUNDLED_NOTES
     if source != "mtsamples":

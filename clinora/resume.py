@@ -124,7 +124,7 @@ class State:
                 self._say(f"{path} is damaged: going back to the checkpoint before.")
         if found is None and self.paths():
             raise CheckpointError(
-                f"every checkpoint in {self.folder} is damaged: train again with another --run"
+                f"every checkpoint in {self.folder} is damaged: train again, into another folder"
             )
         if len(set(gathered(found and found[2]))) > 1:
             raise CheckpointError(f"the processes do not see the same checkpoints in {self.folder}")

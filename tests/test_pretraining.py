@@ -26,6 +26,8 @@ IDS = np.random.default_rng(0).integers(3, 300, 4000).astype(np.uint16)
 def small(monkeypatch):
     monkeypatch.setattr(tool, "SHAPE", SHAPE)
     monkeypatch.setattr(tool, "STAGES", ((16, 0.5), (32, 1.0)))
+    few = {"beginnings": 5, "prompt": 16, "continued": 20, "run": 8}
+    monkeypatch.setattr(tool, "COPYING", few)
 
 
 @pytest.fixture
@@ -111,12 +113,16 @@ def test_every_window_is_dealt_once_an_epoch_and_targets_follow_inputs():
         assert torch.equal(epoch, epoch[:, :1] + torch.arange(11))
 
 
+def command(corpus, notes, out, *more):
+    words = ["--corpus", corpus, "--notes", notes, "--out", out, "--tokens", 640, "--batch", 64]
+    words += ["--checkpoints", out.parent / "checkpoints", "--device", "cpu", "--lr", 1e-2, *more]
+    return [str(word) for word in words]
+
+
 def test_the_tool_writes_a_base_and_the_hashes_of_the_notes_that_it_read(small, folders, tmp_path):
     corpus, notes, texts = folders
     out = tmp_path / "base"
-    command = ["--corpus", corpus, "--notes", notes, "--out", out, "--tokens", 640, "--batch", 64]
-    command += ["--checkpoints", tmp_path / "checkpoints", "--device", "cpu", "--lr", 1e-2]
-    assert tool.main([str(word) for word in command]) == 0
+    assert tool.main(command(corpus, notes, out)) == 0
 
     numbers = {text: int(hashlib.sha256(text.encode()).hexdigest(), 16) for text in texts}
     training = {f"{n:064x}" for n in numbers.values() if n % 10 > 2}
@@ -137,12 +143,89 @@ def test_the_tool_writes_a_base_and_the_hashes_of_the_notes_that_it_read(small, 
     )
 
 
-def test_a_greedy_continuation_that_repeats_a_text_is_counted(small):
-    class Alphabet:  # the model below continues k with k + 1
-        def encode(self, text):
-            return [int(word) for word in text.split()]
+def test_a_killed_tool_goes_on_to_the_same_files(small, folders, tmp_path, monkeypatch, capsys):
+    corpus, notes, _ = folders
+    monkeypatch.setattr(tool, "CHECKPOINT_EVERY", 4)
+    whole, out = tmp_path / "whole" / "base", tmp_path / "stopped" / "base"
+    assert tool.main(command(corpus, notes, whole)) == 0
+    learn, calls = tool.learn, []
 
-    class Counting(torch.nn.Module):
+    def stop(model, window, backward):
+        calls.append(backward)
+        if sum(calls) == 6:
+            raise KeyboardInterrupt
+        return learn(model, window, backward)
+
+    monkeypatch.setattr(tool, "learn", stop)
+    with pytest.raises(SystemExit, match="130"):
+        tool.main(command(corpus, notes, out))
+    assert not out.exists() and "--resume" in capsys.readouterr().err
+    monkeypatch.setattr(tool, "learn", learn)
+    assert tool.main(command(corpus, notes, out, "--resume")) == 0
+    for name in ("model.safetensors", "tokenizer.model", "config.json", "notes_sha256.txt"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_a_note_is_followed_by_what_the_file_says_of_it_but_never_by_its_specialty(tmp_path):
+    words = " ".join(f"word{i}" for i in range(400))
+    texts = [f"{words} end{i}" for i in range(20)]
+    file = tmp_path / "notes.csv"
+    header = "description,medical_specialty,sample_name,transcription\n"
+    rows = (f"About {i}., Specialty{i % 2},Name {i} - 3,{text}\n" for i, text in enumerate(texts))
+    file.write_text(header + "".join(rows))
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    with gzip.open(corpus / "cases.jsonl.gz", "wt") as lines:
+        lines.write(json.dumps({"text": "A case.", "license": "CC0"}))
+    mixed = tool.mix(tool.read_sources(corpus, str(file), seed=0), seed=0)
+    training = [
+        i for i, t in enumerate(texts) if int(hashlib.sha256(t.encode()).hexdigest(), 16) % 10 > 2
+    ]
+    for i in training:
+        whole = f"{texts[i]}\nName {i}: About {i}."
+        read = [text for text in mixed if text.endswith(f"\nName {i}: About {i}.")]
+        assert len(read) == tool.NOTES_REPEATS and read.count(whole) == tool.NOTES_REPEATS / 2
+        cut = [text.partition("\n")[0] for text in read if text != whole]
+        assert all(texts[i].startswith(text) and 50 <= len(text.split()) <= 300 for text in cut)
+    assert len(mixed) == tool.NOTES_REPEATS * len(training) + 1
+    assert "Specialty" not in "".join(mixed)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (gzip.compress(b'{"text": "A case."}\n'), "KeyError"),
+        (gzip.compress(b'["text", "license"]\n'), "TypeError"),
+        (gzip.compress(b"no JSON\n"), "JSONDecodeError"),
+        (gzip.compress(b'{"text": "A case.", "license": "CC0"}\n')[:-9], "EOFError"),
+        (b'{"text": "A case.", "license": "CC0"}\n', "BadGzipFile"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_broken_corpus_is_named(small, folders, tmp_path, capsys, content, message):
+    corpus, notes, _ = folders
+    (corpus / "cases.jsonl.gz").write_bytes(content)
+    with pytest.raises(SystemExit, match="2"):
+        tool.main(command(corpus, notes, tmp_path / "base"))
+    error = capsys.readouterr().err
+    assert f"cases.jsonl.gz ({message})" in error and "text and license" in error
+
+
+def test_a_batch_that_no_windows_fill_and_notes_too_short_to_continue_are_errors(
+    small, folders, tmp_path, capsys, monkeypatch
+):
+    corpus, notes, _ = folders
+    with pytest.raises(SystemExit, match="2"):
+        tool.main(command(corpus, notes, tmp_path / "base", "--batch", 48))
+    assert "--batch 48: expected a multiple of the windows of 32" in capsys.readouterr().err
+    monkeypatch.setattr(tool, "COPYING", tool.COPYING | {"prompt": 1000})
+    with pytest.raises(SystemExit, match="2"):
+        tool.main(command(corpus, notes, tmp_path / "base"))
+    assert "no note has 1008 tokens" in capsys.readouterr().err
+
+
+def test_a_greedy_continuation_that_repeats_a_text_is_counted(small):
+    class Counting(torch.nn.Module):  # continues k with k + 1
         def __init__(self):
             super().__init__()
             self.embed_tokens = torch.nn.Embedding.from_pretrained(torch.eye(300))
@@ -152,12 +235,8 @@ def test_a_greedy_continuation_that_repeats_a_text_is_counted(small):
 
     model = torch.nn.Module()
     model.model = Counting()
-    copied = " ".join(map(str, range(0, 60)))
-    other = " ".join(map(str, range(299, 239, -1)))
-    options = {
-        "beginnings": 2,
-        "prompt": 10,
-        "continued": 30,
-        "run": 25,
-    }  # 21 tokens from 0 on are too few
-    assert tool.share_copied(model, Alphabet(), [copied, other], **options) == 0.5
+    notes = [list(range(60)), list(range(299, 239, -1))]  # counts up, counts down
+    beginnings = torch.tensor([note[:10] for note in notes])
+    # After 299 … 290 come 291 … 299, 0 … 20: 21 tokens in a row of the note that counts up.
+    for run, share in ((21, 1.0), (22, 0.5)):
+        assert tool.share_copied(model, beginnings, notes, 30, run) == share

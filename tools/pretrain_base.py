@@ -4,7 +4,9 @@
 
 The corpus is a folder of ``*.jsonl.gz`` files, a JSON object with ``text`` and ``license`` on each
 line. Of the notes only the training side of the split is read; the hashes of all that were read are
-written beside the weights. With ``--resume`` it goes on from its last checkpoint, to the same bits.
+written beside the weights. Where the notes' file has ``sample_name`` and ``description``, these
+stand after each note, so that the model learns to say what a note was about; never its specialty.
+With ``--resume`` it goes on from its last checkpoint, to the same bits.
 
 Matrices learn by Muon, embedding and norms by AdamW, on float32 masters; forward and backward pass
 compute in bfloat16, but for the embedding, whose gradient sums many rows.
@@ -20,11 +22,13 @@ import json
 import random
 import sys
 import time
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import sentencepiece
 import torch
 import torch.nn.functional as F
@@ -38,49 +42,63 @@ from clinora.checkpoint import write_atomically
 from clinora.classifier import choose_device, keep_freed_memory
 from clinora.figures import BLACK, LIGHT
 from clinora.llama import LlamaConfig, LlamaForCausalLM
-from clinora.notes import text_sha256
+from clinora.notes import find_notes, text_sha256
 from clinora.report import png
 from clinora.resume import State, hash_state
 from clinora.tokenizer import Tokenizer
 
 SHAPE = LlamaConfig(
     vocab_size=4096,
-    hidden_size=384,
-    intermediate_size=1024,
+    hidden_size=320,
+    intermediate_size=896,
     num_hidden_layers=6,
-    num_attention_heads=3,  # few wide heads: the cost of attention grows with their number
-    num_key_value_heads=1,
+    num_attention_heads=4,  # few wide heads: the cost of attention grows with their number
+    num_key_value_heads=2,
     max_position_embeddings=1024,
     rms_norm_eps=1e-5,
     tie_word_embeddings=True,
 )
 
 # Tokens of a window, and up to which share of the training: attention costs less in short ones.
-STAGES = ((512, 0.7), (1024, 1.0))
+STAGES = ((512, 0.8), (1024, 1.0))
 
-# Of each source, how often it is read and where it comes from. What reads like notes counts more
-# than articles and leaflets.
+# Of each source, how often it is read and where it comes from: repositories of GitHub at the
+# revision used. What reads like notes counts more than articles and leaflets.
 SOURCES = {
-    "mtsamples": (6, "harishnair04/mtsamples (Hugging Face)"),
-    "acibench_notes": (6, "wyim/aci-bench"),
-    "primock57_notes": (6, "babylonhealth/primock57"),
-    "trec_patient_topics": (4, "ncbi-nlp/TrialGPT"),
-    "medec_ms": (4, "abachaa/MEDEC"),
-    "e3c_case_reports": (2, "hltfbk/E3C-Corpus"),
-    "roco_captions": (2, "razorx89/roco-dataset"),
-    "casimedicos": (1, "ixa-ehu/antidote-casimedicos"),
-    "vaers_narratives": (1, "rferrisx/VAERS, OHNLP/covid19vaxae"),
-    "docsref_im_guide": (1, "jzstraley/docsref"),
-    "medical_abstracts": (1, "sebischair/Medical-Abstracts-TC-Corpus"),
-    "pubmedqa": (1, "pubmedqa/pubmedqa"),
-    "fda_label_sections": (0.5, "LHNCBC/fda-ars"),
-    "openstax": (0.3, "openstax: Anatomy and Physiology, Microbiology, Psychology"),
-    "neiss_fireworks": (0.3, "drusho/Analysis_of_US_Firework_Sales_and_Injuries"),
-    "medquad": (0.2, "abachaa/MedQuAD"),
-    "evidence_inference": (0.1, "jayded/evidence-inference"),
+    "acibench_notes": (6, "wyim/aci-bench@b909b2b"),
+    "primock57_notes": (6, "babylonhealth/primock57@cd2ac70"),
+    "trec_patient_topics": (4, "ncbi-nlp/TrialGPT@f621313"),
+    "medec_ms": (4, "abachaa/MEDEC@70268d2"),
+    "e3c_case_reports": (2, "hltfbk/E3C-Corpus@8196181e"),
+    "roco_captions": (2, "razorx89/roco-dataset@a1f0ad6"),
+    "casimedicos": (1, "ixa-ehu/antidote-casimedicos@bead23e"),
+    "vaers_narratives": (1, "rferrisx/VAERS@c5b6141", "OHNLP/covid19vaxae@b328bfe"),
+    "docsref_im_guide": (1, "jzstraley/docsref@87c198ef2"),
+    "medical_abstracts": (1, "sebischair/Medical-Abstracts-TC-Corpus@70a2d91"),
+    "pubmedqa": (1, "pubmedqa/pubmedqa@1cbae8e"),
+    "fda_label_sections": (0.5, "LHNCBC/fda-ars@8a5f850"),
+    # Later revisions carry another licence.
+    "openstax": (
+        0.3,
+        "openstax/osbooks-anatomy-physiology@b0058a7",
+        "openstax/osbooks-microbiology@ecf34da",
+        "openstax/osbooks-psychology@e061043",
+    ),
+    "neiss_fireworks": (0.3, "drusho/Analysis_of_US_Firework_Sales_and_Injuries@be98cd9"),
+    "medquad": (0.4, "abachaa/MedQuAD@577bd37"),
+    "evidence_inference": (0.2, "jayded/evidence-inference@b9831b6c"),
 }
+NOTES_REPEATS = 6
+NOTES_ORIGIN = (
+    "[harishnair04/mtsamples](https://huggingface.co/datasets/harishnair04/mtsamples), published "
+    "as CC0 on [Kaggle](https://www.kaggle.com/datasets/tboyle10/medicaltranscriptions)"
+)
 HELD_OUT = 100  # one text of so many measures the loss
+HELD_OUT_WINDOWS = 32  # at most, of the first stage's length
 LOSS_EVERY, CHECKPOINT_EVERY = 50, 100  # steps
+# Beginnings of notes to continue, tokens of each, tokens to add, tokens in a row that are a copy.
+COPYING = {"beginnings": 500, "prompt": 64, "continued": 100, "run": 50}
+TOKENIZER_LINES = 50_000  # that the tokenizer is trained on
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,14 +109,16 @@ class Source:
         name: Of the file, without its endings.
         texts: To train on.
         held_out: To measure the loss on.
+        titles: What stands after a text, if anything.
         licenses: The licences that the texts carry.
         repeats: How often the texts are read.
-        origin: Where they were published.
+        origin: Where they were published, in Markdown.
     """
 
     name: str
     texts: list[str]
     held_out: list[str]
+    titles: dict[str, str]
     licenses: tuple[str, ...]
     repeats: float
     origin: str
@@ -115,22 +135,35 @@ def read_sources(corpus: Path, notes: str, seed: int) -> list[Source]:
     if not files:
         raise FileNotFoundError(f"no *.jsonl.gz file in {corpus}")
     training = [note.text for note in clinora.read_notes(notes, classes="all").on("training")]
-    read = [("mtsamples", training, {"CC0"})]
+    titles = read_titles(notes)
+    titles = {text: titles[text] for text in training if text in titles}
+    read = [("mtsamples", training, titles, {"CC0"}, NOTES_REPEATS, NOTES_ORIGIN)]
     for file in files:
-        with gzip.open(file, "rt", encoding="utf-8") as lines:
-            rows = [json.loads(line) for line in lines]
+        try:
+            with gzip.open(file, "rt", encoding="utf-8") as lines:
+                rows = [(row["text"], row["license"]) for row in map(json.loads, lines)]
+        except (gzip.BadGzipFile, zlib.error, EOFError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{file} ({type(error).__name__}): expected gzip, and in each line a JSON object "
+                "with text and license"
+            ) from None
         name = file.name.removesuffix(".jsonl.gz")
-        read.append((name, [row["text"] for row in rows], {row["license"] for row in rows}))
+        repeats, *places = SOURCES.get(name, (1,))
+        origin = ", ".join(
+            f"[{place}](https://github.com/{place.replace('@', '/tree/')})" for place in places
+        )
+        licenses = {license for _, license in rows}
+        read.append((name, [text for text, _ in rows], {}, licenses, repeats, origin or "unknown"))
     sources = []
-    for name, texts, licenses in read:
+    for name, texts, titles, licenses, repeats, origin in read:
         texts = random.Random(seed).sample(texts, len(texts))
         cut = len(texts) // HELD_OUT
-        repeats, origin = SOURCES.get(name, (1, "unknown"))
         sources.append(
             Source(
                 name=name,
                 texts=texts[cut:],
                 held_out=texts[:cut],
+                titles=titles,
                 licenses=tuple(sorted(licenses)),
                 repeats=repeats,
                 origin=origin,
@@ -139,12 +172,32 @@ def read_sources(corpus: Path, notes: str, seed: int) -> list[Source]:
     return sources
 
 
+def read_titles(notes: str) -> dict[str, str]:
+    """Read what the file says of each text beside its specialty: its name and description."""
+    table = pd.read_csv(find_notes(notes), dtype=str, keep_default_na=False)
+    if not {"sample_name", "description"} <= set(table.columns):
+        return {}
+    names = table["sample_name"].str.replace(r" - \d+$", "", regex=True).str.strip()
+    titles = names + ": " + table["description"].str.strip()
+    return dict(zip(table["transcription"].str.strip(), titles, strict=True))
+
+
 def mix(sources: Sequence[Source], seed: int) -> list[str]:
-    """Repeat the texts of each source as often as it says, and shuffle them all."""
+    """Repeat the texts of each source as often as it says, and shuffle them all.
+
+    Where a title follows, every second reading leaves the text after some words for the title:
+    then both stand in one window.
+    """
     draw, texts = random.Random(seed), []
     for source in sources:
-        texts += source.texts * int(source.repeats)
-        texts += draw.sample(source.texts, round(len(source.texts) * (source.repeats % 1)))
+        whole, part = divmod(source.repeats, 1)
+        for reading in range(int(whole)):
+            for text in source.texts:
+                title = source.titles.get(text)
+                if title and reading % 2:
+                    text = " ".join(text.split(" ")[: draw.randint(50, 300)])
+                texts.append(f"{text}\n{title}" if title else text)
+        texts += draw.sample(source.texts, round(len(source.texts) * part))
     draw.shuffle(texts)
     return texts
 
@@ -152,8 +205,11 @@ def mix(sources: Sequence[Source], seed: int) -> list[str]:
 def train_tokenizer(texts: Sequence[str], vocab_size: int) -> bytes:
     """Train a BPE SentencePiece model with Llama's conventions; returns the file's bytes."""
     model = io.BytesIO()
+    lines = [line for text in texts for line in text.split("\n") if line]
+    if len(lines) > TOKENIZER_LINES:  # drawn here: SentencePiece's own draw has no seed
+        lines = random.Random(0).sample(lines, TOKENIZER_LINES)
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=(line for text in texts for line in text.split("\n") if line),
+        sentence_iterator=iter(lines),
         model_writer=model,
         model_type="bpe",
         vocab_size=vocab_size,
@@ -167,8 +223,7 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> bytes:
         bos_id=1,
         eos_id=2,
         pad_id=-1,
-        input_sentence_size=200_000,
-        shuffle_input_sentence=True,
+        max_sentence_length=2**20,  # bytes; it would leave out lines of more than 4,192
         num_threads=1,  # the result depends on the number of threads
         minloglevel=2,
     )
@@ -186,7 +241,13 @@ def encode(texts: Sequence[str], tokenizer: bytes) -> np.ndarray:
 
 
 def windows(ids: np.ndarray, length: int, count: int, seed: int) -> Iterator[Tensor]:
-    """Cut the stream into windows and deal them in random order, for ever: (count, length + 1)."""
+    """Cut the stream into windows and deal them in random order, for ever: (count, length + 1).
+
+    Windows that do not fill the last (count, length + 1) of an epoch are left out of it.
+
+    Raises:
+        ValueError: There are fewer windows than ``count``.
+    """
     starts = np.arange(0, len(ids) - length, length)
     if len(starts) < count:
         raise ValueError(f"{len(ids):,} tokens make {len(starts)} windows of {length}, not {count}")
@@ -196,6 +257,11 @@ def windows(ids: np.ndarray, length: int, count: int, seed: int) -> Iterator[Ten
         for i in range(0, len(order) - count + 1, count):
             rows = [ids[start : start + length + 1] for start in order[i : i + count]]
             yield torch.from_numpy(np.stack(rows).astype(np.int64))
+
+
+def held_out_windows(unseen: np.ndarray) -> int:
+    """Count the windows that the held-out loss is measured on."""
+    return min(HELD_OUT_WINDOWS, (len(unseen) - 1) // STAGES[0][0])
 
 
 def batches(ids: np.ndarray, steps: int, tokens: int, seed: int, done: int) -> Iterator[Tensor]:
@@ -286,8 +352,7 @@ def pretrain(
             parameter.copy_(masters[name])
 
     round_masters()
-    length = STAGES[0][0]
-    held_out = next(windows(unseen, length, min(32, (len(unseen) - 1) // length), seed=0))
+    held_out = next(windows(unseen, STAGES[0][0], held_out_windows(unseen), seed=0))
     warmup = max(1, steps // 20)
     bar = tqdm(
         total=steps * tokens, initial=state.step * tokens, unit="token", unit_scale=True,
@@ -341,37 +406,31 @@ def matmul_rate(device: torch.device) -> float:
 @torch.inference_mode()
 def share_copied(
     model: LlamaForCausalLM,
-    tokenizer: Tokenizer,
-    texts: Sequence[str],
-    *,
-    beginnings: int = 500,
-    prompt: int = 64,
-    continued: int = 100,
-    run: int = 50,
+    beginnings: Tensor,
+    notes: Sequence[list[int]],
+    continued: int,
+    run: int,
 ) -> float:
-    """Continue beginnings of texts greedily; give the share that repeats what was read.
+    """Continue beginnings of notes greedily; give the share that repeats what was read.
 
     Args:
         model: The base.
-        tokenizer: Its tokenizer.
-        texts: Those that it was trained on.
-        beginnings: How many to continue.
-        prompt: Tokens of each that are given.
-        continued: Tokens of the continuation.
-        run: Tokens in a row that count as a copy, from any of the texts.
+        beginnings: (N, T) token ids.
+        notes: Token ids of all notes that it was trained on.
+        continued: Tokens of a continuation.
+        run: Tokens in a row that count as a copy, from any of the notes.
     """
-    ids = [tokenizer.encode(text) for text in texts]
-    read = {tuple(note[i : i + run]) for note in ids for i in range(len(note) - run + 1)}
-    device, copied = next(model.parameters()).device, 0
-    given = [note[:prompt] for note in ids if len(note) >= prompt + run][:beginnings]
-    for part in tqdm(torch.tensor(given, device=device).split(50), desc="copying", unit="part"):
+    read = {tuple(note[i : i + run]) for note in notes for i in range(len(note) - run + 1)}
+    copied = 0
+    for part in tqdm(beginnings.split(50), desc="copying", unit="part"):
         for _ in range(continued):
-            states = model.model(part, torch.full((len(part),), part.size(1), device=device))
+            lengths = torch.full((len(part),), part.size(1), device=part.device)
+            states = model.model(part, lengths)  # (B, D)
             logits = F.linear(states, model.model.embed_tokens.weight)  # (B, V)
             part = torch.cat((part, logits.argmax(-1, keepdim=True)), 1)
-        for note in part[:, prompt:].tolist():
+        for note in part[:, -continued:].tolist():
             copied += any(tuple(note[i : i + run]) in read for i in range(continued - run + 1))
-    return copied / len(given)
+    return copied / len(beginnings)
 
 
 def loss_figure(curve: Sequence[dict]) -> Figure:
@@ -390,6 +449,8 @@ CARD = """---
 language: en
 library_name: clinora
 license: other
+license_name: apache-2.0-with-the-licences-of-its-texts
+license_link: README.md#what-it-read
 ---
 
 # Clinora's small medical Llama
@@ -404,8 +465,8 @@ python -m tools.pretrain_base --corpus FOLDER --out FOLDER {command}
 
 It read {tokens:.1f} million tokens in {steps:,} steps of {batch:,}, in {minutes:.0f} minutes on
 {device}: {rate:,.0f} tokens a second, {share:.0%} of the rate of the machine's large bfloat16
-products ({peak:,.0f} GFLOP/s; attention's own products are not counted). The loss on held-out texts
-is {held_out:.3f} nats a token.
+products ({peak:,.0f} GFLOP/s; attention's own products are not counted). On held-out texts the loss
+is {held_out:.3f} nats a token ({windows} windows of {window} tokens).
 
 ![loss](loss.png)
 
@@ -415,10 +476,16 @@ is {held_out:.3f} nats a token.
 |---|---|---|---:|---:|---:|
 {sources}
 
-Of MTSamples (transcribed notes, CC0) it read the texts of all specialties that Clinora's split puts
-on the training side, and no text of the validation or test side: `notes_sha256.txt` lists the
-hashes of those read. The corpus was built to share no 13 words in a row with MTSamples. One text in
-a hundred of each source was held out.
+All texts were changed: cleaned, shortened and joined into one stream. Cases, articles and captions
+of e3c_case_reports, roco_captions and evidence_inference are by many authors, whom those
+repositories name; OpenStax's books can be read for free at openstax.org. The code and these weights
+are offered under Apache-2.0; some of the texts ask that what is made from them be shared alike.
+
+Of MTSamples it read the texts of all specialties that Clinora's split puts on the training side,
+each followed by its name and description where the file gives them, never by its specialty; and no
+text of the validation or test side: `notes_sha256.txt` lists the hashes of those read. The corpus
+was built to share no 13 words in a row with MTSamples. One text in a hundred of each source was
+held out.
 
 ## Limits
 
@@ -426,8 +493,9 @@ It is a demonstration, not a medical device: far too small to know medicine, and
 neither true nor safe. It reads English, at most {positions:,} tokens. Its texts are those of their
 sources, with their gaps and biases; transcribed notes of one country dominate.
 
-**Copying.** Of the first 64 tokens of 500 of its training notes, continued greedily for 100 tokens,
-{copied:.1%} gave 50 or more tokens in a row that stand in a training note.
+**Copying.** Of {beginnings} beginnings ({prompt} tokens) of MTSamples' training notes, continued
+greedily for {continued} tokens, {copied:.1%} gave {run} or more tokens in a row that stand in a
+training note.
 """
 
 
@@ -454,7 +522,7 @@ def write_base(
         f"{sum(len(text.split()) for text in s.texts) / 1e6:.2f} | {s.repeats:g} × |"
         for s in sources
     )
-    curve = about.pop("curve")
+    curve = about["curve"]
     hashes = sorted(text_sha256(text) for s in sources[:1] for text in s.texts + s.held_out)
     files = {
         "config.json": json.dumps(config, indent=2) + "\n",
@@ -497,6 +565,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def run_job(args: argparse.Namespace) -> None:
     """Read, train the tokenizer and the model, write both."""
+    if wrong := [length for length, _ in STAGES if args.batch % length]:
+        raise ValueError(f"--batch {args.batch}: expected a multiple of the windows of {wrong[0]}")
     keep_freed_memory()
     torch.manual_seed(args.seed)
     device = choose_device(args.device)
@@ -507,6 +577,12 @@ def run_job(args: argparse.Namespace) -> None:
     path = args.checkpoints / "tokenizer.model"
     if not (args.resume and path.is_file()):
         write_atomically(path, train_tokenizer(texts, SHAPE.vocab_size))
+    notes = [Tokenizer(path).encode(text) for text in sources[0].texts]
+    enough = COPYING["prompt"] + COPYING["run"]
+    beginnings = [note[: COPYING["prompt"]] for note in notes if len(note) >= enough]
+    beginnings = beginnings[: COPYING["beginnings"]]
+    if not beginnings:
+        raise ValueError(f"no note has {enough} tokens: the share copied cannot be measured")
     tokenizer = path.read_bytes()
     ids = encode(texts, tokenizer)
     unseen = encode([text for source in sources for text in source.held_out], tokenizer)
@@ -518,12 +594,16 @@ def run_job(args: argparse.Namespace) -> None:
         model, ids, unseen, steps=steps, tokens=args.batch, lr=args.lr, seed=args.seed,
         folder=args.checkpoints, resume=args.resume,
     )  # fmt: skip
+    copied = share_copied(
+        model, torch.tensor(beginnings, device=device), notes, COPYING["continued"], COPYING["run"]
+    )
     seconds = curve[-1]["seconds"]
     rate = curve[-1]["tokens"] / seconds
-    about = {
+    threads = f"{torch.get_num_threads()} threads of a CPU"
+    about = COPYING | {
         "curve": curve,
-        "command": f"--notes {Path(args.notes).name} --tokens {args.tokens:g} --batch {args.batch} "
-        f"--lr {args.lr:g} --seed {args.seed}",
+        "command": f"--notes {Path(args.notes).name} --tokens {int(args.tokens)} "
+        f"--batch {args.batch} --lr {args.lr:g} --seed {args.seed}",
         "parameters": parameters,
         "layers": SHAPE.num_hidden_layers,
         "width": SHAPE.hidden_size,
@@ -533,12 +613,15 @@ def run_job(args: argparse.Namespace) -> None:
         "steps": steps,
         "batch": args.batch,
         "minutes": seconds / 60,
-        "device": {"cpu": f"{torch.get_num_threads()} CPU cores"}.get(device.type, "a GPU"),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else threads,
         "rate": rate,
         "share": 6 * parameters * rate / peak,  # 2 forward, 4 backward, a multiply-add is two
         "peak": peak / 1e9,
         "held_out": curve[-1]["held_out"],
-        "copied": share_copied(model, Tokenizer(path), sources[0].texts),
+        "windows": held_out_windows(unseen),
+        "window": STAGES[0][0],
+        "beginnings": len(beginnings),
+        "copied": copied,
     }
     write_base(args.out, model, tokenizer, sources, about)
     print(f"{curve[-1]}: {rate:,.0f} tokens a second, {about['share']:.0%} of the matmul rate")
