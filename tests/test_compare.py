@@ -86,7 +86,7 @@ def test_seeds_are_pooled():
         for right, s, b in [([1, 1, 0, 0], 2.0, 5), ([1, 0, 0, 0], 4.0, 9)]
     ]
     notes = [Note(str(i), (0,)) for i in range(4)]
-    (row,) = compare.summarise(results, notes)
+    (row,) = compare.summarise(results, notes, None)
     assert (row["any_label_accuracy"], row["seconds"], row["peak_bytes"]) == (3 / 8, 3.0, 9)
     assert row["between_seeds"] == pytest.approx(np.std([0.5, 0.25], ddof=1))
     assert row["low"] < 3 / 8 < row["high"]
@@ -95,9 +95,23 @@ def test_seeds_are_pooled():
 def test_all_right_with_every_seed_does_not_claim_certainty():
     result = {"tune": "head", "rank": 0, "right": [1] * 9, "trainable": 7, "seconds": 1.0}
     notes = [Note(str(i), (0,)) for i in range(9)]
-    (row,) = compare.summarise([result | {"peak_bytes": None}] * 2, notes)
+    (row,) = compare.summarise([result | {"peak_bytes": None}] * 2, notes, None)
     low = scipy.stats.binomtest(9, 9).proportion_ci(method="wilson").low
     assert (row["low"], row["high"]) == pytest.approx((low, 1), abs=1e-4)
+
+
+def test_the_gain_over_the_baseline_is_paired_and_has_the_normal_interval():
+    draw = np.random.default_rng(0)
+    right, baseline = draw.random((3, 400)) < 0.9, (draw.random(400) < 0.8).astype(float)
+    result = {"tune": "lora", "rank": 8, "trainable": 7, "seconds": 1.0, "peak_bytes": None}
+    results = [result | {"right": row.astype(int).tolist()} for row in right]
+    notes = [Note(str(i), (0,)) for i in range(400)]
+    (row,) = compare.summarise(results, notes, baseline)
+    gain = right.mean(0) - baseline
+    half = 1.96 * gain.std(ddof=1) / 400**0.5
+    expected = gain.mean(), gain.mean() - half, gain.mean() + half
+    assert row["against_baseline"] == pytest.approx(expected, abs=0.1 * half)
+    assert f"{100 * gain.mean():+.1f} [" in compare.table([row])
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")

@@ -221,7 +221,9 @@ def test_without_a_whole_checkpoint_it_does_not_begin_again_in_silence(tmp_path)
     begin(tmp_path)
     for path in (tmp_path / "checkpoint").iterdir():
         path.write_bytes(b"nothing")
-    with pytest.raises(CheckpointError, match=r"every checkpoint in .* is damaged: .* --run"):
+    with pytest.raises(
+        CheckpointError, match=r"every checkpoint in .* is damaged: .* another folder"
+    ):
         begin(tmp_path, resume=True)
 
 

@@ -1,0 +1,48 @@
+"""Cross-validation: every note once, by a run that has not seen it."""
+
+import re
+
+import pytest
+
+import clinora
+from tests.kill_and_resume import write_notes
+from tools import cross_validate as tool
+
+
+def test_every_note_is_measured_once_by_a_run_that_was_not_trained_on_it(
+    tmp_path, monkeypatch, capsys
+):
+    path = write_notes(tmp_path / "notes.csv", texts=22)
+    texts = {note.text for note in clinora.read_notes(path).notes}
+    trained, measured = [], []
+    train, classify = tool.train, tool.classify
+
+    def remember_training(classifier, notes, *rest):
+        trained.append({note.text for note in notes})
+        train(classifier, notes, *rest)
+
+    def remember_measured(classifier, notes):
+        measured.append([note.text for note in notes])
+        return classify(classifier, notes)
+
+    monkeypatch.setattr(tool, "train", remember_training)
+    monkeypatch.setattr(tool, "classify", remember_measured)
+    options = ["--notes", path, "--folds", 4, "--steps", 1, "--device", "cpu"]
+    assert tool.main([str(option) for option in options]) == 0
+    assert sorted(text for fold in measured for text in fold) == sorted(texts)
+    assert sorted(map(len, measured)) == [5, 5, 6, 6]
+    for fold, others in zip(measured, trained, strict=True):
+        assert others == texts - set(fold)
+    # The pooled share is the folds' shares, weighed by their notes.
+    printed = capsys.readouterr().out
+    folds = re.findall(r"fold \d: ([\d.]+)% of (\d) notes", printed)
+    right = sum(round(float(share) * int(n) / 100) for share, n in folds)
+    assert f"| LoRA | {right / 22:.1%} |" in printed
+
+
+@pytest.mark.parametrize("folds", [1, 23])
+def test_folds_that_cannot_be_are_an_error(tmp_path, capsys, folds):
+    path = write_notes(tmp_path / "notes.csv", texts=22)
+    with pytest.raises(SystemExit, match="2"):
+        tool.main(["--notes", str(path), "--folds", str(folds)])
+    assert f"{folds} folds of 22 notes: expected 2 to 22" in capsys.readouterr().err
