@@ -41,6 +41,14 @@ class Tokenizer:
         """Give the ids of a note, bos first, the first ``limit`` of them (None: all)."""
         return [self.bos, *self._pieces.encode(text.strip())][:limit]
 
+    def places(self, text: str, limit: int | None = None) -> list[tuple[int, int]]:
+        """Give where each id of ``encode`` begins and ends in the stripped text, in characters.
+
+        The bos stands for nothing, and of the bytes of one character all but the last do.
+        """
+        found = self._pieces.encode(text.strip(), return_type="offset_mapping")["offsets"]
+        return [(0, 0), *found][:limit]
+
     def decode(self, ids: list[int]) -> str:
         """Give the text of ids; control ids vanish."""
         return self._pieces.decode(ids)

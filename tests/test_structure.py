@@ -21,6 +21,7 @@ ORDER = [
     "notes",
     "checkpoint",
     "classifier",
+    "explain",
     "evaluation",
     "resume",
     "training",
