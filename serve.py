@@ -1,15 +1,16 @@
-"""Serve a trained run as a page for this machine: type a note, see its class.
+"""Serve a trained run as a page and an API: type a note, see its class.
 
 python serve.py                       # the bundled adapter, at http://127.0.0.1:7860
 python serve.py --run runs/demo --port 8000
+python serve.py --host 0.0.0.0 --allow-host notes.example --auth-file passwords.txt
 """
 
 import argparse
+import ipaddress
 import signal
 import socket
 import sys
 
-HOST = "127.0.0.1"
 FLAGS = "flagged"  # in the working directory
 
 
@@ -20,7 +21,15 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--run", default="bundled", help="a folder that train.py wrote")
     parser.add_argument("--base", help="where the base is, if it has moved")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=int, default=7860, help="0: any that is free")
+    parser.add_argument(
+        "--allow-host", action="append", default=[], metavar="NAME",
+        help="a name that browsers know this machine by; needed beyond the loopback address",
+    )  # fmt: skip
+    parser.add_argument(
+        "--auth-file", help="who may enter: lines of python -m clinora.serving.passwords NAME"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--precision", default="auto", help="auto, bf16, fp16 or fp32")
     args = parser.parse_args(argv)
@@ -37,20 +46,35 @@ def run_job(args: argparse.Namespace) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises them again at its end
         signal.signal(number, lambda *_: sys.exit(0))
     try:
-        listener = socket.create_server((HOST, args.port))
+        loopback = ipaddress.IPv4Address(args.host).is_loopback
+    except ValueError:
+        raise ValueError(f"--host {args.host}: expected an IPv4 address, as 0.0.0.0") from None
+    if not loopback and not (args.auth_file and args.allow_host):
+        raise ValueError(
+            f"--host {args.host} is open to other machines: give --auth-file with those who may "
+            "enter, and --allow-host with the name that they know this machine by"
+        )
+    try:
+        listener = socket.create_server((args.host, args.port))
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"port {args.port} ({reason}): choose another with --port") from None
+        raise ValueError(
+            f"{args.host}, port {args.port} ({reason}): choose another with --port"
+        ) from None
     with listener:
         # They take seconds, in which a signal already finds its handler.
         import clinora
         from clinora.serving.app import create_app, serve
+        from clinora.serving.card import model_card
+        from clinora.serving.passwords import read_passwords
 
+        users = args.auth_file and read_passwords(args.auth_file)
         classifier = clinora.Classifier.load(
             args.run, base=args.base, device=args.device, precision=args.precision
         )
-        app = create_app(classifier, FLAGS)
-        print(f"Clinora: http://{HOST}:{listener.getsockname()[1]}", flush=True)
+        card = model_card(classifier, args.run)
+        app = create_app(classifier, FLAGS, hosts=args.allow_host, users=users, card=card)
+        print(f"Clinora: http://{args.host}:{listener.getsockname()[1]}", flush=True)
         serve(app, listener)
 
 

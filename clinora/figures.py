@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from clinora.evaluation import wilson
+from clinora.explain import LayerUpdate
 
 BLACK, GREY, LIGHT = "#111111", "#707070", "#c8c8c8"
 BLUE = "#1f5fa8"  # as dark as mid grey
@@ -180,3 +181,64 @@ def training_figure(steps: Sequence[dict], validations: Sequence[dict]) -> Figur
 def _percent(axes: Axes) -> None:
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(PercentFormatter(1, decimals=None))
+
+
+def updates_figure(updates: Sequence[LayerUpdate]) -> Figure:
+    """Draw how far an adapter moved each weight: ‖ΔW‖ / ‖W‖ by layer and target."""
+    names = [_layer_and_target(update.name) for update in updates]
+    layers = sorted({layer for layer, _ in names})
+    targets = list(dict.fromkeys(target for _, target in names))
+    shares = np.full((len(layers), len(targets)), np.nan)
+    for (layer, target), update in zip(names, updates, strict=True):
+        shares[layers.index(layer), targets.index(target)] = update.share
+    figure = Figure(
+        figsize=(2.2 + 1.1 * len(targets), 1.6 + 0.32 * len(layers)), layout="constrained"
+    )
+    axes = figure.subplots()
+    most = np.nanmax(shares)
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=most or 1, aspect="auto")
+    for (row, column), share in np.ndenumerate(shares):
+        if np.isfinite(share):
+            axes.text(
+                column, row, f"{share:.1%}", ha="center", va="center", fontsize=8,
+                color="white" if share > 0.6 * most else "black",
+            )  # fmt: skip
+    axes.set_xticks(range(len(targets)), targets)
+    axes.set_yticks(range(len(layers)), layers)
+    axes.set(ylabel="layer", title="‖(α/r)·B·A‖ / ‖W‖")
+    return figure
+
+
+def singular_values_figure(updates: Sequence[LayerUpdate]) -> Figure:
+    """Draw the singular values of each layer's update, and its effective rank."""
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.subplots()
+    targets = list(dict.fromkeys(_layer_and_target(update.name)[1] for update in updates))
+    for update in updates:
+        kind = targets.index(_layer_and_target(update.name)[1])
+        axes.plot(
+            range(1, len(update.singular_values) + 1), update.singular_values,
+            color=(BLUE, BLACK, GREY)[kind % 3], linestyle=("-", "--", ":")[kind % 3],
+            linewidth=1, marker="o", markersize=2.5,
+        )  # fmt: skip
+    for kind, target in enumerate(targets):
+        ranks = [u.effective_rank for u in updates if _layer_and_target(u.name)[1] == target]
+        axes.plot(
+            [], [], color=(BLUE, BLACK, GREY)[kind % 3], linestyle=("-", "--", ":")[kind % 3],
+            label=f"{target}: effective rank {min(ranks):.1f} to {max(ranks):.1f}",
+        )  # fmt: skip
+    axes.set(
+        xlabel="number",
+        ylabel="singular value",
+        title="Singular values of (α/r)·B·A",
+        ylim=(0, None),
+    )
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(fontsize=8)
+    return figure
+
+
+def _layer_and_target(name: str) -> tuple[int, str]:
+    """Give the layer's number, the last in the name, and the name's last segment."""
+    parts = name.split(".")
+    return next((int(part) for part in reversed(parts) if part.isdigit()), 0), parts[-1]

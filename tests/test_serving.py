@@ -21,9 +21,12 @@ import pytest
 from fastapi.testclient import TestClient
 
 import clinora
-from clinora.serving.app import MOST_BODY_BYTES, MOST_WAITING, create_app, one_at_a_time
+from clinora.classifier import Calibration
+from clinora.serving.api import MOST_CHARACTERS
+from clinora.serving.app import AT_ONCE, MOST_BODY_BYTES, create_app
+from clinora.serving.batcher import MOST_WAITING
 from clinora.serving.flags import Flags, FlagsFullError
-from clinora.serving.page import EXAMPLES, MOST_CHARACTERS
+from clinora.serving.page import EXAMPLES, REASONS
 
 ROOT = Path(__file__).parents[1]
 PUBLISHED_NOTE = (
@@ -58,6 +61,13 @@ def call(client, api, *data, session="one"):
     events = client.get(f"/gradio_api/call/{api}/{joined.json()['event_id']}").text
     event, data = re.fullmatch(r"event: (\w+)\ndata: (.*?)\s*", events, re.DOTALL).groups()
     return event, json.loads(data)
+
+
+def calibration(threshold):
+    return Calibration(
+        weights=(0.2, 0.5), bias=0.1, promise=0.95, threshold=threshold, notes=60, coverage=0.5,
+        accuracy=0.95,
+    )  # fmt: skip
 
 
 # --- What it says ---
@@ -96,34 +106,44 @@ def test_a_note_beyond_the_most_characters_is_refused_and_one_at_it_is_read(clie
     assert (event, "100,001 characters" in told["error"]) == ("error", True)
 
 
-def test_a_note_beyond_the_token_limit_is_told_with_both_numbers(client, classifier):
+def test_the_tokens_of_a_note_and_those_read_are_told(client, classifier):
     tokens = len(classifier.tokenizer.encode("fever " * 300))
-    *_, told, _ = call(client, "predict", "fever " * 300)[1]
-    assert told["value"] == f"The note has {tokens:,} tokens; the first 128 were read."
-    assert told["visible"]
-    *_, told, _ = call(client, "predict", "fever")[1]
-    assert not told["visible"]
+    told = call(client, "predict", "fever " * 300)[1][5]
+    assert told == f"The note has {tokens:,} tokens; the first 128 were read."
+    tokens = len(classifier.tokenizer.encode("fever"))
+    told = call(client, "predict", "fever")[1][5]
+    assert told == f"The note has {tokens} tokens; all were read."
 
 
-def test_notes_go_through_the_model_one_at_a_time(classifier, monkeypatch):
-    inside, most, run = 0, 0, classifier.run
+def test_all_probabilities_and_the_confidence_are_told(classifier, flags_folder, monkeypatch):
+    monkeypatch.setattr(classifier, "calibration", calibration(threshold=0.9999))
+    app = create_app(classifier, flags_folder)
+    with TestClient(app, "http://127.0.0.1") as client:
+        shares, sure, verdict = call(client, "predict", "fever")[1][2:5]
+    expected = classifier(["fever"])[0]
+    told = {share["label"]: share["confidence"] for share in shares["confidences"]}
+    shares = dict(zip(classifier.labels, expected.probabilities, strict=True))
+    assert told == pytest.approx(shares, abs=1e-3)
+    assert sure == f"{expected.confidence:.1%}"
+    assert expected.refer
+    assert verdict == (
+        f"Refer to a person: the confidence of {expected.confidence:.1%} is under this run's "
+        "threshold of 100.0%."
+    )
 
-    def slow_run(*arguments):
-        nonlocal inside, most
-        inside += 1
-        most = max(most, inside)
-        time.sleep(0.05)
-        inside -= 1
-        return run(*arguments)
 
-    monkeypatch.setattr(classifier, "run", slow_run)
-    classify = one_at_a_time(classifier)
-    threads = [threading.Thread(target=classify, args=(note,)) for note in EXAMPLES]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert most == 1
+def test_a_run_that_never_kept_its_promise_refers_every_note(classifier, flags_folder, monkeypatch):
+    monkeypatch.setattr(classifier, "calibration", calibration(threshold=2.0))
+    with TestClient(create_app(classifier, flags_folder), "http://127.0.0.1") as client:
+        verdict = call(client, "predict", "fever")[1][4]
+    assert (
+        verdict == "Refer to a person: this run was never right often enough to answer by itself."
+    )
+
+
+def test_an_uncalibrated_run_claims_no_confidence_and_refers_nobody(client):
+    sure, verdict = call(client, "predict", "fever")[1][3:5]
+    assert (sure, verdict) == ("not calibrated", "")
 
 
 def test_a_full_queue_refuses_at_once(client, classifier, monkeypatch):
@@ -132,42 +152,59 @@ def test_a_full_queue_refuses_at_once(client, classifier, monkeypatch):
     body = {"data": ["fever"]}
     codes = [
         client.post("/gradio_api/call/predict", json=body).status_code
-        for _ in range(MOST_WAITING + 2)  # the first may have left the queue for the model
+        for _ in range(MOST_WAITING + AT_ONCE + 1)
     ]
     may_go_on.set()
-    assert codes[:MOST_WAITING] == [200] * MOST_WAITING
+    assert codes[:MOST_WAITING] == [200] * MOST_WAITING  # the others may have left the queue
     assert codes[-1] == 503
 
 
 # --- Flags ---
 
 
-def test_a_flag_holds_the_prediction_and_the_notes_hash_but_not_its_text(
+def test_a_flag_holds_prediction_reason_and_hash_and_the_text_only_with_consent(
     client, classifier, flags_folder
 ):
     note = f"{CANARY} chest pain"
     expected = classifier([note])[0]
-    call(client, "predict", f"  {note}\n")
-    assert not flags_folder.exists()  # made at the first flag
-    assert call(client, "flag")[0] == "complete"
-    text = (flags_folder / "flags.jsonl").read_text()
-    assert CANARY not in text
-    record = json.loads(text)
-    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", record.pop("time"))
-    assert record == {
+    record = {
         "predicted_class": expected.index,
         "label": expected.label,
+        "confidence": None,
         "sha256": clinora.Note(note, ()).sha256,
         "tokens": expected.tokens,
+        "reason": REASONS[1],
     }
+    call(client, "predict", f"  {note}\n")
+    assert not flags_folder.exists()  # made at the first flag
+    file = flags_folder / "flags.jsonl"
+    for consent, more in ((False, {}), (True, {"note": note})):
+        assert call(client, "flag", f"{note} ", consent, REASONS[1])[0] == "complete"
+        flagged = json.loads(file.read_text().splitlines()[-1])
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", flagged.pop("time"))
+        assert flagged == record | more
+
+
+@pytest.mark.parametrize("reason", [None, "", CANARY, [REASONS[0]]])
+def test_a_flag_needs_one_of_the_reasons(client, flags_folder, reason):
+    call(client, "predict", "fever")
+    assert call(client, "flag", "fever", False, reason)[0] == "error"
+    assert not flags_folder.exists()
+
+
+def test_another_note_is_not_stored_with_the_flag_of_the_last(client, flags_folder):
+    call(client, "predict", "fever")
+    event, told = call(client, "flag", f"fever {CANARY}", True, REASONS[0])
+    assert (event, told["error"].startswith("The note has changed")) == ("error", True)
+    assert not flags_folder.exists()
 
 
 def test_nothing_to_flag_is_told_and_a_caller_cannot_make_it_up(client, flags_folder):
     call(client, "predict", "fever", session="another")
-    for data in [(), ({"label": CANARY},)]:
-        event, told = call(client, "flag", *data)
-        assert (event, told["error"].startswith("There is no prediction")) == ("error", True)
-    assert not flags_folder.exists()
+    event, told = call(client, "flag", "fever", True, REASONS[0])
+    assert (event, told["error"].startswith("There is no prediction")) == ("error", True)
+    event, _ = call(client, "flag", "fever", {"label": CANARY}, True, REASONS[0])
+    assert event == "error" and not flags_folder.exists()
 
 
 def test_flags_are_appended_in_a_folder_and_file_of_their_owners_alone(flags_folder):
@@ -201,7 +238,7 @@ def test_flags_end_at_their_largest_size(client, flags_folder):
     with flags.path.open("ab") as file:
         file.truncate(10_000_000)  # the page's own limit
     call(client, "predict", "fever")
-    event, told = call(client, "flag")
+    event, told = call(client, "flag", "fever", False, REASONS[0])
     assert (event, told["error"]) == ("error", "The file of flags is full: move it away.")
 
 
@@ -551,6 +588,7 @@ def test_the_process_writes_no_text_to_any_file(served):
 
 # --- In a browser, as a person clicks ---
 
+TABS = ("LoRA internals", "Many notes", "API", "Model card")
 LABELS = ("Enter Clinical Note", "Predicted Classification in JSON Format", "Prediction in text")
 
 
@@ -579,6 +617,7 @@ class Person:
         self.note = page.get_by_label("Enter Clinical Note")
         self.text = page.get_by_label("Prediction in text")
         self.json = page.locator(".json-holder")
+        self.highlighted = page.locator(".textfield")
         self.note.wait_for()
 
     def _note_request(self, request):
@@ -592,6 +631,17 @@ class Person:
     def submit(self, note):
         self.note.fill(note)
         self.press("Submit")
+
+    def choose_reason(self, reason):
+        self.page.get_by_role("radio", name=reason).check()
+
+    def open(self, tab):
+        """Open a tab, from the menu where there is no room for it."""
+        button = self.page.get_by_role("tab", name=tab)
+        if not button.is_visible():
+            self.page.get_by_role("button", name="More tabs").click()
+            button = self.page.locator(".overflow-dropdown button", has_text=tab)
+        button.click()
 
 
 @pytest.fixture
@@ -611,7 +661,8 @@ def test_the_page_has_the_published_words(person):
     from playwright.sync_api import expect
 
     expect(person.page).to_have_title("Clinical Note Classifier")
-    expect(person.page.get_by_role("heading")).to_have_text("Clinical Note Classifier")
+    heading = person.page.get_by_role("heading", level=1)
+    expect(heading).to_have_text("Clinical Note Classifier")
     for text in (
         "This model classifies clinical notes into diagnosis categories. "
         "Choose your output format.",
@@ -651,6 +702,9 @@ def test_a_person_flags(person, served, classifier):
     person.submit(f"{CANARY} knee pain")
     expect(person.text).not_to_have_value("")
     person.press("Flag")
+    expect(person.page.get_by_text("Choose a reason first.")).to_be_visible()
+    person.choose_reason(REASONS[0])
+    person.press("Flag")
     expect(person.page.get_by_text("was flagged, without the note's text")).to_be_visible()
     file = served.folder / "flagged" / "flags.jsonl"
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
@@ -658,6 +712,13 @@ def test_a_person_flags(person, served, classifier):
     label = classifier([f"{CANARY} knee pain"])[0].label
     assert json.loads(file.read_text().splitlines()[-1])["label"] == label
     assert CANARY not in file.read_text()
+    person.page.get_by_role("checkbox", name="I may store this note's text").check()
+    person.press("Flag")
+    expect(person.page.get_by_text("was flagged, with the note's text")).to_be_visible()
+    assert json.loads(file.read_text().splitlines()[-1])["note"] == f"{CANARY} knee pain"
+    person.press("Clear")
+    expect(person.page.get_by_role("checkbox", name="I may store")).not_to_be_checked()
+    file.unlink()  # the note was meant to be there
 
 
 @pytest.mark.slow
@@ -681,9 +742,9 @@ def test_a_long_note_is_told_below_the_outputs(person):
     person.submit("fever " * 300)
     told = person.page.get_by_text(re.compile(r"The note has [\d,]+ tokens; the first 128 were"))
     expect(told).to_be_visible()
-    assert told.bounding_box()["y"] > person.text.bounding_box()["y"]
     person.submit("fever")
     expect(told).not_to_be_visible()
+    expect(person.page.get_by_text(re.compile(r"tokens; all were read"))).to_be_visible()
 
 
 @pytest.mark.slow
@@ -704,6 +765,8 @@ def test_a_script_in_a_note_does_nothing(person):
 
     person.submit(f"<img src=/{CANARY} onerror='window.ran=1'><script>window.ran=1</script>")
     expect(person.text).not_to_have_value("")
+    expect(person.highlighted).to_contain_text("onerror")
+    person.choose_reason(REASONS[0])
     person.press("Flag")
     expect(person.page.get_by_text("was flagged")).to_be_visible()
     assert person.page.evaluate("window.ran") is None
@@ -717,8 +780,11 @@ def test_on_a_phone_the_prediction_comes_into_view(person):
     person.page.set_viewport_size({"width": 390, "height": 700})
     person.submit("fever")
     expect(person.json).to_be_in_viewport()
-    width = person.page.evaluate("document.documentElement.scrollWidth")
-    assert width <= 390
+    for tab in (None, *TABS):
+        if tab:
+            person.open(tab)
+        width = person.page.evaluate("document.documentElement.scrollWidth")
+        assert width <= 390, tab
 
 
 @pytest.mark.slow

@@ -2,8 +2,8 @@
 
 import socket
 import sys
-import threading
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,18 +11,25 @@ import gradio
 import uvicorn
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse
-from starlette.datastructures import MutableHeaders
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from clinora.classifier import Classifier, Prediction
+from clinora.classifier import Classifier
 from clinora.serving import report_error
+from clinora.serving.api import add_routes
+from clinora.serving.batcher import MOST_WAITING, Batcher
 from clinora.serving.flags import Flags
 from clinora.serving.page import CSS, THEME, build_page
+from clinora.serving.passwords import Door
 
 MOST_BODY_BYTES = 1_000_000  # of a request
-MOST_WAITING = 64  # in the queue before the model
-SHUTDOWN_SECONDS = 5  # in which what is being answered may end
+MOST_FILE_BYTES = 5_000_000  # of a file with many notes
+UPLOAD = "/gradio_api/upload"
+SHUTDOWN_SECONDS = 30  # in which what is being answered may end
+MOST_SESSIONS = 1_000  # whose last prediction is remembered, for a flag
+AT_ONCE = 32  # handlers of the page that run; the batcher bounds what reaches the model
 # Another name would be another site's, whose owner has it point here (DNS rebinding).
 LOOPBACK_NAMES = ["127.0.0.1", "localhost"]
 
@@ -34,28 +41,50 @@ CONTENT_SECURITY_POLICY = (
 )
 
 
-def create_app(classifier: Classifier, flags_folder: str | Path) -> FastAPI:
-    """Make the app with the page at ``/``, answering requests to loopback names only.
+def create_app(
+    classifier: Classifier,
+    flags_folder: str | Path,
+    *,
+    hosts: Sequence[str] = (),
+    users: dict[str, tuple[bytes, bytes]] | None = None,
+    card: str = "",
+) -> FastAPI:
+    """Make the app: the page at ``/``, the API beside it, one batcher for both.
 
     Args:
         classifier: A trained run.
         flags_folder: Where flagged predictions go; made at the first one.
+        hosts: Names that the app answers to beside those of the loopback address.
+        users: Salt and hash of the password of each name that may enter; None: whoever asks.
+        card: What the model card says of the run, in Markdown.
     """
     # Errors before a handler runs quote what came in, and Gradio prints them.
     quiet = SimpleNamespace(print_exc=lambda: report_error(sys.exception()))
     for module in (gradio.queueing, gradio.routes, gradio.route_utils):
         module.traceback = quiet
 
-    app = FastAPI(openapi_url=None)
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=LOOPBACK_NAMES)
-    app.add_middleware(Guard, most_bytes=MOST_BODY_BYTES)
+    batcher = Batcher(classifier)
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await run_in_threadpool(batcher.close)
+
+    app = FastAPI(openapi_url=None, lifespan=lifespan)
+    # The last added is the first that a request meets.
+    if users is not None:
+        app.add_middleware(Door, users=users)
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK_NAMES, *hosts])
+    app.add_middleware(Guard)
+    add_routes(app, batcher)
 
     @app.get("/gradio_api/deep_link")
     def deep_link() -> JSONResponse:  # Gradio's writes what is on the page to a file
         return _detail("Not Found", 404)
 
-    page = build_page(one_at_a_time(classifier), classifier.token_limit, Flags(flags_folder))
-    page.queue(api_open=False, max_size=MOST_WAITING)
+    page = build_page(batcher, Flags(flags_folder), card)
+    page.state_session_capacity = MOST_SESSIONS
+    page.queue(api_open=False, max_size=MOST_WAITING, default_concurrency_limit=AT_ONCE)
     app = gradio.mount_gradio_app(
         app,
         page,
@@ -63,6 +92,8 @@ def create_app(classifier: Classifier, flags_folder: str | Path) -> FastAPI:
         app_kwargs={"openapi_url": None},
         footer_links=[],
         show_error=False,
+        max_file_size=MOST_FILE_BYTES,
+        blocked_paths=[str(Path(flags_folder).resolve())],
         run_history=False,
         enable_monitoring=False,
         mcp_server=False,
@@ -89,22 +120,15 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def one_at_a_time(classifier: Classifier) -> Callable[[str], Prediction]:
-    """Make a function that classifies one note, whose callers wait for each other."""
-    lock = threading.Lock()
-
-    def classify(note: str) -> Prediction:
-        with lock:
-            return classifier([note])[0]
-
-    return classify
-
-
 class Guard:
-    """ASGI middleware: limits a request's body, adds the policy, keeps errors out of the log."""
+    """ASGI middleware: refuses other sites' pages and long bodies, and keeps errors private.
 
-    def __init__(self, app: ASGIApp, most_bytes: int) -> None:
-        self.app, self.most_bytes = app, most_bytes
+    Another site's page could have a browser that is logged in here ask for it: its requests carry
+    that site's Origin.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -120,6 +144,12 @@ class Guard:
                 headers["Content-Security-Policy"] = CONTENT_SECURITY_POLICY
             await send(message)
 
+        headers = Headers(scope=scope)
+        origin = headers.get("origin")
+        if origin and origin.partition("://")[2] != headers.get("host"):
+            await _detail("Another site's page asked.", 403)(scope, receive, send_with_policy)
+            return
+        most = MOST_FILE_BYTES if scope["path"] == UPLOAD else MOST_BODY_BYTES
         body, more = bytearray(), True
         while more:
             message = await receive()
@@ -127,8 +157,8 @@ class Guard:
                 return
             body += message.get("body", b"")
             more = message.get("more_body", False)
-            if len(body) > self.most_bytes:
-                answer = _detail(f"This is too long: at most {self.most_bytes:,} bytes.", 413)
+            if len(body) > most:
+                answer = _detail(f"This is too long: at most {most:,} bytes.", 413)
                 await answer(scope, receive, send_with_policy)
                 return
         whole: list[Message] = [{"type": "http.request", "body": bytes(body)}]

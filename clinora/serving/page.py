@@ -1,17 +1,29 @@
-"""What a person sees: a box for a note, the prediction in two forms, examples, and a flag.
+"""What a person sees: a note classified and explained, LoRA's inside, files, API, model card.
 
 Every handler looks at what came in as if nothing had, since the page's own checks run in the
 browser, and tells failures by a reference, since a message may quote the note.
 """
 
+import csv
 import functools
+import io
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 import gradio as gr
+from torch.func import functional_call
 
+import clinora
+from clinora.budget import base_parameters, linear_shapes, lora_targets
 from clinora.classifier import Prediction
+from clinora.explain import explain, layer_updates
+from clinora.figures import singular_values_figure, updates_figure
+from clinora.llama import LlamaConfig
 from clinora.notes import Note
 from clinora.serving import report_error
+from clinora.serving.api import MOST_CHARACTERS, REQUEST_SECONDS, describe, refuse
+from clinora.serving.batcher import MOST_TOGETHER, Batcher, BusyError
 from clinora.serving.flags import Flags, FlagsFullError
 
 TITLE = "Clinical Note Classifier"
@@ -19,7 +31,9 @@ DESCRIPTION = (
     "This model classifies clinical notes into diagnosis categories. Choose your output format."
 )
 DISCLAIMER = "Demonstration only, not a medical device."
-MOST_CHARACTERS = 100_000
+MOST_ROWS = 2_000  # of a file
+PREVIEW_ROWS = 20
+REASONS = ("The class is wrong", "The confidence is wrong", "The highlights mislead", "Other")
 
 # The published note, then three invented ones, of Orthopedic, Radiology and Surgery.
 EXAMPLES = [
@@ -33,6 +47,15 @@ EXAMPLES = [
     "was divided with a stapler and removed. The incisions were closed; blood loss was minimal.",
 ]
 
+TINYLLAMA = LlamaConfig(
+    vocab_size=32_000,
+    hidden_size=2048,
+    intermediate_size=5632,
+    num_hidden_layers=22,
+    num_attention_heads=32,
+    num_key_value_heads=4,
+)
+
 THEME = gr.themes.Default(
     primary_hue="blue",
     secondary_hue="slate",
@@ -41,80 +64,357 @@ THEME = gr.themes.Default(
     font_mono=["ui-monospace", "monospace"],
 )
 CSS = """
-.gradio-container { max-width: 1080px !important; margin: 0 auto !important; }
+.gradio-container { max-width: min(1080px, 100vw) !important; margin: 0 auto !important; }
+.gradio-container .column, .gradio-container .block { min-width: 0 !important; max-width: 100%; }
 .small { opacity: 0.75; font-size: var(--text-sm); }
+.refer { font-weight: 600; }
 """
 
+CURL = """curl -s http://127.0.0.1:7860/v1/classify \\
+  -H 'Content-Type: application/json' \\
+  -d '{"note": "Severe chest pain. ECG shows ST elevation."}'"""
+PYTHON = """from gradio_client import Client
 
-def build_page(classify: Callable[[str], Prediction], token_limit: int, flags: Flags) -> gr.Blocks:
+client = Client("http://127.0.0.1:7860", analytics_enabled=False)
+print(client.predict("Severe chest pain. ECG shows ST elevation.", api_name="/predict"))"""
+API_WORDS = """`GET /health` and `GET /ready` tell whether the service is alive and has room for a
+note. `POST /v1/classify` takes `{"note": "…"}` or `{"notes": ["…", …]}`. A busy service answers 503
+with `Retry-After`. Where a password file is in use, page and API ask for name and password
+(`curl -u NAME`, `Client(…, headers={"Authorization": "Basic …"})`)."""
+
+
+def build_page(batcher: Batcher, flags: Flags, card: str) -> gr.Blocks:
     """Build the page.
 
     Args:
-        classify: Gives the prediction of one note; may be called from several threads.
-        token_limit: How many tokens of a note it reads.
+        batcher: Runs the model for all.
         flags: Where flagged predictions go.
+        card: The model card, in Markdown.
     """
+    with gr.Blocks(title=TITLE, delete_cache=(300, 1800)) as page:
+        gr.Markdown(f"# {TITLE}\n\n{DESCRIPTION}")
+        gr.Markdown(DISCLAIMER, elem_classes="small")
+        with gr.Tab("Classify"):
+            _classify_tab(batcher, flags)
+        with gr.Tab("LoRA internals"):
+            _internals_tab(batcher)
+        with gr.Tab("Many notes"):
+            _many_tab(batcher)
+        with gr.Tab("API"):
+            gr.Markdown(API_WORDS)
+            gr.Code(CURL, language="shell", label="curl", interactive=False)
+            gr.Code(PYTHON, language="python", label="Python", interactive=False)
+        with gr.Tab("Model card"):
+            gr.Markdown(card)
+    return page
 
-    def predict(note: str | None) -> tuple[dict, str, dict, dict]:
-        note = (note or "").strip()
-        if not note:
-            raise _message("Enter a clinical note first.")
-        if len(note) > MOST_CHARACTERS:
-            raise _message(
-                f"The note has {len(note):,} characters, more than {MOST_CHARACTERS:,}: "
-                "enter a part of it."
-            )
-        prediction = classify(note)
-        cut = gr.update(visible=False)
-        if prediction.truncated:
-            read = f"the first {token_limit:,} were read."
-            cut = gr.update(
-                value=f"The note has {prediction.tokens:,} tokens; {read}", visible=True
-            )
+
+# --- a note -------------------------------------------------------------------------------------
+
+
+def _classify_tab(batcher: Batcher, flags: Flags) -> None:
+    classifier = batcher.classifier
+
+    def predict(note: str | None) -> tuple:
+        note = _checked(note)
+        prediction = batcher.submit([note])[0].result(REQUEST_SECONDS)
         record = prediction.as_json() | {
+            "confidence": prediction.confidence,
             "sha256": Note(note, ()).sha256,
             "tokens": prediction.tokens,
         }
-        return prediction.as_json(), prediction.as_text(), cut, record
+        shares = dict(zip(classifier.labels, prediction.probabilities, strict=True))
+        return (
+            prediction.as_json(), prediction.as_text(), shares, _sure(prediction),
+            _verdict(prediction, batcher), _length(prediction, batcher), record,
+        )  # fmt: skip
 
-    def flag(record: dict | None) -> None:
+    def highlight(note: str | None) -> list[tuple[str, float | None]]:
+        note = _checked(note)
+        sentences = batcher.run(lambda: explain(classifier, note)).result(REQUEST_SECONDS)
+        most = max(abs(s.contribution) for s in sentences if s.contribution is not None)
+        return [
+            (s.text, None if s.contribution is None else s.contribution / (most or 1))
+            for s in sentences
+        ]
+
+    def flag(note: str | None, record: dict | None, consent: bool, reason: str | None) -> None:
         if record is None:
             raise _message("There is no prediction to flag: submit a note first.")
+        if reason not in REASONS:
+            raise _message("Choose a reason first.")
+        record = record | {"reason": reason}
+        if consent is True:
+            note = (note or "").strip()
+            if Note(note, ()).sha256 != record["sha256"]:
+                raise _message("The note has changed since its prediction: submit it again.")
+            record["note"] = note
         try:
             flags.add(record)
         except FlagsFullError:
             raise _message("The file of flags is full: move it away.") from None
-        gr.Info("The prediction was flagged, without the note's text.")
+        words = "with" if consent is True else "without"
+        gr.Info(f"The prediction was flagged, {words} the note's text.")
 
-    def no_prediction() -> tuple[None, None, dict, None]:
-        return None, None, gr.update(visible=False), None
+    with gr.Row():
+        with gr.Column():
+            note = gr.Textbox(label="Enter Clinical Note", lines=8, max_lines=20)
+            with gr.Row():
+                clear = gr.Button("Clear", min_width=120)
+                submit = gr.Button("Submit", variant="primary", min_width=120)
+            length = gr.Markdown(elem_classes="small")
+        with gr.Column():
+            as_json = gr.JSON(label="Predicted Classification in JSON Format")
+            as_text = gr.Textbox(label="Prediction in text", interactive=False)
+            verdict = gr.Markdown(elem_classes="refer")
+            sure = gr.Textbox(label="Confidence that the note is filed so", interactive=False)
+            shares = gr.Label(label="Probabilities", num_top_classes=len(classifier.labels))
+    highlighted = gr.HighlightedText(
+        label="Sentences that spoke for the answer (positive) and against it (negative)",
+        show_legend=True,
+    )
+    reason = gr.Radio(REASONS, label="Why flag this prediction?")
+    consent = gr.Checkbox(False, label="I may store this note's text: keep it with the flag")
+    flag_button = gr.Button("Flag")
+    # Below both columns: on a phone the outputs follow the box.
+    gr.Examples(EXAMPLES, note, cache_examples=False, api_visibility="private")
+    record = gr.State()  # of the last prediction, on the server; it holds no text
+    outputs = [as_json, as_text, shares, sure, verdict, length, record]
+    empty = (None, None, None, None, "", "", None, None)
+    predicted = submit.click(_told_by_reference(predict), note, outputs, api_name="predict")
+    private = {"api_visibility": "private"}
+    predicted.success(_told_by_reference(highlight), note, highlighted, **private)
+    predicted.failure(lambda: empty, None, [*outputs, highlighted], **private)
+    # Not gr.ClearButton, which evaluates a string as a script: the policy forbids that.
+    clear.click(
+        lambda: (None, *empty, None, False), None,
+        [note, *outputs, highlighted, reason, consent], **private,
+    )  # fmt: skip
+    flag_button.click(
+        _told_by_reference(flag), [note, record, consent, reason], None, api_name="flag"
+    )
 
-    with gr.Blocks(title=TITLE, delete_cache=(300, 1800)) as page:
-        gr.Markdown(f"# {TITLE}\n\n{DESCRIPTION}")
-        gr.Markdown(DISCLAIMER, elem_classes="small")
-        with gr.Row():
-            with gr.Column():
-                note = gr.Textbox(label="Enter Clinical Note", lines=8, max_lines=20)
-                with gr.Row():
-                    clear = gr.Button("Clear", min_width=120)
-                    submit = gr.Button("Submit", variant="primary", min_width=120)
-            with gr.Column():
-                as_json = gr.JSON(label="Predicted Classification in JSON Format")
-                as_text = gr.Textbox(label="Prediction in text", interactive=False)
-                cut = gr.Markdown(visible=False, elem_classes="small")
-                flag_button = gr.Button("Flag")
-        # Below both columns: on a phone the outputs follow the box.
-        gr.Examples(EXAMPLES, note, cache_examples=False, api_visibility="private")
-        record = gr.State()  # of the last prediction, on the server; it holds no text
-        outputs = [as_json, as_text, cut, record]
-        predicted = submit.click(_told_by_reference(predict), note, outputs, api_name="predict")
-        predicted.failure(no_prediction, None, outputs, api_visibility="private")
-        # Not gr.ClearButton, which evaluates a string as a script: the policy forbids that.
-        clear.click(
-            lambda: (None, *no_prediction()), None, [note, *outputs], api_visibility="private"
+
+def _checked(note: str | None) -> str:
+    note = (note or "").strip()
+    if not note:
+        raise _message("Enter a clinical note first.")
+    if why := refuse(note):
+        raise _message(f"{why} Enter a part of it.")
+    return note
+
+
+def _sure(prediction: Prediction) -> str:
+    if prediction.confidence is None:
+        return "not calibrated"
+    return f"{prediction.confidence:.1%}"
+
+
+def _verdict(prediction: Prediction, batcher: Batcher) -> str:
+    if not prediction.refer:
+        return ""
+    threshold = batcher.classifier.calibration.threshold
+    if threshold > 1:
+        return "Refer to a person: this run was never right often enough to answer by itself."
+    return (
+        f"Refer to a person: the confidence of {prediction.confidence:.1%} is under this run's "
+        f"threshold of {threshold:.1%}."
+    )
+
+
+def _length(prediction: Prediction, batcher: Batcher) -> str:
+    if not prediction.truncated:
+        return f"The note has {prediction.tokens:,} tokens; all were read."
+    limit = batcher.classifier.token_limit
+    return f"The note has {prediction.tokens:,} tokens; the first {limit:,} were read."
+
+
+# --- LoRA's inside ------------------------------------------------------------------------------
+
+
+def _internals_tab(batcher: Batcher) -> None:
+    classifier = batcher.classifier
+    model, labels = classifier.model, classifier.labels
+    lora, config = model.lora_config, model.model.config
+    updates = layer_updates(model)
+
+    def count(rank: float, targets: list[str] | None) -> list[list[str]]:
+        rows = []
+        for name, shape in (("the loaded base", config), ("TinyLlama", TINYLLAMA)):
+            try:
+                layers = lora_targets(shape, int(rank), tuple(targets or ()))
+            except ValueError as error:
+                raise _message(f"For {name}: {error}.") from None
+            trained, full = (sum(getattr(t, kind) for t in layers) for kind in ("lora", "full"))
+            share = trained / base_parameters(shape, None)
+            rows.append(
+                [name, f"{trained:,}", f"{4 * trained / 1e6:,.2f}", f"{share:.3%}", f"{full:,}"]
+            )
+        return rows
+
+    def compare_strengths(note: str | None, strength: float) -> list[list[str]]:
+        note, strength = _checked(note), min(2.0, max(0.0, float(strength)))
+
+        def job() -> list:
+            columns = []
+            for s in (0.0, 1.0, strength):
+                with clinora.lora_strength(model, s):
+                    columns.append(classifier([note])[0].probabilities)
+            return columns
+
+        columns = batcher.run(job).result(REQUEST_SECONDS)
+        return [
+            [label, *(f"{column[i]:.1%}" for column in columns)] for i, label in enumerate(labels)
+        ]
+
+    def compare_merged(note: str | None) -> str:
+        note = _checked(note)
+
+        def job() -> tuple:
+            replaced = {}
+            for name, layer in model.named_modules():
+                if isinstance(layer, clinora.LoRALinear):
+                    replaced[f"{name}.weight"] = clinora.merged_weight(layer)
+                    replaced[f"{name}.lora_B"] = layer.lora_B.new_zeros(layer.lora_B.shape)
+            ids = classifier.tokenizer.encode(note, classifier.token_limit)
+            merged = classifier.run([ids], lambda *x: functional_call(model, replaced, x))
+            return classifier([note])[0].probabilities, merged.softmax(-1)[0].tolist()
+
+        beside, merged = batcher.run(job).result(REQUEST_SECONDS)
+        apart = max(abs(a - b) for a, b in zip(beside, merged, strict=True))
+        return (
+            f"Largest difference of a probability: {100 * apart:.4f} points. The merged weight "
+            f"W + (α/r)·B·A is rounded once, to {str(classifier.dtype).removeprefix('torch.')}; "
+            "the model that is served was not changed."
         )
-        flag_button.click(_told_by_reference(flag), record, None, api_name="flag")
-    return page
+
+    gr.Markdown(
+        f"The loaded adapter: rank {lora.rank}, α = {lora.alpha:g}, on {', '.join(lora.targets)}. "
+        "It adds (α/r)·B·A to each of these weights W, with A (r × in) and B (out × r)."
+    )
+    with gr.Row():
+        rank = gr.Slider(1, 64, lora.rank, step=1, label="Rank r")
+        targets = gr.CheckboxGroup(
+            list(linear_shapes(config)), value=list(lora.targets), label="Layers to adapt"
+        )
+    counts = gr.Dataframe(
+        count(lora.rank, list(lora.targets)), interactive=False, label="What LoRA would train",
+        headers=["base", "parameters r·(in + out)", "MB as float32", "of the base",
+                 "full training of these layers"],
+    )  # fmt: skip
+    private = {"api_visibility": "private"}
+    for chosen in (rank, targets):
+        chosen.change(
+            _told_by_reference(count), [rank, targets], counts, trigger_mode="always_last",
+            **private,
+        )  # fmt: skip
+    with gr.Row():
+        gr.Plot(updates_figure(updates), format="png", show_label=False)
+        gr.Plot(singular_values_figure(updates), format="png", show_label=False)
+    note = gr.Textbox(EXAMPLES[0], label="A note to try strengths on", lines=3, max_lines=8)
+    strength = gr.Slider(0, 2, 1, step=0.05, label="Strength of the adapter")
+    table = gr.Dataframe(
+        headers=["class", "base (0)", "adapter (1)", "chosen strength"], interactive=False,
+        label="Probabilities; the trained head stays on",
+    )  # fmt: skip
+    compare = gr.Button("Compare strengths")
+    merge = gr.Button("Merge and compare")
+    merged = gr.Markdown()
+    strengths = _told_by_reference(compare_strengths)
+    compare.click(strengths, [note, strength], table, **private)
+    strength.change(strengths, [note, strength], table, trigger_mode="always_last", **private)
+    merge.click(_told_by_reference(compare_merged), note, merged, **private)
+
+
+# --- many notes ---------------------------------------------------------------------------------
+
+
+def _many_tab(batcher: Batcher) -> None:
+    header = ["row", "predicted_class", "label", "confidence", "refer", "tokens", "error"]
+
+    def classify_file(
+        path: str | None,
+        column: str | None,
+        progress: gr.Progress = gr.Progress(),  # noqa: B008
+    ) -> tuple[list[list], str]:
+        notes = _read_file(path, (column or "").strip())
+        rows = []
+        for start in progress.tqdm(range(0, len(notes), MOST_TOGETHER), unit="batches"):
+            part = notes[start : start + MOST_TOGETHER]
+            good = [note for note, why in part if not why]
+            futures = iter(batcher.submit(good, wait=REQUEST_SECONDS))
+            for _, why in part:
+                row = [len(rows) + 1, "", "", "", "", "", why or ""]
+                if not why:
+                    try:
+                        found = describe(next(futures).result(REQUEST_SECONDS), batcher.classifier)
+                        row[1:6] = [_cell(found[name]) for name in header[1:6]]
+                    except Exception as error:
+                        row[6] = f"This did not work; reference {report_error(error)}."
+                rows.append(row)
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="classes-", suffix=".csv", encoding="utf-8", newline="", delete=False
+        ) as file:
+            csv.writer(file).writerows([header, *rows])
+        return rows[:PREVIEW_ROWS], file.name
+
+    gr.Markdown(
+        f"A CSV file with a header, at most {MOST_ROWS:,} rows and 5 MB. The answer has a row for "
+        "each, without the notes' text; a row that cannot be classified says why."
+    )
+    upload = gr.File(label="CSV file", file_types=[".csv"], type="filepath")
+    column = gr.Textbox("transcription", label="Column of the notes")
+    start = gr.Button("Classify all", variant="primary")
+    preview = gr.Dataframe(headers=header, interactive=False, label="The first rows")
+    download = gr.File(label="Classes", interactive=False)
+    start.click(
+        _told_by_reference(classify_file), [upload, column], [preview, download],
+        api_visibility="private",
+    )  # fmt: skip
+
+
+def _read_file(path: str | None, column: str) -> list[tuple[str, str | None]]:
+    """Read a file's notes and why one cannot be classified, and remove the file."""
+    if path is None:
+        raise _message("Choose a CSV file first.")
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise _message("The file is not UTF-8: save it as a CSV file in UTF-8.") from None
+    finally:
+        Path(path).unlink(missing_ok=True)
+    notes = []
+    limit = csv.field_size_limit(MOST_CHARACTERS * 10)
+    try:
+        table = csv.reader(io.StringIO(text, newline=""))
+        header = next(table, [])
+        if column not in header:
+            raise _message(f"The file has no column {column!r}.")
+        for row in table:
+            if not row:
+                continue
+            why = None
+            if len(row) != len(header):
+                why = f"The row has {len(row)} fields, the header {len(header)}."
+            note = "" if why else row[header.index(column)]
+            notes.append((note, why or refuse(note)))
+            if len(notes) > MOST_ROWS:
+                raise _message(f"The file has more than {MOST_ROWS:,} rows: give a part of it.")
+    except csv.Error:
+        raise _message("The file is no CSV file.") from None
+    finally:
+        csv.field_size_limit(limit)
+    if not notes:
+        raise _message("The file has no rows.")
+    return notes
+
+
+def _cell(value: object) -> object:
+    """Keep a spreadsheet from reading a text as a formula."""
+    return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@") else value
+
+
+# --- what goes wrong ----------------------------------------------------------------------------
 
 
 def _message(text: str) -> gr.Error:
@@ -128,6 +428,8 @@ def _told_by_reference(handler: Callable) -> Callable:
             return handler(*arguments)
         except gr.Error:
             raise
+        except (BusyError, TimeoutError):
+            raise _message("The service is busy: try again in a moment.") from None
         except Exception as error:
             raise _message(f"This did not work; reference {report_error(error)}.") from None
 

@@ -1,0 +1,92 @@
+"""The HTTP interface: whether the service is well, and the classes of one or many notes as JSON.
+
+    POST /v1/classify  {"note": "…"}           → {"predicted_class": 0, "label": "…", …}
+    POST /v1/classify  {"notes": ["…", "…"]}   → {"results": [{…}, {"error": "…"}]}
+
+No answer to a wrong question repeats it: it may hold a note.
+"""
+
+import asyncio
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field
+
+from clinora.classifier import Classifier, Prediction
+from clinora.serving.batcher import Batcher, BusyError
+
+MOST_NOTES = 32  # of a request
+MOST_CHARACTERS = 100_000  # of a note
+REQUEST_SECONDS = 30  # after which a request is told that the service is busy
+RETRY_AFTER = {"Retry-After": "1"}  # seconds
+EXPECTED = f'expected {{"note": "text"}} or {{"notes": ["text", …]}} with 1 to {MOST_NOTES} notes'
+
+
+class Question(BaseModel):
+    """A note, or several."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    note: str | None = None
+    notes: list[str] | None = Field(None, min_length=1, max_length=MOST_NOTES)
+
+
+def refuse(note: str) -> str | None:
+    """Say why a note cannot be classified; None if it can."""
+    if not note.strip():
+        return "The note is empty."
+    if len(note) > MOST_CHARACTERS:
+        return f"The note has {len(note):,} characters, more than {MOST_CHARACTERS:,}."
+    return None
+
+
+def describe(prediction: Prediction, classifier: Classifier) -> dict:
+    """Give a prediction as JSON knows it, the published form first."""
+    return prediction.as_json() | {
+        "confidence": prediction.confidence,
+        "refer": prediction.refer,
+        "probabilities": dict(zip(classifier.labels, prediction.probabilities, strict=True)),
+        "tokens": prediction.tokens,
+        "tokens_read": min(prediction.tokens, classifier.token_limit),
+    }
+
+
+def add_routes(app: FastAPI, batcher: Batcher) -> None:
+    """Add ``/health``, ``/ready`` and ``/v1/classify`` to an app."""
+
+    @app.get("/health")
+    def health() -> dict:
+        return {"status": "ok"}
+
+    @app.get("/ready")
+    def ready() -> JSONResponse:
+        if batcher.ready:
+            return JSONResponse({"status": "ready"})
+        return JSONResponse({"status": "busy"}, 503, RETRY_AFTER)
+
+    @app.post("/v1/classify")
+    async def classify(question: Question) -> JSONResponse:
+        if (question.note is None) == (question.notes is None):
+            return JSONResponse({"detail": EXPECTED}, 422)
+        notes = question.notes or [question.note]
+        results = [{"error": why} if (why := refuse(note)) else None for note in notes]
+        good = [note for note, refused in zip(notes, results, strict=True) if not refused]
+        try:
+            futures = [asyncio.wrap_future(future) for future in batcher.submit(good)]
+            # Those that are not begun when time is up are cancelled.
+            predictions = await asyncio.wait_for(asyncio.gather(*futures), REQUEST_SECONDS)
+        except (BusyError, TimeoutError):
+            detail = {"detail": "The service is busy: try again."}
+            return JSONResponse(detail, 503, RETRY_AFTER)
+        answers = iter(predictions)
+        results = [r or describe(next(answers), batcher.classifier) for r in results]
+        if question.notes is not None:
+            return JSONResponse({"results": results})
+        if "error" in results[0]:
+            return JSONResponse({"detail": results[0]["error"]}, 422)
+        return JSONResponse(results[0])
+
+    @app.exception_handler(RequestValidationError)
+    async def wrong_question(_request: Request, _error: RequestValidationError) -> JSONResponse:
+        return JSONResponse({"detail": EXPECTED}, 422)

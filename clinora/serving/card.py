@@ -1,0 +1,75 @@
+"""The model card: what a run was made from, how right it is, and what it is not for."""
+
+from pathlib import Path
+
+from clinora.checkpoint import BUNDLED
+from clinora.classifier import Classifier
+from clinora.report import model_table
+
+CARD = """## Intended use
+
+To learn how LoRA works, and to show how a classifier of clinical notes behaves. It is a
+demonstration, not a medical device: no decision about a person may rest on it.
+
+## Data
+
+{data}
+
+## Figures
+
+{figures}
+
+## Confidence
+
+{confidence}
+
+## Model
+
+```
+{model}
+```
+
+## Limits
+
+It knows {classes} classes and names one of them for any text, also for one that is no clinical
+note. It reads English, the first {limit:,} tokens of a note. Where and when its notes were written
+decides what it knows; other hospitals write differently. The sentences marked as speaking for or
+against an answer are a first-order estimate, not a reason that a clinician would give.
+"""
+
+
+def model_card(classifier: Classifier, run: str | Path) -> str:
+    """Write a run's card in Markdown, from what ``clinora.json`` and its report say.
+
+    Args:
+        classifier: The run, loaded.
+        run: Its folder, or "bundled".
+    """
+    folder = BUNDLED / "adapter" if str(run) == "bundled" else Path(run)
+    notes, calibration = classifier.about.get("notes", {}), classifier.calibration
+    data = "Not recorded."
+    if notes:
+        name = Path(notes["source"]).name
+        data = f"Notes: `{name}`, split by {notes['split']}; {len(notes['seen']):,} texts were "
+        data += "trained and calibrated on."
+    figures, report = (
+        "This run has no report: `eval.py` writes one.",
+        folder / "report" / "report.md",
+    )
+    if report.is_file():
+        _, _, rest = report.read_text(encoding="utf-8").partition("```\n")
+        figures = f"```\n{rest.partition('```')[0]}```"  # as code: class names are no Markdown
+    confidence = "Not calibrated: no confidence is claimed, and no note is referred to a person."
+    if calibration:
+        confidence = (
+            "The confidence is the calibrated probability that a note is filed under the class "
+            f"named. Under {calibration.threshold:.1%} a note is referred to a person."
+        )
+    return CARD.format(
+        data=data,
+        figures=figures,
+        confidence=confidence,
+        model=model_table(classifier),
+        classes=len(classifier.labels),
+        limit=classifier.token_limit,
+    )
