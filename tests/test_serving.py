@@ -27,6 +27,7 @@ from clinora.serving.app import AT_ONCE, MOST_BODY_BYTES, create_app
 from clinora.serving.batcher import MOST_WAITING
 from clinora.serving.flags import Flags, FlagsFullError
 from clinora.serving.page import EXAMPLES, REASONS
+from tests.served import call
 
 ROOT = Path(__file__).parents[1]
 PUBLISHED_NOTE = (
@@ -51,16 +52,6 @@ def client(classifier, flags_folder):
     app = create_app(classifier, flags_folder)
     with TestClient(app, "http://127.0.0.1", raise_server_exceptions=False) as client:
         yield client
-
-
-def call(client, api, *data, session="one"):
-    """Call a handler through the queue, as the page does: (event, data)."""
-    body = {"data": data, "session_hash": session}
-    joined = client.post(f"/gradio_api/call/{api}", json=body)
-    assert joined.status_code == 200, joined.text
-    events = client.get(f"/gradio_api/call/{api}/{joined.json()['event_id']}").text
-    event, data = re.fullmatch(r"event: (\w+)\ndata: (.*?)\s*", events, re.DOTALL).groups()
-    return event, json.loads(data)
 
 
 def calibration(threshold):

@@ -1,0 +1,261 @@
+"""The page's tabs: highlights, LoRA's inside, many notes."""
+
+import csv
+import io
+import os
+import re
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from fastapi.testclient import TestClient
+
+import clinora
+from clinora.explain import explain
+from clinora.serving.app import MOST_BODY_BYTES, MOST_FILE_BYTES, create_app
+from clinora.serving.batcher import Batcher
+from clinora.serving.card import model_card
+from clinora.serving.page import MOST_ROWS, TINYLLAMA
+from tests.served import call
+
+CANARY = "canary-7f3a"
+NOTE = "Severe chest pain. No fever!  ECG: normal.\nThe knee, swollen."
+
+
+@pytest.fixture(scope="module")
+def classifier(small_run):
+    return clinora.Classifier.load(small_run, device="cpu", precision="fp32")
+
+
+@pytest.fixture
+def client(classifier, tmp_path):
+    with TestClient(create_app(classifier, tmp_path / "flagged"), "http://127.0.0.1") as client:
+        yield client
+
+
+# --- Highlights ---
+
+
+def test_highlights_rejoin_to_the_note_and_are_the_explanation(client, classifier):
+    event, (spans,) = call(client, "highlight", f" {NOTE}\n")
+    assert event == "complete"
+    assert "".join(span["token"] for span in spans) == NOTE
+    expected = [sentence.contribution for sentence in explain(classifier, NOTE)]
+    most = max(map(abs, expected))
+    assert [s["class_or_confidence"] for s in spans] == pytest.approx(
+        [contribution / most for contribution in expected], abs=1e-4
+    )
+
+
+def test_what_was_not_read_is_not_highlighted(client):
+    _, (spans,) = call(client, "highlight", "Chest pain. " * 60)
+    assert "".join(span["token"] for span in spans) == ("Chest pain. " * 60).strip()
+    assert spans[0]["class_or_confidence"] is not None
+    assert spans[-1]["class_or_confidence"] is None
+
+
+# --- LoRA's inside ---
+
+
+@pytest.fixture(scope="module")
+def base_probabilities(small_run, classifier):
+    """The base without LoRA under the trained head: what strength 0 should give."""
+    model = clinora.load_model(small_run.parent / "base", num_labels=5, dtype=torch.float32)
+    with torch.no_grad():
+        model.score.weight.copy_(classifier.model.score.weight)
+    model.head_trained = True
+    base = clinora.Classifier(model, classifier.tokenizer, classifier.labels, token_limit=128)
+    return base.probabilities([NOTE])[0][0].tolist()
+
+
+def shares(table, column):
+    return [float(row[column].removesuffix("%")) / 100 for row in table["data"]]
+
+
+def test_strength_0_is_the_base_and_1_the_adapter(client, classifier, base_probabilities):
+    adapted = classifier([NOTE])[0].probabilities
+    for strength, expected in ((0, base_probabilities), (1, adapted)):
+        _, (table,) = call(client, "compare_strengths", NOTE, strength)
+        assert [row[0] for row in table["data"]] == list(classifier.labels)
+        assert shares(table, 1) == pytest.approx(base_probabilities, abs=6e-4)
+        assert shares(table, 2) == pytest.approx(adapted, abs=6e-4)
+        assert shares(table, 3) == pytest.approx(expected, abs=6e-4)
+    assert base_probabilities != pytest.approx(adapted, abs=0.01)
+
+
+def probabilities(client, note, session):
+    shares = call(client, "predict", note, session=session)[1][2]["confidences"]
+    return {share["label"]: share["confidence"] for share in shares}
+
+
+def test_people_with_different_strengths_do_not_affect_each_other(client):
+    alone = {s: call(client, "compare_strengths", NOTE, s)[1][0]["data"] for s in (0.25, 1.75)}
+    predicted = probabilities(client, NOTE, "alone")
+    found = []
+
+    def ask(strength, session):
+        for _ in range(5):
+            _, (table,) = call(client, "compare_strengths", NOTE, strength, session=session)
+            found.append(table["data"] == alone[strength])
+            # Notes that wait go through the model together, which rounds otherwise.
+            found.append(probabilities(client, NOTE, session) == pytest.approx(predicted, abs=1e-5))
+
+    threads = [threading.Thread(target=ask, args=(s, f"{i} {s}")) for i in range(3) for s in alone]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [True] * 60
+
+
+def test_merging_is_compared_and_changes_nothing(client, classifier):
+    state = {name: p.clone() for name, p in classifier.model.state_dict().items()}
+    _, (told,) = call(client, "compare_merged", NOTE)
+    points = float(re.search(r"Largest difference of a probability: ([\d.]+) points", told)[1])
+    assert points < 0.001  # in float32
+    assert "float32" in told
+    assert all(torch.equal(p, state[name]) for name, p in classifier.model.state_dict().items())
+
+
+def test_the_count_is_that_of_the_closed_form_for_both_models(client, classifier):
+    _, (table,) = call(client, "count", 4, ["q_proj", "up_proj"])
+    # The small run: width 32, MLP 48, 2 layers. TinyLlama: 2,048, 5,632 and 22.
+    small = 2 * 4 * (32 + 32 + 32 + 48)
+    large = 22 * 4 * (2048 + 2048 + 2048 + 5632)
+    rows = [[row[0], row[1], row[4]] for row in table["data"]]
+    assert rows == [
+        ["the loaded base", f"{small:,}", f"{2 * (32 * 32 + 32 * 48):,}"],
+        ["TinyLlama", f"{large:,}", f"{22 * (2048 * 2048 + 2048 * 5632):,}"],
+    ]
+    assert table["data"][1][2] == f"{4 * large / 1e6:,.2f}"
+    base = sum(p.numel() for p in clinora.load_model(classifier.model.source.folder).parameters())
+    tied = "lm_head" in dict(classifier.model.named_children())
+    assert not tied and table["data"][0][3] in {f"{small / n:.3%}" for n in (base, base - 320 * 32)}
+
+
+def test_tinyllama_has_its_published_size():
+    from clinora.budget import base_parameters
+
+    assert base_parameters(TINYLLAMA, None) == 1_100_048_384
+
+
+def test_a_choice_that_cannot_be_is_told(client):
+    event, told = call(client, "count", 64, ["v_proj"])  # 16 × 32 in the small run
+    assert (event, "1 to 16 does" in told["error"]) == ("error", True)
+    event, told = call(client, "count", 8, [])
+    assert (event, "targets is empty" in told["error"]) == ("error", True)
+
+
+# --- Many notes ---
+
+
+def upload(client, text, name="notes.csv"):
+    data = text if isinstance(text, bytes) else text.encode()
+    answer = client.post("/gradio_api/upload", files={"files": (name, data)})
+    assert answer.status_code == 200, answer.text
+    (path,) = answer.json()
+    return {"path": path, "meta": {"_type": "gradio.FileData"}}
+
+
+def table_of(rows, header=("id", "transcription")):
+    text = io.StringIO()
+    csv.writer(text).writerows([header, *rows])
+    return text.getvalue()
+
+
+def classify(client, text, column="transcription"):
+    event, told = call(client, "classify_file", upload(client, text), column)
+    if event == "error":
+        return told["error"]
+    preview, file = told
+    rows = list(csv.DictReader(io.StringIO(client.get(f"/gradio_api/file={file['path']}").text)))
+    assert [row[0] for row in preview["data"]] == [int(row["row"]) for row in rows[:20]]
+    return rows
+
+
+def test_a_file_has_an_answer_for_each_row_and_a_bad_row_its_error(client, classifier):
+    notes = [f"{NOTE} {i * 37} {CANARY}" for i in range(160)]
+    content = table_of([[i, "" if i == 40 else note] for i, note in enumerate(notes)])
+    content += "only one field\r\n"
+    rows = classify(client, content)
+    assert [int(row["row"]) for row in rows] == list(range(1, 162))
+    assert rows[40]["error"] == "The note is empty."
+    assert rows[160]["error"] == "The row has 1 fields, the header 2."
+    expected = classifier(notes)
+    for i, (row, prediction) in enumerate(zip(rows, expected, strict=False)):
+        if i != 40:
+            assert (row["predicted_class"], row["label"], row["error"]) == (
+                str(prediction.index), prediction.label, "",
+            )  # fmt: skip
+            assert row["tokens"] == str(prediction.tokens)
+    assert not any(CANARY in value for row in rows for value in row.values())
+
+
+def test_no_note_stays_in_a_file_when_its_rows_are_classified(client):
+    classify(client, table_of([[1, f"{NOTE} {CANARY}"]]))
+    folder = Path(os.environ["GRADIO_TEMP_DIR"])
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert not any(CANARY.encode() in path.read_bytes() for path in files)
+
+
+def test_a_label_that_a_spreadsheet_would_compute_is_made_harmless(classifier, tmp_path):
+    model, tokenizer = classifier.model, classifier.tokenizer
+    labels = ("=1+1", "+2", "-3", "@four", "five")
+    run = clinora.Classifier(model, tokenizer, labels, token_limit=128)
+    with TestClient(create_app(run, tmp_path), "http://127.0.0.1") as client:
+        rows = classify(client, table_of([[i, f"{NOTE} {i * 37}"] for i in range(20)]))
+    assert {row["label"] for row in rows} <= {"'=1+1", "'+2", "'-3", "'@four", "five"}
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (table_of([[1, NOTE]], header=("id", "note")), "The file has no column 'transcription'."),
+        ("transcription\r\n", "The file has no rows."),
+        ("", "The file has no column 'transcription'."),
+        (table_of([[1, "é"]]).encode("latin-1"), "The file is not UTF-8"),
+        (table_of([[1, "x"]] * (MOST_ROWS + 1)), "The file has more than 2,000 rows"),
+    ],
+    ids=["column", "rows", "empty", "latin-1", "many"],
+)
+def test_a_file_that_cannot_be_read_is_told(client, content, told):
+    assert told in classify(client, content)
+
+
+def test_a_file_may_be_larger_than_a_request_but_not_without_bound(client):
+    rows = [[i, "x" * 9_000] for i in range(200)]
+    assert len(table_of(rows)) > MOST_BODY_BYTES
+    assert upload(client, table_of(rows))
+    files = {"files": ("notes.csv", b"x" * (MOST_FILE_BYTES + 1))}
+    assert client.post("/gradio_api/upload", files=files).status_code == 413
+
+
+def test_a_file_gives_way_to_others_and_waits_for_room(classifier, tmp_path, monkeypatch):
+    """160 rows never fill the queue of 64: a single note finds room all the time."""
+    queued, put = [], Batcher._put
+
+    def count(self, items, wait):
+        queued.append(len(self._waiting) + len(items))
+        return put(self, items, wait)
+
+    monkeypatch.setattr(Batcher, "_put", count)
+    with TestClient(create_app(classifier, tmp_path), "http://127.0.0.1") as client:
+        classify(client, table_of([[i, f"{NOTE} {i}"] for i in range(160)]))
+    assert max(queued) <= 16
+
+
+# --- The model card ---
+
+
+def test_the_card_tells_data_figures_confidence_and_limits(classifier, small_run, tmp_path):
+    card = model_card(classifier, small_run)
+    for words in ("not a medical device", "This run has no report", "Not calibrated", "128 tokens"):
+        assert words in card
+    report = tmp_path / "report"
+    report.mkdir()
+    (report / "report.md").write_text(
+        "# Report\n\nNotes.\n\n```\nthis run 91%\n```\n\n![x](x.png)\n"
+    )
+    card = model_card(classifier, tmp_path)
+    assert "```\nthis run 91%\n```" in card and "x.png" not in card
