@@ -64,10 +64,12 @@ def run_job(args: argparse.Namespace) -> None:
     with listener:
         # They take seconds, in which a signal already finds its handler.
         import clinora
+        from clinora.classifier import keep_freed_memory
         from clinora.serving.app import create_app, serve
         from clinora.serving.card import model_card
         from clinora.serving.passwords import read_passwords
 
+        keep_freed_memory()
         users = args.auth_file and read_passwords(args.auth_file)
         classifier = clinora.Classifier.load(
             args.run, base=args.base, device=args.device, precision=args.precision

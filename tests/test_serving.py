@@ -1,10 +1,15 @@
 """The page as a person uses it, and what it must not do: leak a note, or answer a stranger."""
 
+import csv
+import dataclasses
+import hashlib
 import http.client
+import itertools
 import json
 import os
 import re
 import runpy
+import shutil
 import signal
 import socket
 import stat
@@ -434,6 +439,10 @@ def serve(monkeypatch, tmp_path):
         (["--run", "{run}", "--precision", "fp1"], "precision 'fp1'"),
         (["--port", "{taken}"], "in use"),
         (["--port", "99999"], "99999"),
+        (["--host", "notes.example"], "--host notes.example: expected an IPv4 address"),
+        (["--host", "0.0.0.0"], "--host 0.0.0.0 is open to other machines: give --auth-file"),
+        (["--host", "0.0.0.0", "--auth-file", "x"], "and --allow-host"),
+        (["--auth-file", "missing"], "missing"),
     ],
 )
 def test_what_cannot_be_served_gives_one_line_and_status_2(serve, small_run, capsys, options, told):
@@ -575,6 +584,80 @@ def test_the_process_writes_no_text_to_any_file(served):
     assert "Traceback" not in served.read("err")
     files = [p for p in served.folder.rglob("*") if p.is_file()]  # its logs among them
     assert [p.name for p in files if CANARY.encode() in p.read_bytes()] == []
+
+
+# --- Under load ---
+
+
+class Asking(threading.Thread):
+    """A client that asks for one note after the other; answers are (status, label)."""
+
+    def __init__(self, url, notes, seconds, many=1):
+        super().__init__()
+        self.address, self.notes, self.many = url.removeprefix("http://"), notes, many
+        self.end, self.answers = time.monotonic() + seconds, []
+
+    def run(self):
+        connection = http.client.HTTPConnection(self.address, timeout=60)
+        for i in itertools.count():
+            if time.monotonic() > self.end:
+                break
+            note = self.notes[i % len(self.notes)]
+            body = {"note": note} if self.many == 1 else {"notes": [note] * self.many}
+            headers = {"Content-Type": "application/json"}
+            connection.request("POST", "/v1/classify", json.dumps(body), headers)
+            answer = connection.getresponse()
+            told = json.loads(answer.read())
+            found = [told] if self.many == 1 else told.get("results", [told])
+            self.answers += [(answer.status, note, one.get("label")) for one in found]
+
+
+def clients(count, *arguments):
+    asking = [Asking(*arguments) for _ in range(count)]
+    for thread in asking:
+        thread.start()
+    for thread in asking:
+        thread.join()
+    return [answer for thread in asking for answer in thread.answers]
+
+
+@pytest.mark.slow
+def test_32_clients_for_20_seconds_lose_nothing_and_the_memory_stays(served, classifier):
+    notes = [f"{note} {word}" for note in EXAMPLES for word in ("fever", "fracture", "chest")]
+    labels = {
+        note: prediction.label for note, prediction in zip(notes, classifier(notes), strict=True)
+    }
+    process = psutil.Process(served.process.pid)
+    clients(32, served.url(), notes, 2)  # what a first use holds
+    before = process.memory_info().rss
+    answers = clients(32, served.url(), notes, 20)
+    assert process.memory_info().rss - before < 100e6
+    assert len(answers) > 1000
+    assert {status for status, *_ in answers} == {200}
+    assert all(label == labels[note] for _, note, label in answers)
+
+
+@pytest.mark.slow
+def test_overload_is_told_and_passes(served, classifier):
+    labels = {note: classifier([note])[0].label for note in EXAMPLES}
+    answers = clients(8, served.url(), EXAMPLES, 3, 32)  # 256 notes at once, where 64 may wait
+    statuses = {status for status, *_ in answers}
+    assert statuses == {200, 503}
+    assert all(label == labels[note] for status, note, label in answers if status == 200)
+    assert {status for status, *_ in clients(1, served.url(), EXAMPLES, 1)} == {200}
+
+
+@pytest.mark.slow
+def test_sigterm_lets_what_is_being_answered_end(small_run, tmp_path):
+    served = Served(tmp_path, "--run", small_run, "--port", "0")
+    url = served.url()
+    asking = Asking(url, ["chest pain " * 500], 0.0, many=32)
+    asking.end = time.monotonic() + 0.01  # one question
+    asking.start()
+    time.sleep(0.1)
+    assert served.end() == 0
+    asking.join()
+    assert [status for status, *_ in asking.answers] == [200] * 32
 
 
 # --- In a browser, as a person clicks ---
@@ -783,3 +866,129 @@ def test_nothing_outside_this_machine_was_asked_for(served, person):
     person.submit("fever")
     calls = served.read("calls").splitlines()
     assert [c for c in calls if not re.search(r"127\.0\.0\.1|localhost", c)] == []
+
+
+@pytest.mark.slow
+def test_by_keyboard_alone_a_note_is_classified_and_flagged(person, classifier):
+    from playwright.sync_api import expect
+
+    keyboard = person.page.keyboard
+    person.note.focus()
+    keyboard.type("chest pain")
+    for _ in range(2):  # past Clear
+        keyboard.press("Tab")
+    keyboard.press("Enter")
+    expect(person.text).to_have_value(classifier(["chest pain"])[0].as_text())
+    person.page.get_by_role("radio").first.focus()
+    keyboard.press("Space")
+    for _ in range(len(REASONS) + 1):  # past the other reasons and the consent
+        keyboard.press("Tab")
+    keyboard.press("Enter")
+    expect(person.page.get_by_text("was flagged, without")).to_be_visible()
+
+
+@pytest.mark.slow
+def test_the_sentences_are_highlighted(person):
+    from playwright.sync_api import expect
+
+    note = "Severe chest pain. The knee, swollen."
+    person.submit(note)
+    expect(person.highlighted).to_contain_text("Severe chest pain.")
+    text = person.highlighted.inner_text().replace("\n", "")
+    assert text.split() == note.split()
+    colours = person.highlighted.locator(".score-token").evaluate_all(
+        "spans => spans.map(s => getComputedStyle(s).backgroundColor)"
+    )
+    assert len(set(colours)) == 2
+
+
+@pytest.mark.slow
+def test_rank_and_strength_are_chosen_by_keyboard(person):
+    from playwright.sync_api import expect
+
+    person.open("LoRA internals")
+    table = person.page.get_by_role("grid", name="What LoRA would train")
+    expect(table).to_contain_text(f"{22 * 4 * (2048 + 2048 + 2048 + 256):,}")  # r = 4
+    person.page.get_by_role("slider", name="Rank r").focus()
+    person.page.keyboard.press("ArrowRight")
+    expect(table).to_contain_text(f"{22 * 5 * (2048 + 2048 + 2048 + 256):,}")
+
+    strengths = person.page.get_by_role("grid", name="Probabilities")
+    person.page.get_by_role("slider", name="Strength").focus()
+    person.page.keyboard.press("Home")
+    expect(strengths).to_contain_text("Radiology")
+    cells = strengths.inner_text().split("Radiology")[1].split()[:3]
+    assert cells[0] == cells[2] != cells[1]  # strength 0 is the base
+    person.page.keyboard.press("End")
+    expect(strengths).not_to_contain_text("\n".join(cells))
+    person.press("Merge and compare")
+    expect(person.page.get_by_text("Largest difference of a probability")).to_be_visible()
+
+
+@pytest.mark.slow
+def test_a_file_of_160_notes_is_classified_and_downloaded(person, classifier, tmp_path):
+    from playwright.sync_api import expect
+
+    notes = [f"{EXAMPLES[i % 4]} Visit {i}." for i in range(160)]
+    file = tmp_path / "notes.csv"
+    with file.open("w", newline="") as out:
+        csv.writer(out).writerows([["transcription"], *([note] for note in notes)])
+    person.open("Many notes")
+    person.page.locator('input[accept=".csv"]').set_input_files(file)
+    expect(person.page.get_by_text("notes.csv")).to_be_visible()
+    person.press("Classify all")
+    link = person.page.locator("a[download]").last
+    expect(person.page.get_by_text(re.compile("classes-.*"))).to_be_visible(timeout=30_000)
+    with person.page.expect_download() as download:
+        link.click()
+    rows = list(csv.DictReader(Path(download.value.path()).read_text().splitlines()))
+    assert [row["label"] for row in rows] == [p.label for p in classifier(notes)]
+
+
+@pytest.mark.slow
+def test_an_unsure_answer_is_referred_in_words(chromium, small_run, tmp_path):
+    from playwright.sync_api import expect
+
+    run = tmp_path / "run"
+    shutil.copytree(small_run, run)
+    about = json.loads((run / "clinora.json").read_text())
+    about["calibration"] = dataclasses.asdict(calibration(threshold=0.9999))
+    (run / "clinora.json").write_text(json.dumps(about))
+    served = Served(tmp_path, "--run", run, "--port", "0")
+    try:
+        page = chromium.new_page()
+        person = Person(page, served.url())
+        person.submit("fever")
+        confidence = clinora.Classifier.load(run)(["fever"])[0].confidence
+        expect(page.get_by_label("Confidence that")).to_have_value(f"{confidence:.1%}")
+        expect(page.get_by_text("Refer to a person")).to_be_visible()
+        page.close()
+    finally:
+        served.end()
+
+
+@pytest.mark.slow
+def test_beyond_this_machine_the_browser_is_asked_for_a_password(chromium, small_run, tmp_path):
+    salt = b"0123456789abcdef"
+    found = hashlib.scrypt(b"correct horse", salt=salt, n=2**14, r=8, p=1)
+    (tmp_path / "passwords.txt").write_text(f"alice:{salt.hex()}:{found.hex()}\n")
+    options = ["--host", "0.0.0.0", "--allow-host", "notes.example", "--port", "0"]
+    options += ["--auth-file", "passwords.txt", "--run", small_run]
+    served = Served(tmp_path, *options)
+    try:
+        url = served.url().replace("0.0.0.0", "127.0.0.1")
+        known = {"username": "alice", "password": "correct horse"}
+        for credentials, status in ((None, 401), (known, 200)):
+            context = chromium.new_context(http_credentials=credentials)
+            assert context.request.get(url).status == status
+            context.close()
+        context = chromium.new_context(http_credentials=known)
+        person = Person(context.new_page(), url)
+        person.submit("fever")
+        expected = clinora.Classifier.load(small_run)(["fever"])[0].as_text()
+        from playwright.sync_api import expect
+
+        expect(person.text).to_have_value(expected)
+        context.close()
+    finally:
+        served.end()

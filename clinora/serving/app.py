@@ -101,7 +101,7 @@ def create_app(
         theme=THEME,
         css=CSS,
     )
-    app.state.gradio = app.routes[-1].app
+    app.state.gradio, app.state.batcher = app.routes[-1].app, batcher
     return app
 
 

@@ -28,10 +28,12 @@ class Batcher:
     Attributes:
         classifier: The run; only the batcher's own thread may use its model.
         most_waiting: How many notes and jobs may wait.
+        most_together: How many notes go through the model at once.
     """
 
     def __init__(self, classifier: Classifier, most_waiting: int = MOST_WAITING) -> None:
         self.classifier, self.most_waiting = classifier, most_waiting
+        self.most_together = MOST_TOGETHER
         self._waiting: deque[tuple[Future, str | Callable]] = deque()
         self._changed, self._open = threading.Condition(), True
         self._thread = threading.Thread(target=self._work, name="batcher", daemon=True)
@@ -87,7 +89,9 @@ class Batcher:
                 if not self._waiting:
                     return
                 taken = [self._waiting.popleft()]
-                while self._is_note(taken[-1]) and self._waiting and len(taken) < MOST_TOGETHER:
+                while (
+                    self._is_note(taken[-1]) and self._waiting and len(taken) < self.most_together
+                ):
                     if not self._is_note(self._waiting[0]):
                         break
                     taken.append(self._waiting.popleft())
