@@ -14,8 +14,8 @@ import sys
 FLAGS = "flagged"  # in the working directory
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Serve until Ctrl-C or SIGTERM; returns the exit status."""
+def build_parser() -> argparse.ArgumentParser:
+    """Describe the options."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -32,6 +32,12 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--precision", default="auto", help="auto, bf16, fp16 or fp32")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Serve until Ctrl-C or SIGTERM; returns the exit status."""
+    parser = build_parser()
     args = parser.parse_args(argv)
     sys.stdout.reconfigure(errors="replace")  # a redirect on Windows is not UTF-8
     try:

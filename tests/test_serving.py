@@ -28,10 +28,10 @@ from fastapi.testclient import TestClient
 import clinora
 from clinora.classifier import Calibration
 from clinora.serving.api import MOST_CHARACTERS
-from clinora.serving.app import AT_ONCE, MOST_BODY_BYTES, create_app
+from clinora.serving.app import AT_ONCE, MOST_BODY_BYTES, SHUTDOWN_SECONDS, create_app
 from clinora.serving.batcher import MOST_WAITING
 from clinora.serving.flags import Flags, FlagsFullError
-from clinora.serving.page import EXAMPLES, REASONS
+from clinora.serving.page import CURL, EXAMPLES, PYTHON, REASONS
 from tests.served import call
 
 ROOT = Path(__file__).parents[1]
@@ -992,3 +992,45 @@ def test_beyond_this_machine_the_browser_is_asked_for_a_password(chromium, small
         context.close()
     finally:
         served.end()
+
+
+@pytest.mark.slow
+def test_the_snippets_give_the_published_answer(served, classifier):
+    note = "Severe chest pain. ECG shows ST elevation."
+    expected = classifier([note])[0]
+    url = served.url()
+    for words, snippet in ((["bash", "-c"], CURL), ([sys.executable, "-c"], PYTHON)):
+        assert note in snippet
+        if shutil.which(words[0] if words[0] != "bash" else "curl") is None:
+            pytest.skip("curl is not installed")
+        snippet = snippet.replace("http://127.0.0.1:7860", url)
+        done = subprocess.run([*words, snippet], capture_output=True, text=True, check=True)
+        assert expected.label in done.stdout
+        if words[0] == "bash":
+            told = json.loads(done.stdout)
+            assert told["label"] == expected.label and told["predicted_class"] == expected.index
+        else:
+            assert expected.as_text() in done.stdout
+
+
+# --- The examples for those who run it ---
+
+
+def test_the_examples_start_it_with_options_that_it_has():
+    import serve
+
+    unit = (ROOT / "examples" / "clinora.service").read_text()
+    (start,) = re.findall(r"^ExecStart=\S+ \S+serve\.py (.*)$", unit, re.MULTILINE)
+    containerfile = (ROOT / "examples" / "Containerfile").read_text()
+    (command,) = re.findall(r"^CMD (\[.*\])$", containerfile, re.MULTILINE)
+    for words in (start.split(), json.loads(command)):
+        args = serve.build_parser().parse_args(words)
+        assert args.host == "0.0.0.0" and args.auth_file and args.allow_host
+    seconds = int(re.search(r"^TimeoutStopSec=(\d+)$", unit, re.MULTILINE)[1])
+    assert seconds > SHUTDOWN_SECONDS
+
+
+def test_gradios_limits_are_set(client):
+    blocks = client.app.state.gradio.get_blocks()
+    assert blocks.state_session_capacity == 1_000
+    assert blocks.blocked_paths and not blocks.allowed_paths
