@@ -7,6 +7,7 @@ python serve.py --host 0.0.0.0 --allow-host notes.example --auth-file passwords.
 
 import argparse
 import ipaddress
+import re
 import signal
 import socket
 import sys
@@ -55,10 +56,14 @@ def run_job(args: argparse.Namespace) -> None:
         loopback = ipaddress.IPv4Address(args.host).is_loopback
     except ValueError:
         raise ValueError(f"--host {args.host}: expected an IPv4 address, as 0.0.0.0") from None
-    if not loopback and not (args.auth_file and args.allow_host):
+    for name in args.allow_host:
+        if not re.fullmatch(r"[A-Za-z0-9.-]+", name):
+            raise ValueError(f"--allow-host {name}: expected a name alone, as notes.example")
+    if (not loopback or args.allow_host) and not (args.auth_file and args.allow_host):
         raise ValueError(
-            f"--host {args.host} is open to other machines: give --auth-file with those who may "
-            "enter, and --allow-host with the name that they know this machine by"
+            f"--host {args.host} is open to other machines, and so is a name of --allow-host: give "
+            "--auth-file with those who may enter, and --allow-host with the name that they know "
+            "this machine by"
         )
     try:
         listener = socket.create_server((args.host, args.port))
@@ -81,8 +86,10 @@ def run_job(args: argparse.Namespace) -> None:
             args.run, base=args.base, device=args.device, precision=args.precision
         )
         card = model_card(classifier, args.run)
-        app = create_app(classifier, FLAGS, hosts=args.allow_host, users=users, card=card)
-        print(f"Clinora: http://{args.host}:{listener.getsockname()[1]}", flush=True)
+        hosts = [*args.allow_host, args.host] if loopback else args.allow_host
+        url = f"http://{args.host if loopback else hosts[0]}:{listener.getsockname()[1]}"
+        app = create_app(classifier, FLAGS, hosts=hosts, users=users, card=card, url=url)
+        print(f"Clinora: {url}", flush=True)
         serve(app, listener)
 
 

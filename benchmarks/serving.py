@@ -14,6 +14,7 @@ import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -32,8 +33,9 @@ def note_of(classifier: clinora.Classifier, tokens: int) -> str:
     return classifier.tokenizer.decode(ids)
 
 
-def ask(port: int, body: bytes, end: float, seconds: list[float]) -> None:
-    """Ask until the time is up; note how long each answer took."""
+def ask(port: int, body: bytes, end: float) -> list[float]:
+    """Ask until the time is up; give the seconds that each answer took."""
+    seconds = []
     connection = http.client.HTTPConnection("127.0.0.1", port)
     while time.perf_counter() < end:
         began = time.perf_counter()
@@ -44,20 +46,16 @@ def ask(port: int, body: bytes, end: float, seconds: list[float]) -> None:
             raise RuntimeError(f"status {answer.status}")
         seconds.append(time.perf_counter() - began)
     connection.close()
+    return seconds
 
 
 def load(port: int, note: str, clients: int, duration: float) -> list[float]:
     """Let clients ask at once; give the seconds that each answer took."""
-    body, seconds = json.dumps({"note": note}).encode(), []
+    body = json.dumps({"note": note}).encode()
     end = time.perf_counter() + duration
-    threads = [
-        threading.Thread(target=ask, args=(port, body, end, seconds)) for _ in range(clients)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return seconds
+    with ThreadPoolExecutor(clients) as pool:
+        asking = [pool.submit(ask, port, body, end) for _ in range(clients)]
+    return [seconds for one in asking for seconds in one.result()]
 
 
 def main(argv: list[str] | None = None) -> int:

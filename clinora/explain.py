@@ -65,7 +65,10 @@ def explain(classifier: Classifier, text: str) -> list[Sentence]:
     for score, (begin, end) in list(zip(scores, tokenizer.places(text, limit), strict=True))[1:]:
         at = bisect.bisect(ends, max(begin, end - 1))
         sums[at] = sums.get(at, 0.0) + score
-    return [Sentence(sentence, sums.get(i)) for i, sentence in enumerate(sentences)]
+    read = max(sums, default=-1) + 1
+    unread = "".join(sentences[read:])
+    explained = [Sentence(sentence, sums.get(i)) for i, sentence in enumerate(sentences[:read])]
+    return [*explained, Sentence(unread, None)] if unread else explained
 
 
 def token_contributions(classifier: Classifier, ids: list[int]) -> list[float]:
@@ -121,13 +124,14 @@ def layer_updates(model: nn.Module) -> list[LayerUpdate]:
     for name, layer in model.named_modules():
         if not isinstance(layer, LoRALinear):
             continue
-        cores = [torch.linalg.qr(m.double().cpu()).R for m in (layer.lora_B, layer.lora_A.T)]
+        # On the CPU: not every device has float64.
+        cores = [torch.linalg.qr(m.cpu().double()).R for m in (layer.lora_B, layer.lora_A.T)]
         sigma = torch.linalg.svdvals(cores[0] @ cores[1].T) * abs(layer.config.scaling)
         p = sigma[sigma > 0] / sigma.sum()
         updates.append(
             LayerUpdate(
                 name=name,
-                share=(sigma.norm() / layer.weight.double().norm().cpu()).item(),
+                share=(sigma.norm() / layer.weight.cpu().double().norm()).item(),
                 singular_values=tuple(sigma.tolist()),
                 effective_rank=math.exp(-(p * p.log()).sum().item()) if len(p) else 0.0,
             )

@@ -218,13 +218,12 @@ def singular_values_figure(updates: Sequence[LayerUpdate]) -> Figure:
         kind = targets.index(_layer_and_target(update.name)[1])
         axes.plot(
             range(1, len(update.singular_values) + 1), update.singular_values,
-            color=(BLUE, BLACK, GREY)[kind % 3], linestyle=("-", "--", ":")[kind % 3],
-            linewidth=1, marker="o", markersize=2.5,
+            linewidth=1, markersize=3, **_style(kind),
         )  # fmt: skip
     for kind, target in enumerate(targets):
         ranks = [u.effective_rank for u in updates if _layer_and_target(u.name)[1] == target]
         axes.plot(
-            [], [], color=(BLUE, BLACK, GREY)[kind % 3], linestyle=("-", "--", ":")[kind % 3],
+            [], [], **_style(kind),
             label=f"{target}: effective rank {min(ranks):.1f} to {max(ranks):.1f}",
         )  # fmt: skip
     axes.set(
@@ -242,3 +241,12 @@ def _layer_and_target(name: str) -> tuple[int, str]:
     """Give the layer's number, the last in the name, and the name's last segment."""
     parts = name.split(".")
     return next((int(part) for part in reversed(parts) if part.isdigit()), 0), parts[-1]
+
+
+def _style(kind: int) -> dict:
+    """Give one of twelve styles of a line."""
+    return {
+        "color": (BLUE, BLACK, GREY)[kind % 3],
+        "linestyle": ("-", "--", ":")[kind % 3],
+        "marker": "os^D"[kind // 3 % 4],
+    }

@@ -4,6 +4,7 @@ import base64
 import getpass
 import hashlib
 import threading
+import time
 
 import pytest
 from fastapi.testclient import TestClient
@@ -126,7 +127,8 @@ def test_a_busy_service_says_when_to_come_back_and_recovers(client, classifier, 
     for _ in range(MOST_WAITING // api.MOST_NOTES):
         threads.append(threading.Thread(target=ask, args=([NOTES[1]] * api.MOST_NOTES,)))
         threads[-1].start()
-    while client.get("/ready").status_code == 200:
+    end = time.monotonic() + 30
+    while client.get("/ready").status_code == 200 and time.monotonic() < end:
         pass
     for answer in (client.post("/v1/classify", json={"note": NOTES[0]}), client.get("/ready")):
         assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
@@ -159,6 +161,22 @@ def test_an_error_is_told_by_reference(classifier, tmp_path, monkeypatch, caplog
     assert answer.status_code == 500
     assert answer.json()["detail"].startswith("This did not work; reference ")
     assert "RuntimeError at tests/test_api.py" in caplog.text
+    assert CANARY not in caplog.text
+
+
+def test_one_notes_failure_is_its_own(client, classifier, monkeypatch, caplog):
+    call = clinora.Classifier.__call__
+
+    def fail_at_times(self, notes):
+        if any(CANARY in note for note in notes):
+            raise RuntimeError(CANARY)
+        return call(self, notes)
+
+    monkeypatch.setattr(clinora.Classifier, "__call__", fail_at_times)
+    results = client.post("/v1/classify", json={"notes": [NOTES[0], CANARY]}).json()["results"]
+    monkeypatch.undo()
+    assert results[0] == expected(classifier, NOTES[0])
+    assert results[1]["error"].startswith("This did not work; reference ")
     assert CANARY not in caplog.text
 
 
@@ -229,6 +247,44 @@ def test_a_name_with_its_password_comes_in_each_time(guarded, user):
         assert answer.status_code == 200
 
 
+def test_guesses_of_strangers_do_not_hold_up_who_is_known(guarded, monkeypatch):
+    known = {"Authorization": basic("alice", "correct horse")}
+    assert guarded.get("/config", headers=known).status_code == 200
+    may_go_on, began, scrypt = threading.Event(), threading.Event(), passwords.scrypt
+
+    def slow(password, salt):
+        began.set()
+        may_go_on.wait(30)
+        return scrypt(password, salt)
+
+    monkeypatch.setattr(passwords, "scrypt", slow)
+    statuses = []
+
+    def guess(i):
+        headers = {"Authorization": basic("alice", f"guess {i}")}
+        statuses.append(guarded.get("/config", headers=headers).status_code)
+
+    threads = [threading.Thread(target=guess, args=(i,)) for i in range(30)]
+    for thread in threads:
+        thread.start()
+    began.wait(30)
+    assert guarded.get("/health").status_code == 200
+    assert guarded.get("/config", headers=known).status_code == 200
+    end = time.monotonic() + 30
+    while len(statuses) < 30 - 1 - passwords.MOST_GUESSES and time.monotonic() < end:
+        time.sleep(0.01)
+    assert statuses == [429] * (30 - 1 - passwords.MOST_GUESSES)
+    may_go_on.set()
+    for thread in threads:
+        thread.join()
+    assert statuses.count(401) == 1 + passwords.MOST_GUESSES
+
+
+def test_a_strangers_body_is_not_read(guarded):
+    answer = guarded.post("/v1/classify", content=b"x" * 6_000_000)
+    assert answer.status_code == 401
+
+
 def test_health_tells_itself_to_all_and_unknown_hosts_are_refused(guarded):
     assert guarded.get("/health").status_code == 200
     assert guarded.get("/ready").status_code == 200
@@ -273,6 +329,7 @@ def test_the_tools_line_admits_the_password_that_was_typed(tmp_path, monkeypatch
         ("alice", ["short", "short"], "12 characters"),
         ("alice", ["correct horse", "correct hors"], "not the same"),
         ("al:ice", [], "without a colon"),
+        (" alice", [], "or outer spaces"),
     ],
 )
 def test_what_makes_no_line_is_told(monkeypatch, capsys, name, typed, told):

@@ -59,8 +59,9 @@ def test_notes_that_wait_go_through_the_model_together_in_order(batcher, held, m
     futures += batcher.submit(NOTES[30:33])
     held.set()
     wait(futures, 30)
-    first = NOTES[:MOST_TOGETHER]
-    assert batches == [first, NOTES[MOST_TOGETHER:30], "job", NOTES[30:33]]
+    # A job does not part them, and waits for those before it alone.
+    first, second = NOTES[:MOST_TOGETHER], NOTES[MOST_TOGETHER : 2 * MOST_TOGETHER]
+    assert batches == [first, second, "job", NOTES[2 * MOST_TOGETHER : 33]]
 
 
 def test_what_finds_no_room_is_refused_whole_and_what_was_taken_is_answered(batcher, held):

@@ -2,15 +2,24 @@
 
 import csv
 import gzip
+import hashlib
 import json
 import re
 from collections import Counter
 
 import numpy as np
 import pytest
+import scipy.stats
+import torch
+import transformers
 from conftest import lacking
 
 import clinora
+from clinora.checkpoint import BUNDLED
+from clinora.explain import explain
+from tools import pretrain_base
+
+BASE = BUNDLED / "base"
 
 
 def words(text):
@@ -82,3 +91,108 @@ def test_no_eight_words_in_a_row_are_the_corpus(texts, data):
         with gzip.open(path, "rt", encoding="utf-8") as lines:
             for line in lines:
                 assert not mine & runs(json.loads(line)["text"], 8), path.name
+
+
+# --- The base ---
+
+
+def test_the_base_has_the_shape_and_the_files_of_the_tool_that_makes_it():
+    config = clinora.LlamaConfig.from_json(BASE / "config.json")
+    assert config == pretrain_base.SHAPE
+    card = (BASE / "README.md").read_text()
+    for words in (
+        *pretrain_base.SOURCES,
+        "mtsamples",
+        "licence",
+        "Copying",
+        "not a medical device",
+    ):
+        assert words in card
+    assert (BASE / "loss.png").read_bytes().startswith(b"\x89PNG")
+    tokenizer = clinora.Tokenizer(BASE / "tokenizer.model")
+    assert tokenizer.vocab_size == config.vocab_size
+
+
+def test_all_that_is_bundled_stays_below_24_mb():
+    assert sum(p.stat().st_size for p in BUNDLED.rglob("*") if p.is_file()) < 24e6
+
+
+def test_the_base_read_no_note_that_is_not_on_the_training_side():
+    hashes = (BASE / "notes_sha256.txt").read_text().split()
+    assert len(hashes) > 1000
+    assert all(int(sha256, 16) % 10 > 2 for sha256 in hashes)
+
+
+def test_the_base_read_just_the_training_side_of_mtsamples(data):
+    with open(data / "mtsamples.csv", encoding="utf-8", newline="") as file:
+        texts = {row["transcription"].strip() for row in csv.DictReader(file)} - {""}
+    numbers = [hashlib.sha256(text.replace("\r\n", "\n").encode()).hexdigest() for text in texts]
+    training = {sha256 for sha256 in numbers if int(sha256, 16) % 10 > 2}
+    assert set((BASE / "notes_sha256.txt").read_text().split()) == training
+
+
+def test_transformers_loads_the_base_as_it_is_and_agrees():
+    theirs = transformers.LlamaForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+    ours = clinora.load_model("bundled", dtype=torch.float32)
+    ids = torch.randint(3, 4096, (2, 64))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids), theirs(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+# --- The adapter ---
+
+
+def test_the_adapter_is_calibrated_and_was_trained_on_the_bundled_base(data):
+    about = json.loads((BUNDLED / "adapter" / "clinora.json").read_text())
+    assert about["base"]["source"] == "bundled" and about["notes"]["source"] == "mtsamples"
+    run = clinora.Classifier.load("bundled")
+    assert run.calibration.notes >= 50
+    config = run.model.lora_config
+    assert (config.rank, config.targets) == (8, ("q_proj", "v_proj"))
+
+
+VARIANTS = [
+    "The patient reports severe chest pain and shortness of breath. ECG shows ST elevation. "
+    "Possible myocardial infarction.",
+    "Patient has severe chest pain and dyspnea. The ECG shows ST elevation. Probable myocardial "
+    "infarction.",
+    "Severe chest pain with shortness of breath. EKG: ST elevation. Possible myocardial "
+    "infarction.",
+    "The patient complains of chest pain and shortness of breath. ST elevation on ECG. Suspected "
+    "acute myocardial infarction.",
+    "Chest pain and shortness of breath since this morning. Electrocardiogram with ST elevation, "
+    "possible myocardial infarction.",
+]
+
+
+@pytest.mark.parametrize("note", VARIANTS)
+def test_the_published_note_and_plain_variants_have_the_published_answer(note):
+    assert clinora.Classifier.load("bundled")([note])[0].label == "Cardiovascular / Pulmonary"
+
+
+# --- Explanations, on the bundled run ---
+
+
+@pytest.mark.slow
+def test_the_sentence_that_spoke_most_for_the_answer_carries_it():
+    """Deleting it lowers the probability more than deleting another, and alone it keeps more."""
+    run = clinora.Classifier.load("bundled", device="cpu", precision="fp32")
+    draw = np.random.default_rng(0)
+    without, alone = [], []  # (top, random) of each note
+    for note in clinora.read_notes("bundled").notes:
+        sentences = explain(run, note.text)
+        read = [i for i, s in enumerate(sentences) if s.contribution is not None and s.text.strip()]
+        if len(read) < 4:
+            continue
+        top = max(read, key=lambda i: sentences[i].contribution)
+        other = int(draw.choice([i for i in read if i != top]))
+        texts = ["".join(s.text for k, s in enumerate(sentences) if k != i) for i in (top, other)]
+        texts += [sentences[i].text for i in (top, other)]
+        named = run([note.text])[0].index
+        p = run.probabilities(texts)[0][:, named]
+        without.append((p[0], p[1]))
+        alone.append((p[2], p[3]))
+    assert len(without) > 100
+    for pairs, sign in ((without, -1), (alone, 1)):
+        gains = sign * np.diff(np.array(pairs)[:, ::-1])[:, 0]  # top minus other
+        assert scipy.stats.wilcoxon(gains, alternative="greater").pvalue < 1e-3

@@ -6,6 +6,7 @@ import torch
 from hypothesis import strategies as st
 
 import clinora
+from clinora.checkpoint import BUNDLED
 from clinora.explain import explain, layer_updates, split_sentences, token_contributions
 
 NOTE = "No fever.  Dose 2.5 mg of chest pain, é 🙂!\nECG: normal\n\nThe knee, swollen. CT"
@@ -53,6 +54,18 @@ def test_contributions_are_the_derivative_of_the_log_odds_by_the_embeddings_size
         assert found[i] == pytest.approx((z[0] - z[1]) / 0.04, rel=0.02, abs=1e-3)
 
 
+def test_places_are_where_the_pieces_stand_and_bytes_of_a_character_stand_at_its_end():
+    tokenizer = clinora.Tokenizer(BUNDLED / "base" / "tokenizer.model")
+    ids, places = tokenizer.encode(NOTE), tokenizer.places(f" {NOTE}\n")
+    assert len(places) == len(ids) and places[0] == (0, 0)
+    assert "".join(NOTE[begin:end] for begin, end in places) == NOTE
+    for end in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[:end])
+        if "\ufffd" not in text:  # no character in parts
+            assert text == NOTE[: places[end - 1][1]]
+    assert tokenizer.places(NOTE, 5) == places[:5]
+
+
 def test_a_sentence_has_the_sum_of_its_tokens(classifier):
     note = "No fever. Dose 2.5 mg for chest pain. ECG normal! CT"
     ids = classifier.tokenizer.encode(note)
@@ -74,8 +87,10 @@ def test_what_was_not_read_has_no_contribution(classifier):
     ids = classifier.tokenizer.encode(note)
     assert len(ids) > classifier.token_limit == 128
     read = classifier.tokenizer.decode(ids[:128]).count(".")
-    assert [s.contribution is None for s in sentences[:read]] == [False] * read
-    assert [s.contribution is None for s in sentences[read + 1 :]] == [True] * (59 - read)
+    assert all(s.contribution is not None for s in sentences[:read])
+    assert sentences[-1].contribution is None  # the rest, as one
+    assert len(sentences) in (read + 1, read + 2)
+    assert "".join(s.text for s in sentences) == note.strip()
 
 
 def test_explaining_changes_nothing(classifier):

@@ -1,5 +1,6 @@
 """The page as a person uses it, and what it must not do: leak a note, or answer a stranger."""
 
+import asyncio
 import csv
 import dataclasses
 import hashlib
@@ -23,13 +24,21 @@ from pathlib import Path
 
 import psutil
 import pytest
+import uvicorn
 from fastapi.testclient import TestClient
 
 import clinora
 from clinora.classifier import Calibration
+from clinora.serving import app as app_module
 from clinora.serving.api import MOST_CHARACTERS
-from clinora.serving.app import AT_ONCE, MOST_BODY_BYTES, SHUTDOWN_SECONDS, create_app
-from clinora.serving.batcher import MOST_WAITING
+from clinora.serving.app import (
+    AT_ONCE,
+    KEPT_SECONDS,
+    MOST_BODY_BYTES,
+    MOST_EVENTS,
+    SHUTDOWN_SECONDS,
+    create_app,
+)
 from clinora.serving.flags import Flags, FlagsFullError
 from clinora.serving.page import CURL, EXAMPLES, PYTHON, REASONS
 from tests.served import call
@@ -148,10 +157,10 @@ def test_a_full_queue_refuses_at_once(client, classifier, monkeypatch):
     body = {"data": ["fever"]}
     codes = [
         client.post("/gradio_api/call/predict", json=body).status_code
-        for _ in range(MOST_WAITING + AT_ONCE + 1)
+        for _ in range(MOST_EVENTS + AT_ONCE + 1)
     ]
     may_go_on.set()
-    assert codes[:MOST_WAITING] == [200] * MOST_WAITING  # the others may have left the queue
+    assert codes[:MOST_EVENTS] == [200] * MOST_EVENTS  # the others may have left the queue
     assert codes[-1] == 503
 
 
@@ -223,6 +232,22 @@ def test_flags_do_not_follow_a_link(flags_folder, tmp_path):
     with pytest.raises(OSError):
         Flags(flags_folder).add({})
     assert (tmp_path / "other").read_text() == "as it was"
+
+
+def test_flags_make_what_was_there_before_private(flags_folder):
+    flags_folder.mkdir(mode=0o755)
+    file = flags_folder / "flags.jsonl"
+    file.touch(mode=0o644)
+    Flags(flags_folder).add({})
+    assert stat.S_IMODE(flags_folder.stat().st_mode) == 0o700
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+
+
+def test_flags_are_not_written_into_a_pipe(flags_folder):
+    flags_folder.mkdir()
+    os.mkfifo(flags_folder / "flags.jsonl")
+    with pytest.raises(OSError):
+        Flags(flags_folder).add({})
 
 
 def test_flags_end_at_their_largest_size(client, flags_folder):
@@ -323,6 +348,55 @@ def test_the_queue_cannot_be_passed_by(client):
         assert answer.status_code == 404
 
 
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/gradio_api/file=http://example.com/x",
+        "/gradio_api/file=https://example.com/x",
+        "/gradio_api/file/https://example.com/x",
+        "/gradio_api/proxy=https://example.com/x",
+        "/gradio_api/component_server",
+    ],
+)
+def test_the_server_fetches_nothing_for_others(client, path, monkeypatch):
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: pytest.fail("looked up a name"))
+    assert client.get(path).status_code == 404
+    assert client.post(path).status_code == 404
+
+
+def test_a_file_given_by_its_address_is_not_fetched(client, monkeypatch):
+    asked = []
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **_: asked.append(a) or [])
+    meta = {"_type": "gradio.FileData"}
+    for url in ("https://example.com/notes.csv", "http://127.0.0.1/notes.csv"):
+        for name in ("path", "url"):
+            data = {"path": url, name: url, "meta": meta}
+            assert call(client, "classify_file", data, "transcription")[0] == "error"
+    assert asked == []
+
+
+def test_temporary_files_that_gradio_forgets_are_removed(classifier, flags_folder, monkeypatch):
+    folder = Path(os.environ["GRADIO_TEMP_DIR"])
+    old, new = folder / "old", folder / "new"
+    for path in (old, new):
+        path.write_text(CANARY)
+    os.utime(old, (0, time.time() - KEPT_SECONDS - 1))
+    sleep, slept = asyncio.sleep, []
+
+    async def short(seconds):
+        slept.append(seconds)
+        await sleep(0.01)
+
+    monkeypatch.setattr(app_module.asyncio, "sleep", short)
+    with TestClient(create_app(classifier, flags_folder), "http://127.0.0.1"):
+        end = time.monotonic() + 10
+        while old.exists() and time.monotonic() < end:
+            time.sleep(0.01)
+    assert not old.exists() and new.exists()
+    assert max(slept) <= KEPT_SECONDS
+    new.unlink()
+
+
 def test_no_file_of_this_machine_is_served(client, flags_folder):
     Flags(flags_folder).add({})
     for file in ("/etc/passwd", flags_folder / "flags.jsonl", ROOT / "serve.py", "../serve.py"):
@@ -336,7 +410,7 @@ def test_the_pages_content_is_not_written_to_a_file(client):
     for path in ("/gradio_api/deep_link", "/gradio_api/deep_link/"):
         assert client.get(path, params={"session_hash": "one"}).status_code == 404
     folder = Path(os.environ["GRADIO_TEMP_DIR"])
-    assert not any(CANARY in p.read_text() for p in folder.rglob("*") if p.is_file())
+    assert [p.name for p in folder.rglob("*") if p.is_file() and CANARY in p.read_text()] == []
 
 
 def test_temporary_files_are_their_owners_alone_and_end_with_the_app(classifier, flags_folder):
@@ -440,8 +514,11 @@ def serve(monkeypatch, tmp_path):
         (["--port", "{taken}"], "in use"),
         (["--port", "99999"], "99999"),
         (["--host", "notes.example"], "--host notes.example: expected an IPv4 address"),
-        (["--host", "0.0.0.0"], "--host 0.0.0.0 is open to other machines: give --auth-file"),
+        (["--host", "0.0.0.0"], "--host 0.0.0.0 is open to other machines"),
         (["--host", "0.0.0.0", "--auth-file", "x"], "and --allow-host"),
+        (["--allow-host", "notes.example"], "give --auth-file"),
+        (["--allow-host", "*", "--auth-file", "x"], "--allow-host *: expected a name alone"),
+        (["--allow-host", "https://a", "--auth-file", "x"], "expected a name alone"),
         (["--auth-file", "missing"], "missing"),
     ],
 )
@@ -595,12 +672,12 @@ class Asking(threading.Thread):
     def __init__(self, url, notes, seconds, many=1):
         super().__init__()
         self.address, self.notes, self.many = url.removeprefix("http://"), notes, many
-        self.end, self.answers = time.monotonic() + seconds, []
+        self.end, self.answers, self.once = time.monotonic() + seconds, [], False
 
     def run(self):
         connection = http.client.HTTPConnection(self.address, timeout=60)
         for i in itertools.count():
-            if time.monotonic() > self.end:
+            if time.monotonic() > self.end or (self.once and i):
                 break
             note = self.notes[i % len(self.notes)]
             body = {"note": note} if self.many == 1 else {"notes": [note] * self.many}
@@ -648,16 +725,36 @@ def test_overload_is_told_and_passes(served, classifier):
 
 
 @pytest.mark.slow
-def test_sigterm_lets_what_is_being_answered_end(small_run, tmp_path):
-    served = Served(tmp_path, "--run", small_run, "--port", "0")
-    url = served.url()
-    asking = Asking(url, ["chest pain " * 500], 0.0, many=32)
-    asking.end = time.monotonic() + 0.01  # one question
-    asking.start()
-    time.sleep(0.1)
-    assert served.end() == 0
-    asking.join()
-    assert [status for status, *_ in asking.answers] == [200] * 32
+def test_sigterm_lets_what_is_being_answered_end(classifier, flags_folder, monkeypatch):
+    """The model is held until the server has been told to end; page, file and API are waiting."""
+    may_go_on, began, run = threading.Event(), threading.Event(), classifier.run
+
+    def wait_and_run(*arguments):
+        began.set()
+        may_go_on.wait(30)
+        return run(*arguments)
+
+    monkeypatch.setattr(classifier, "run", wait_and_run)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = app_module.Server(
+            uvicorn.Config(create_app(classifier, flags_folder), log_level="warning")
+        )
+        thread = threading.Thread(target=server.run, args=([listener],))
+        thread.start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        asking = Asking(url, ["chest pain"], 0, many=3)
+        asking.end = time.monotonic() + 60
+        asking.once = True
+        asking.start()
+        began.wait(30)
+        server.handle_exit(signal.SIGTERM, None)  # what uvicorn does at the signal
+        time.sleep(0.5)
+        assert thread.is_alive() and asking.answers == []
+        may_go_on.set()
+        asking.join(30)
+        thread.join(30)
+    assert [status for status, *_ in asking.answers] == [200] * 3
+    assert not thread.is_alive()
 
 
 # --- In a browser, as a person clicks ---
@@ -1003,7 +1100,7 @@ def test_the_snippets_give_the_published_answer(served, classifier):
         assert note in snippet
         if shutil.which(words[0] if words[0] != "bash" else "curl") is None:
             pytest.skip("curl is not installed")
-        snippet = snippet.replace("http://127.0.0.1:7860", url)
+        snippet = snippet.format(url=url)
         done = subprocess.run([*words, snippet], capture_output=True, text=True, check=True)
         assert expected.label in done.stdout
         if words[0] == "bash":

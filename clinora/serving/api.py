@@ -14,6 +14,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from clinora.classifier import Classifier, Prediction
+from clinora.serving import report_error
 from clinora.serving.batcher import Batcher, BusyError
 
 MOST_NOTES = 32  # of a request
@@ -55,12 +56,12 @@ def describe(prediction: Prediction, classifier: Classifier) -> dict:
 def add_routes(app: FastAPI, batcher: Batcher) -> None:
     """Add ``/health``, ``/ready`` and ``/v1/classify`` to an app."""
 
-    @app.get("/health")
-    def health() -> dict:
+    @app.get("/health")  # these two need no thread: a busy service still answers
+    async def health() -> dict:
         return {"status": "ok"}
 
     @app.get("/ready")
-    def ready() -> JSONResponse:
+    async def ready() -> JSONResponse:
         if batcher.ready:
             return JSONResponse({"status": "ready"})
         return JSONResponse({"status": "busy"}, 503, RETRY_AFTER)
@@ -75,18 +76,26 @@ def add_routes(app: FastAPI, batcher: Batcher) -> None:
         try:
             futures = [asyncio.wrap_future(future) for future in batcher.submit(good)]
             # Those that are not begun when time is up are cancelled.
-            predictions = await asyncio.wait_for(asyncio.gather(*futures), REQUEST_SECONDS)
+            gathered = asyncio.gather(*futures, return_exceptions=True)
+            predictions = await asyncio.wait_for(gathered, REQUEST_SECONDS)
         except (BusyError, TimeoutError):
             detail = {"detail": "The service is busy: try again."}
             return JSONResponse(detail, 503, RETRY_AFTER)
-        answers = iter(predictions)
-        results = [r or describe(next(answers), batcher.classifier) for r in results]
+        answers = (
+            describe(p, batcher.classifier) if isinstance(p, Prediction) else _failed(p)
+            for p in predictions
+        )
+        results = [result or next(answers) for result in results]
         if question.notes is not None:
             return JSONResponse({"results": results})
         if "error" in results[0]:
-            return JSONResponse({"detail": results[0]["error"]}, 422)
+            return JSONResponse({"detail": results[0]["error"]}, 500 if good else 422)
         return JSONResponse(results[0])
 
     @app.exception_handler(RequestValidationError)
     async def wrong_question(_request: Request, _error: RequestValidationError) -> JSONResponse:
         return JSONResponse({"detail": EXPECTED}, 422)
+
+
+def _failed(error: BaseException) -> dict:
+    return {"error": f"This did not work; reference {report_error(error)}."}

@@ -1,9 +1,13 @@
 """The app that serves the page, and what keeps it private: who may ask, how much, what is told."""
 
+import asyncio
+import os
+import secrets
 import socket
 import sys
+import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,17 +23,21 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from clinora.classifier import Classifier
 from clinora.serving import report_error
 from clinora.serving.api import add_routes
-from clinora.serving.batcher import MOST_WAITING, Batcher
+from clinora.serving.batcher import Batcher
 from clinora.serving.flags import Flags
 from clinora.serving.page import CSS, THEME, build_page
 from clinora.serving.passwords import Door
 
 MOST_BODY_BYTES = 1_000_000  # of a request
 MOST_FILE_BYTES = 5_000_000  # of a file with many notes
+FORM_BYTES = 10_000  # around a file
 UPLOAD = "/gradio_api/upload"
 SHUTDOWN_SECONDS = 30  # in which what is being answered may end
 MOST_SESSIONS = 1_000  # whose last prediction is remembered, for a flag
 AT_ONCE = 32  # handlers of the page that run; the batcher bounds what reaches the model
+MOST_EVENTS = 64  # of the page that wait for a handler
+MOST_CONNECTIONS = 500
+KEPT_SECONDS = 1800  # of a temporary file; then it is removed
 # Another name would be another site's, whose owner has it point here (DNS rebinding).
 LOOPBACK_NAMES = ["127.0.0.1", "localhost"]
 
@@ -48,6 +56,7 @@ def create_app(
     hosts: Sequence[str] = (),
     users: dict[str, tuple[bytes, bytes]] | None = None,
     card: str = "",
+    url: str = "http://127.0.0.1:7860",
 ) -> FastAPI:
     """Make the app: the page at ``/``, the API beside it, one batcher for both.
 
@@ -57,34 +66,31 @@ def create_app(
         hosts: Names that the app answers to beside those of the loopback address.
         users: Salt and hash of the password of each name that may enter; None: whoever asks.
         card: What the model card says of the run, in Markdown.
+        url: Where the app is, for the snippets that the page shows.
     """
-    # Errors before a handler runs quote what came in, and Gradio prints them.
-    quiet = SimpleNamespace(print_exc=lambda: report_error(sys.exception()))
-    for module in (gradio.queueing, gradio.routes, gradio.route_utils):
-        module.traceback = quiet
-
+    _restrain_gradio()
     batcher = Batcher(classifier)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        sweeping = asyncio.create_task(_sweep(Path(os.environ["GRADIO_TEMP_DIR"])))
         yield
+        sweeping.cancel()
         await run_in_threadpool(batcher.close)
 
     app = FastAPI(openapi_url=None, lifespan=lifespan)
-    # The last added is the first that a request meets.
+    # The last added is the first that a request meets: a stranger's body is not read.
+    app.add_middleware(BodyLimit)
     if users is not None:
         app.add_middleware(Door, users=users)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK_NAMES, *hosts])
     app.add_middleware(Guard)
     add_routes(app, batcher)
 
-    @app.get("/gradio_api/deep_link")
-    def deep_link() -> JSONResponse:  # Gradio's writes what is on the page to a file
-        return _detail("Not Found", 404)
-
-    page = build_page(batcher, Flags(flags_folder), card)
+    page = build_page(batcher, Flags(flags_folder), card, url)
     page.state_session_capacity = MOST_SESSIONS
-    page.queue(api_open=False, max_size=MOST_WAITING, default_concurrency_limit=AT_ONCE)
+    page.max_threads = AT_ONCE  # of its own, or waiting handlers would hold up all other routes
+    page.queue(api_open=False, max_size=MOST_EVENTS, default_concurrency_limit=AT_ONCE)
     app = gradio.mount_gradio_app(
         app,
         page,
@@ -108,7 +114,12 @@ def create_app(
 def serve(app: FastAPI, listener: socket.socket) -> None:
     """Serve an app on a listening socket until a signal ends it, which is raised again then."""
     # At this level uvicorn does not log requests either.
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=SHUTDOWN_SECONDS)
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        timeout_graceful_shutdown=SHUTDOWN_SECONDS,
+        limit_concurrency=MOST_CONNECTIONS,
+    )
     Server(config).run(sockets=[listener])
 
 
@@ -121,7 +132,7 @@ class Server(uvicorn.Server):
 
 
 class Guard:
-    """ASGI middleware: refuses other sites' pages and long bodies, and keeps errors private.
+    """ASGI middleware: refuses what other sites' pages ask, closes routes, keeps errors private.
 
     Another site's page could have a browser that is logged in here ask for it: its requests carry
     that site's Origin.
@@ -149,7 +160,31 @@ class Guard:
         if origin and origin.partition("://")[2] != headers.get("host"):
             await _detail("Another site's page asked.", 403)(scope, receive, send_with_policy)
             return
-        most = MOST_FILE_BYTES if scope["path"] == UPLOAD else MOST_BODY_BYTES
+        if _is_closed(scope["path"]):
+            await _detail("Not Found", 404)(scope, receive, send_with_policy)
+            return
+        try:
+            await self.app(scope, receive, send_with_policy)
+        except Exception as error:  # the server would log its message
+            reference = report_error(error)
+            if not started:
+                answer = _detail(f"This did not work; reference {reference}.", 500)
+                await answer(scope, receive, send_with_policy)
+
+
+class BodyLimit:
+    """ASGI middleware: reads a request's body whole, and refuses one that is too long."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        most, frame = MOST_BODY_BYTES, 0
+        if scope["path"] == UPLOAD:
+            most, frame = MOST_FILE_BYTES, FORM_BYTES
         body, more = bytearray(), True
         while more:
             message = await receive()
@@ -157,22 +192,59 @@ class Guard:
                 return
             body += message.get("body", b"")
             more = message.get("more_body", False)
-            if len(body) > most:
+            if len(body) > most + frame:
                 answer = _detail(f"This is too long: at most {most:,} bytes.", 413)
-                await answer(scope, receive, send_with_policy)
+                await answer(scope, receive, send)
                 return
         whole: list[Message] = [{"type": "http.request", "body": bytes(body)}]
 
         async def receive_whole() -> Message:
             return whole.pop() if whole else await receive()
 
-        try:
-            await self.app(scope, receive_whole, send_with_policy)
-        except Exception as error:  # the server would log its message
-            reference = report_error(error)
-            if not started:
-                answer = _detail(f"This did not work; reference {reference}.", 500)
-                await answer(scope, receive, send_with_policy)
+        await self.app(scope, receive_whole, send)
+
+
+def _is_closed(path: str) -> bool:
+    """Tell whether Gradio's route would store a page's content, or fetch from elsewhere."""
+    return (
+        path.startswith(("/gradio_api/deep_link", "/gradio_api/component_server"))
+        or "http:" in path
+        or "https:" in path
+        or "proxy=" in path
+    )
+
+
+def _restrain_gradio() -> None:
+    """Keep Gradio from printing what came in, fetching for others, and sharing uploads."""
+    # Errors before a handler runs quote what came in, and Gradio prints them.
+    quiet = SimpleNamespace(print_exc=lambda: report_error(sys.exception()))
+    for module in (gradio.queueing, gradio.routes, gradio.route_utils):
+        module.traceback = quiet
+
+    # A file given by its address would be fetched by the server.
+    async def fetch(*_: object) -> str:
+        raise ValueError("nothing is fetched from elsewhere")
+
+    gradio.processing_utils.async_ssrf_protected_download = fetch
+    gradio.route_utils.GradioUploadFile = _Upload
+
+
+class _Upload(gradio.routes.GradioUploadFile):
+    """Gradio's, which names a file by its content: two people's equal files would be one."""
+
+    def __init__(self, *arguments: object, **options: object) -> None:
+        super().__init__(*arguments, **options)
+        self.sha.update(secrets.token_bytes(16))
+
+
+async def _sweep(folder: Path) -> None:
+    """Remove old temporary files: Gradio forgets those of uploads that failed."""
+    while True:
+        await asyncio.sleep(KEPT_SECONDS / 6)
+        for path in folder.rglob("*"):
+            with suppress(OSError):  # another removed it
+                if path.is_file() and time.time() - path.stat().st_mtime > KEPT_SECONDS:
+                    path.unlink()
 
 
 def _detail(text: str, status: int) -> JSONResponse:

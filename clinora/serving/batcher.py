@@ -4,6 +4,7 @@ A single thread works on what the queue holds. Notes that wait together go throu
 together; anything else that needs the model (another strength, an explanation) has it for itself.
 """
 
+import itertools
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -88,13 +89,12 @@ class Batcher:
                 self._changed.wait_for(lambda: self._waiting or not self._open)
                 if not self._waiting:
                     return
-                taken = [self._waiting.popleft()]
-                while (
-                    self._is_note(taken[-1]) and self._waiting and len(taken) < self.most_together
-                ):
-                    if not self._is_note(self._waiting[0]):
-                        break
-                    taken.append(self._waiting.popleft())
+                taken = [self._waiting[0]]
+                if self._is_note(taken[0]):  # with others, also from behind a job
+                    notes = (pair for pair in self._waiting if self._is_note(pair))
+                    taken = list(itertools.islice(notes, self.most_together))
+                for pair in taken:
+                    self._waiting.remove(pair)
                 self._changed.notify_all()  # there is room again
             # Who has gone away meanwhile has cancelled.
             taken = [pair for pair in taken if pair[0].set_running_or_notify_cancel()]

@@ -48,7 +48,7 @@ def model_card(classifier: Classifier, run: str | Path) -> str:
     folder = BUNDLED / "adapter" if str(run) == "bundled" else Path(run)
     notes, calibration = classifier.about.get("notes", {}), classifier.calibration
     data = "Not recorded."
-    if notes:
+    if {"source", "split", "seen"} <= notes.keys():
         name = Path(notes["source"]).name
         data = f"Notes: `{name}`, split by {notes['split']}; {len(notes['seen']):,} texts were "
         data += "trained and calibrated on."
@@ -63,8 +63,19 @@ def model_card(classifier: Classifier, run: str | Path) -> str:
     if calibration:
         confidence = (
             "The confidence is the calibrated probability that a note is filed under the class "
-            f"named. Under {calibration.threshold:.1%} a note is referred to a person."
+            f"named, fitted on {calibration.notes:,} validation notes. "
         )
+        if calibration.threshold > 1:
+            confidence += (
+                f"On these it was never right in {calibration.promise:.0%} of what it would "
+                "answer, so every note is referred to a person."
+            )
+        else:
+            confidence += (
+                f"Under {calibration.threshold:.1%} a note is referred to a person: of the other "
+                f"{calibration.coverage:.1%} of these notes {calibration.accuracy:.1%} were right "
+                f"(promised: {calibration.promise:.0%})."
+            )
     return CARD.format(
         data=data,
         figures=figures,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import stat
 import threading
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,14 +31,23 @@ class Flags:
 
         Raises:
             FlagsFullError: The file would grow beyond ``most_bytes``.
-            OSError: The file cannot be written, or is a link.
+            OSError: The file cannot be written, or is a link or no file.
         """
         record = {"time": datetime.now(UTC).isoformat(timespec="seconds")} | record
         line = (json.dumps(record) + "\n").encode()
         self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        # A link could lead the text to any file of this user; Windows has no such flag.
-        how = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
-        with self._lock, os.fdopen(os.open(self.path, how, 0o600), "ab") as file:
-            if os.fstat(file.fileno()).st_size + len(line) > self.most_bytes:
+        os.chmod(self.path.parent, 0o700)  # it may have been there, open to others
+        how = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+        for name in ("O_NOFOLLOW", "O_NONBLOCK"):  # Windows has neither
+            # A link could lead the text to any file of this user; a pipe would wait for a reader.
+            how |= getattr(os, name, 0)
+        with self._lock, os.fdopen(os.open(self.path, how, 0o600), "ab", buffering=0) as file:
+            about = os.fstat(file.fileno())
+            if not stat.S_ISREG(about.st_mode):
+                raise OSError(f"{self.path} is no file")
+            if about.st_size + len(line) > self.most_bytes:
                 raise FlagsFullError(f"{self.path} has its largest size, {self.most_bytes} bytes")
-            file.write(line)
+            os.chmod(self.path, 0o600)
+            if file.write(line) < len(line):
+                file.truncate(about.st_size)  # half a line would spoil the next
+                raise OSError(f"{self.path} could not be written whole")

@@ -9,6 +9,7 @@ import functools
 import io
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 
 import gradio as gr
@@ -16,13 +17,13 @@ from torch.func import functional_call
 
 import clinora
 from clinora.budget import base_parameters, linear_shapes, lora_targets
-from clinora.classifier import Prediction
+from clinora.classifier import Classifier, Prediction
 from clinora.explain import explain, layer_updates
 from clinora.figures import singular_values_figure, updates_figure
 from clinora.llama import LlamaConfig
 from clinora.notes import Note
 from clinora.serving import report_error
-from clinora.serving.api import MOST_CHARACTERS, REQUEST_SECONDS, describe, refuse
+from clinora.serving.api import REQUEST_SECONDS, describe, refuse
 from clinora.serving.batcher import MOST_TOGETHER, Batcher, BusyError
 from clinora.serving.flags import Flags, FlagsFullError
 
@@ -47,6 +48,8 @@ EXAMPLES = [
     "was divided with a stapler and removed. The incisions were closed; blood loss was minimal.",
 ]
 
+PRIVATE = {"api_visibility": "private"}  # of a handler: not among the API's
+
 TINYLLAMA = LlamaConfig(
     vocab_size=32_000,
     hidden_size=2048,
@@ -70,12 +73,12 @@ CSS = """
 .refer { font-weight: 600; }
 """
 
-CURL = """curl -s http://127.0.0.1:7860/v1/classify \\
+CURL = """curl -s {url}/v1/classify \\
   -H 'Content-Type: application/json' \\
-  -d '{"note": "Severe chest pain. ECG shows ST elevation."}'"""
+  -d '{{"note": "Severe chest pain. ECG shows ST elevation."}}'"""
 PYTHON = """from gradio_client import Client
 
-client = Client("http://127.0.0.1:7860", analytics_enabled=False)
+client = Client("{url}", analytics_enabled=False)
 print(client.predict("Severe chest pain. ECG shows ST elevation.", api_name="/predict"))"""
 API_WORDS = """`GET /health` and `GET /ready` tell whether the service is alive and has room for a
 note. `POST /v1/classify` takes `{"note": "…"}` or `{"notes": ["…", …]}`. A busy service answers 503
@@ -83,13 +86,14 @@ with `Retry-After`. Where a password file is in use, page and API ask for name a
 (`curl -u NAME`, `Client(…, headers={"Authorization": "Basic …"})`)."""
 
 
-def build_page(batcher: Batcher, flags: Flags, card: str) -> gr.Blocks:
+def build_page(batcher: Batcher, flags: Flags, card: str, url: str) -> gr.Blocks:
     """Build the page.
 
     Args:
         batcher: Runs the model for all.
         flags: Where flagged predictions go.
         card: The model card, in Markdown.
+        url: Where the page is, for the snippets.
     """
     with gr.Blocks(title=TITLE, delete_cache=(300, 1800)) as page:
         gr.Markdown(f"# {TITLE}\n\n{DESCRIPTION}")
@@ -102,8 +106,8 @@ def build_page(batcher: Batcher, flags: Flags, card: str) -> gr.Blocks:
             _many_tab(batcher)
         with gr.Tab("API"):
             gr.Markdown(API_WORDS)
-            gr.Code(CURL, language="shell", label="curl", interactive=False)
-            gr.Code(PYTHON, language="python", label="Python", interactive=False)
+            gr.Code(CURL.format(url=url), language="shell", label="curl", interactive=False)
+            gr.Code(PYTHON.format(url=url), language="python", label="Python", interactive=False)
         with gr.Tab("Model card"):
             gr.Markdown(card)
     return page
@@ -117,7 +121,7 @@ def _classify_tab(batcher: Batcher, flags: Flags) -> None:
 
     def predict(note: str | None) -> tuple:
         note = _checked(note)
-        prediction = batcher.submit([note])[0].result(REQUEST_SECONDS)
+        prediction = _wait(batcher.submit([note])[0])
         record = prediction.as_json() | {
             "confidence": prediction.confidence,
             "sha256": Note(note, ()).sha256,
@@ -126,13 +130,16 @@ def _classify_tab(batcher: Batcher, flags: Flags) -> None:
         shares = dict(zip(classifier.labels, prediction.probabilities, strict=True))
         return (
             prediction.as_json(), prediction.as_text(), shares, _sure(prediction),
-            _verdict(prediction, batcher), _length(prediction, batcher), record,
+            _verdict(prediction, classifier), _length(prediction, classifier), None, record,
         )  # fmt: skip
 
-    def highlight(note: str | None) -> list[tuple[str, float | None]]:
+    def highlight(note: str | None, record: dict | None) -> list[tuple[str, float | None]]:
         note = _checked(note)
-        sentences = batcher.run(lambda: explain(classifier, note)).result(REQUEST_SECONDS)
-        most = max(abs(s.contribution) for s in sentences if s.contribution is not None)
+        if record is None or Note(note, ()).sha256 != record["sha256"]:
+            return []  # the note was edited meanwhile
+        sentences = _wait(batcher.run(lambda: explain(classifier, note)))
+        read = [abs(s.contribution) for s in sentences if s.contribution is not None]
+        most = max(read, default=0)
         return [
             (s.text, None if s.contribution is None else s.contribution / (most or 1))
             for s in sentences
@@ -179,16 +186,15 @@ def _classify_tab(batcher: Batcher, flags: Flags) -> None:
     # Below both columns: on a phone the outputs follow the box.
     gr.Examples(EXAMPLES, note, cache_examples=False, api_visibility="private")
     record = gr.State()  # of the last prediction, on the server; it holds no text
-    outputs = [as_json, as_text, shares, sure, verdict, length, record]
+    outputs = [as_json, as_text, shares, sure, verdict, length, highlighted, record]
     empty = (None, None, None, None, "", "", None, None)
     predicted = submit.click(_told_by_reference(predict), note, outputs, api_name="predict")
-    private = {"api_visibility": "private"}
-    predicted.success(_told_by_reference(highlight), note, highlighted, **private)
-    predicted.failure(lambda: empty, None, [*outputs, highlighted], **private)
+    predicted.success(_told_by_reference(highlight), [note, record], highlighted, **PRIVATE)
+    predicted.failure(lambda: empty, None, outputs, **PRIVATE)
     # Not gr.ClearButton, which evaluates a string as a script: the policy forbids that.
     clear.click(
         lambda: (None, *empty, None, False), None,
-        [note, *outputs, highlighted, reason, consent], **private,
+        [note, *outputs, highlighted, reason, consent], **PRIVATE,
     )  # fmt: skip
     flag_button.click(
         _told_by_reference(flag), [note, record, consent, reason], None, api_name="flag"
@@ -210,10 +216,10 @@ def _sure(prediction: Prediction) -> str:
     return f"{prediction.confidence:.1%}"
 
 
-def _verdict(prediction: Prediction, batcher: Batcher) -> str:
+def _verdict(prediction: Prediction, classifier: Classifier) -> str:
     if not prediction.refer:
         return ""
-    threshold = batcher.classifier.calibration.threshold
+    threshold = classifier.calibration.threshold
     if threshold > 1:
         return "Refer to a person: this run was never right often enough to answer by itself."
     return (
@@ -222,10 +228,10 @@ def _verdict(prediction: Prediction, batcher: Batcher) -> str:
     )
 
 
-def _length(prediction: Prediction, batcher: Batcher) -> str:
+def _length(prediction: Prediction, classifier: Classifier) -> str:
     if not prediction.truncated:
         return f"The note has {prediction.tokens:,} tokens; all were read."
-    limit = batcher.classifier.token_limit
+    limit = classifier.token_limit
     return f"The note has {prediction.tokens:,} tokens; the first {limit:,} were read."
 
 
@@ -237,14 +243,17 @@ def _internals_tab(batcher: Batcher) -> None:
     model, labels = classifier.model, classifier.labels
     lora, config = model.lora_config, model.model.config
     updates = layer_updates(model)
+    # A target may be a longer name, such as "layers.0.self_attn.q_proj".
+    adapted = list(dict.fromkeys(target.split(".")[-1] for target in lora.targets))
 
     def count(rank: float, targets: list[str] | None) -> list[list[str]]:
         rows = []
         for name, shape in (("the loaded base", config), ("TinyLlama", TINYLLAMA)):
             try:
                 layers = lora_targets(shape, int(rank), tuple(targets or ()))
-            except ValueError as error:
-                raise _message(f"For {name}: {error}.") from None
+            except ValueError as error:  # says what would fit
+                rows.append([name, str(error), "", "", ""])
+                continue
             trained, full = (sum(getattr(t, kind) for t in layers) for kind in ("lora", "full"))
             share = trained / base_parameters(shape, None)
             rows.append(
@@ -262,7 +271,7 @@ def _internals_tab(batcher: Batcher) -> None:
                     columns.append(classifier([note])[0].probabilities)
             return columns
 
-        columns = batcher.run(job).result(REQUEST_SECONDS)
+        columns = _wait(batcher.run(job))
         return [
             [label, *(f"{column[i]:.1%}" for column in columns)] for i, label in enumerate(labels)
         ]
@@ -280,7 +289,7 @@ def _internals_tab(batcher: Batcher) -> None:
             merged = classifier.run([ids], lambda *x: functional_call(model, replaced, x))
             return classifier([note])[0].probabilities, merged.softmax(-1)[0].tolist()
 
-        beside, merged = batcher.run(job).result(REQUEST_SECONDS)
+        beside, merged = _wait(batcher.run(job))
         apart = max(abs(a - b) for a, b in zip(beside, merged, strict=True))
         return (
             f"Largest difference of a probability: {100 * apart:.4f} points. The merged weight "
@@ -293,20 +302,19 @@ def _internals_tab(batcher: Batcher) -> None:
         "It adds (α/r)·B·A to each of these weights W, with A (r × in) and B (out × r)."
     )
     with gr.Row():
-        rank = gr.Slider(1, 64, lora.rank, step=1, label="Rank r")
+        rank = gr.Slider(1, max(64, lora.rank), lora.rank, step=1, label="Rank r")
         targets = gr.CheckboxGroup(
-            list(linear_shapes(config)), value=list(lora.targets), label="Layers to adapt"
+            list(linear_shapes(config)), value=adapted, label="Layers to adapt"
         )
     counts = gr.Dataframe(
-        count(lora.rank, list(lora.targets)), interactive=False, label="What LoRA would train",
+        count(lora.rank, adapted), interactive=False, label="What LoRA would train",
         headers=["base", "parameters r·(in + out)", "MB as float32", "of the base",
                  "full training of these layers"],
     )  # fmt: skip
-    private = {"api_visibility": "private"}
     for chosen in (rank, targets):
         chosen.change(
             _told_by_reference(count), [rank, targets], counts, trigger_mode="always_last",
-            **private,
+            **PRIVATE,
         )  # fmt: skip
     with gr.Row():
         gr.Plot(updates_figure(updates), format="png", show_label=False)
@@ -321,33 +329,39 @@ def _internals_tab(batcher: Batcher) -> None:
     merge = gr.Button("Merge and compare")
     merged = gr.Markdown()
     strengths = _told_by_reference(compare_strengths)
-    compare.click(strengths, [note, strength], table, **private)
-    strength.change(strengths, [note, strength], table, trigger_mode="always_last", **private)
-    merge.click(_told_by_reference(compare_merged), note, merged, **private)
+    compare.click(strengths, [note, strength], table, **PRIVATE)
+    strength.change(strengths, [note, strength], table, trigger_mode="always_last", **PRIVATE)
+    merge.click(_told_by_reference(compare_merged), note, merged, **PRIVATE)
 
 
 # --- many notes ---------------------------------------------------------------------------------
 
 
 def _many_tab(batcher: Batcher) -> None:
+    classifier = batcher.classifier
     header = ["row", "predicted_class", "label", "confidence", "refer", "tokens", "error"]
 
     def classify_file(
         path: str | None,
         column: str | None,
         progress: gr.Progress = gr.Progress(),  # noqa: B008
-    ) -> tuple[list[list], str]:
+    ) -> tuple[None, list[list], str]:
         notes = _read_file(path, (column or "").strip())
         rows = []
         for start in progress.tqdm(range(0, len(notes), MOST_TOGETHER), unit="batches"):
             part = notes[start : start + MOST_TOGETHER]
             good = [note for note, why in part if not why]
-            futures = iter(batcher.submit(good, wait=REQUEST_SECONDS))
+            try:
+                futures = batcher.submit(good, wait=REQUEST_SECONDS)
+            except BusyError:  # what is done is not lost
+                futures = []
+                part = [(note, why or "The service was busy.") for note, why in part]
+            answers = iter(futures)
             for _, why in part:
                 row = [len(rows) + 1, "", "", "", "", "", why or ""]
                 if not why:
                     try:
-                        found = describe(next(futures).result(REQUEST_SECONDS), batcher.classifier)
+                        found = describe(_wait(next(answers)), classifier)
                         row[1:6] = [_cell(found[name]) for name in header[1:6]]
                     except Exception as error:
                         row[6] = f"This did not work; reference {report_error(error)}."
@@ -356,7 +370,7 @@ def _many_tab(batcher: Batcher) -> None:
             "w", prefix="classes-", suffix=".csv", encoding="utf-8", newline="", delete=False
         ) as file:
             csv.writer(file).writerows([header, *rows])
-        return rows[:PREVIEW_ROWS], file.name
+        return None, rows[:PREVIEW_ROWS], file.name
 
     gr.Markdown(
         f"A CSV file with a header, at most {MOST_ROWS:,} rows and 5 MB. The answer has a row for "
@@ -367,10 +381,12 @@ def _many_tab(batcher: Batcher) -> None:
     start = gr.Button("Classify all", variant="primary")
     preview = gr.Dataframe(headers=header, interactive=False, label="The first rows")
     download = gr.File(label="Classes", interactive=False)
-    start.click(
-        _told_by_reference(classify_file), [upload, column], [preview, download],
-        api_visibility="private",
-    )  # fmt: skip
+    outputs = [upload, preview, download]
+    # One file after the other, so that together they do not fill the batcher's queue.
+    done = start.click(
+        _told_by_reference(classify_file), [upload, column], outputs, concurrency_limit=1, **PRIVATE
+    )
+    done.failure(lambda: (None, None, None), None, outputs, **PRIVATE)
 
 
 def _read_file(path: str | None, column: str) -> list[tuple[str, str | None]]:
@@ -379,17 +395,21 @@ def _read_file(path: str | None, column: str) -> list[tuple[str, str | None]]:
         raise _message("Choose a CSV file first.")
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:  # it waited for too long
+        raise _message("The file is gone: choose it again.") from None
     except UnicodeDecodeError:
         raise _message("The file is not UTF-8: save it as a CSV file in UTF-8.") from None
     finally:
         Path(path).unlink(missing_ok=True)
     notes = []
-    limit = csv.field_size_limit(MOST_CHARACTERS * 10)
+    csv.field_size_limit(2**31 - 1)  # a row that is too long has an error of its own
     try:
         table = csv.reader(io.StringIO(text, newline=""))
         header = next(table, [])
         if column not in header:
-            raise _message(f"The file has no column {column!r}.")
+            raise _message(
+                f"The file has no column {column!r}: correct the name and choose the file again."
+            )
         for row in table:
             if not row:
                 continue
@@ -402,8 +422,6 @@ def _read_file(path: str | None, column: str) -> list[tuple[str, str | None]]:
                 raise _message(f"The file has more than {MOST_ROWS:,} rows: give a part of it.")
     except csv.Error:
         raise _message("The file is no CSV file.") from None
-    finally:
-        csv.field_size_limit(limit)
     if not notes:
         raise _message("The file has no rows.")
     return notes
@@ -415,6 +433,15 @@ def _cell(value: object) -> object:
 
 
 # --- what goes wrong ----------------------------------------------------------------------------
+
+
+def _wait(future: Future) -> object:
+    """Wait for an answer; what nobody waits for any more is not computed."""
+    try:
+        return future.result(REQUEST_SECONDS)
+    except TimeoutError:
+        future.cancel()
+        raise
 
 
 def _message(text: str) -> gr.Error:

@@ -13,15 +13,17 @@ import hashlib
 import hmac
 import secrets
 import sys
-import threading
 from pathlib import Path
 
-from anyio import to_thread
+from anyio import CapacityLimiter, to_thread
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from clinora.serving.api import RETRY_AFTER
+
 FEWEST_CHARACTERS = 12  # of a password
+MOST_GUESSES = 8  # that wait for their turn
 OPEN_TO_ALL = ("/health", "/ready")  # they tell nothing but that the service is well
 
 
@@ -64,12 +66,18 @@ class Door:
         self.app, self.users = app, users
         self._nobody = secrets.token_bytes(16), secrets.token_bytes(64)
         self._known: set[bytes] = set()  # hashes of headers that were right
-        self._lock = threading.Lock()  # one guess at a time
+        self._turn = CapacityLimiter(1)  # one guess at a time, and none holds up who is known
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in OPEN_TO_ALL:
             header = Headers(scope=scope).get("authorization", "")
-            if not await to_thread.run_sync(self.admits, header):
+            if not self._knows(header) and self._turn.statistics().tasks_waiting >= MOST_GUESSES:
+                detail = {"detail": "Too many are trying to log in."}
+                await JSONResponse(detail, 429, RETRY_AFTER)(scope, receive, send)
+                return
+            if not self._knows(header) and not await to_thread.run_sync(
+                self.admits, header, limiter=self._turn
+            ):
                 ask = {"WWW-Authenticate": 'Basic realm="Clinora", charset="UTF-8"'}
                 answer = JSONResponse({"detail": "Name and password are needed."}, 401, ask)
                 await answer(scope, receive, send)
@@ -78,9 +86,6 @@ class Door:
 
     def admits(self, header: str) -> bool:
         """Tell whether an Authorization header holds a name and its password."""
-        digest = hashlib.sha256(header.encode()).digest()
-        if digest in self._known:
-            return True
         scheme, _, credentials = header.partition(" ")
         try:
             name, _, password = base64.b64decode(credentials, validate=True).decode().partition(":")
@@ -89,11 +94,13 @@ class Door:
         if scheme.lower() != "basic":
             return False
         salt, expected = self.users.get(name, self._nobody)  # a stranger takes as long
-        with self._lock:
-            right = hmac.compare_digest(scrypt(password, salt), expected)
+        right = hmac.compare_digest(scrypt(password, salt), expected)
         if right:
-            self._known.add(digest)
+            self._known.add(hashlib.sha256(header.encode()).digest())
         return right
+
+    def _knows(self, header: str) -> bool:
+        return hashlib.sha256(header.encode()).digest() in self._known
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -105,8 +112,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("name", help="who may enter")
     name = parser.parse_args(argv).name
-    if ":" in name or not name.isprintable() or not name.strip():
-        parser.exit(2, f"passwords: {name!r}: expected a name without a colon\n")
+    if ":" in name or not name.isprintable() or not name or name != name.strip():
+        parser.exit(2, f"passwords: {name!r}: expected a name without a colon or outer spaces\n")
     password = getpass.getpass(f"Password of {name}: ")  # asked on the terminal, not on stdout
     if len(password) < FEWEST_CHARACTERS:
         parser.exit(2, f"passwords: expected {FEWEST_CHARACTERS} characters or more\n")
