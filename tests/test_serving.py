@@ -410,7 +410,8 @@ def test_the_pages_content_is_not_written_to_a_file(client):
     for path in ("/gradio_api/deep_link", "/gradio_api/deep_link/"):
         assert client.get(path, params={"session_hash": "one"}).status_code == 404
     folder = Path(os.environ["GRADIO_TEMP_DIR"])
-    assert [p.name for p in folder.rglob("*") if p.is_file() and CANARY in p.read_text()] == []
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert [path for path in files if CANARY.encode() in path.read_bytes()] == []
 
 
 def test_temporary_files_are_their_owners_alone_and_end_with_the_app(classifier, flags_folder):

@@ -18,8 +18,10 @@ import argparse
 import dataclasses
 import gzip
 import io
+import itertools
 import json
 import random
+import statistics
 import sys
 import time
 import zlib
@@ -464,9 +466,9 @@ python -m tools.pretrain_base --corpus FOLDER --out FOLDER {command}
 ```
 
 It read {tokens:.1f} million tokens in {steps:,} steps of {batch:,}, in {minutes:.0f} minutes on
-{device}: {rate:,.0f} tokens a second, {share:.0%} of the rate of the machine's large bfloat16
-products ({peak:,.0f} GFLOP/s; attention's own products are not counted). On held-out texts the loss
-is {held_out:.3f} nats a token ({windows} windows of {window} tokens).
+{device}: {rate:,.0f} tokens a second (median), {share:.0%} of the rate of the machine's large
+bfloat16 products ({peak:,.0f} GFLOP/s; attention's own products are not counted). On held-out texts
+the loss is {held_out:.3f} nats a token ({windows} windows of {window} tokens).
 
 ![loss](loss.png)
 
@@ -598,7 +600,11 @@ def run_job(args: argparse.Namespace) -> None:
         model, torch.tensor(beginnings, device=device), notes, COPYING["continued"], COPYING["run"]
     )
     seconds = curve[-1]["seconds"]
-    rate = curve[-1]["tokens"] / seconds
+    points = itertools.pairwise([{"tokens": 0, "seconds": 0}, *curve])
+    # Other work on the machine may have held up some of it.
+    rate = statistics.median(
+        (b["tokens"] - a["tokens"]) / (b["seconds"] - a["seconds"]) for a, b in points
+    )
     threads = f"{torch.get_num_threads()} threads of a CPU"
     about = COPYING | {
         "curve": curve,
