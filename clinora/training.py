@@ -45,12 +45,12 @@ class TrainingConfig:
         ValueError: A number is out of its range.
     """
 
-    steps: int = field(default=300, metadata={"help": "optimiser steps"})
+    steps: int = field(default=200, metadata={"help": "optimiser steps"})
     tokens_per_batch: int = field(
         default=8192, metadata={"help": "the most tokens of a padded batch on each process"}
     )
     accumulate: int = field(default=1, metadata={"help": "batches of a step on each process"})
-    learning_rate: float = field(default=1e-3, metadata={"help": "peak, after the warm-up"})
+    learning_rate: float = field(default=2e-3, metadata={"help": "peak, after the warm-up"})
     warmup: float = field(default=0.1, metadata={"help": "share of the steps"})
     weight_decay: float = field(default=0.01, metadata={"help": "AdamW's"})
     clip: float = field(default=1.0, metadata={"help": "largest norm of the gradient"})

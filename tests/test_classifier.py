@@ -262,7 +262,7 @@ def test_a_base_that_moved_is_found_with_its_new_place(classifier, run, tmp_path
     ("change", "message"),
     [
         ({"schema": 99}, "schema 99"),
-        ({"labels": ["A", "B"]}, r"score\.weight \(5 × 128, expected 2 × 128\)"),
+        ({"labels": ["A", "B"]}, r"score\.weight \(5 × 320, expected 2 × 320\)"),
         ({"labels": ["A"] * 5}, "labels are not different names"),
         ({"labels": [1, 2, 3, 4, 5]}, "labels are not different names"),
         ({"base": {}}, "not whole: 'source'"),

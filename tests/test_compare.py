@@ -46,8 +46,8 @@ def test_a_point_is_what_training_alone_gives(options, tmp_path):
     named = [p.index for p in classifier([note.text for note in test])]
     result = json.loads((tmp_path / "out" / "r=2-seed5.json").read_text())
     assert result["right"] == [n in note.labels for n, note in zip(named, test, strict=True)]
-    # Bundled: 4 layers; q 128 × 128 and v 64 × 128 at r = 2, and the head's 2 × 128.
-    assert result["trainable"] == 4 * 2 * (128 + 128 + 64 + 128) + 2 * 128
+    # Bundled: 6 layers; q 320 × 320 and v 160 × 320 at r = 2, and the head's 2 × 320.
+    assert result["trainable"] == 6 * 2 * (320 + 320 + 160 + 320) + 2 * 320
 
 
 @pytest.mark.slow
@@ -63,7 +63,7 @@ def test_what_is_done_is_not_repeated_and_other_options_are_refused(options, tmp
     assert (out / "full-seed0.json").stat().st_mtime_ns == kept
     rows = {row["name"]: row for row in json.loads((out / "results.json").read_text())}
     base = sum(p.numel() for p in clinora.load_model("bundled", num_labels=2).parameters())
-    assert (rows["head"]["trainable"], rows["full"]["trainable"]) == (2 * 128, base)
+    assert (rows["head"]["trainable"], rows["full"]["trainable"]) == (2 * 320, base)
     with pytest.raises(SystemExit) as caught:
         run(options, "--steps", "4")
     assert caught.value.code == 2

@@ -37,7 +37,7 @@ from train import choose_classes
 
 TUNES = ("head", "lora", "full")
 # Peaks: the fewer parameters, the larger. Starting points, not the result of a search.
-LEARNING_RATES = {"head": 1e-2, "lora": 1e-3, "full": 2e-4}
+LEARNING_RATES = {"head": 1e-2, "lora": TrainingConfig().learning_rate, "full": 2e-4}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -16,10 +16,8 @@ import tempfile
 import traceback
 from pathlib import Path
 
-# mkdtemp's folder is 0700; Gradio's own default is one folder that all users share. All temporary
-# files of the process go there, since Gradio does not put all of its own into GRADIO_TEMP_DIR.
+# mkdtemp's folder is 0700; Gradio's own default is one folder that all users share.
 _temporary = tempfile.mkdtemp(prefix="clinora-page-")
-tempfile.tempdir = _temporary
 atexit.register(shutil.rmtree, _temporary, ignore_errors=True)
 
 os.environ |= {

@@ -7,6 +7,7 @@ browser, and tells failures by a reference, since a message may quote the note.
 import csv
 import functools
 import io
+import os
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -367,8 +368,9 @@ def _many_tab(batcher: Batcher) -> None:
                         row[6] = f"This did not work; reference {report_error(error)}."
                 rows.append(row)
         with tempfile.NamedTemporaryFile(
-            "w", prefix="classes-", suffix=".csv", encoding="utf-8", newline="", delete=False
-        ) as file:
+            "w", dir=os.environ["GRADIO_TEMP_DIR"], prefix="classes-", suffix=".csv",
+            encoding="utf-8", newline="", delete=False,
+        ) as file:  # fmt: skip
             csv.writer(file).writerows([header, *rows])
         return None, rows[:PREVIEW_ROWS], file.name
 
