@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import clinora
 from benchmarks import common
 from clinora.llama import LlamaConfig, LlamaForSequenceClassification
 from clinora.lora import apply_lora
@@ -124,3 +125,18 @@ def test_a_benchmark_runs_at_a_small_size(words, capsys):
     module = importlib.import_module(f"benchmarks.{words[0]}")
     assert module.main([*words[1:], "--repetitions", "1", "--threads", "1"]) == 0
     assert "theirs" in capsys.readouterr().out or words[0] == "scaling"
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_batching_runs_and_tells_a_ratio(capsys, monkeypatch):
+    from benchmarks import serving
+
+    together, run = [], clinora.Classifier.__call__
+    monkeypatch.setattr(
+        clinora.Classifier, "__call__", lambda self, n: together.append(len(n)) or run(self, n)
+    )
+    options = ["--tokens", "8", "--clients", "4", "--seconds", "0.3", "--repetitions", "1"]
+    assert serving.main(options) == 0
+    assert "8 tokens, batched to one at a time: " in capsys.readouterr().out
+    assert max(together) > 1  # the one way batches,
+    assert together[-1] == 1  # the other does not

@@ -41,9 +41,9 @@ def client(classifier, tmp_path):
 
 
 def test_highlights_rejoin_to_the_note_and_are_the_explanation(client, classifier):
-    call(client, "predict", NOTE)
-    event, (spans,) = call(client, "highlight", f" {NOTE}\n")
+    event, answer = call(client, "predict", f" {NOTE}\n")
     assert event == "complete"
+    spans = answer[6]
     assert "".join(span["token"] for span in spans) == NOTE
     expected = [sentence.contribution for sentence in explain(classifier, NOTE)]
     most = max(map(abs, expected))
@@ -53,17 +53,10 @@ def test_highlights_rejoin_to_the_note_and_are_the_explanation(client, classifie
 
 
 def test_what_was_not_read_is_not_highlighted(client):
-    call(client, "predict", "Chest pain. " * 60)
-    _, (spans,) = call(client, "highlight", "Chest pain. " * 60)
+    spans = call(client, "predict", "Chest pain. " * 60)[1][6]
     assert "".join(span["token"] for span in spans) == ("Chest pain. " * 60).strip()
     assert spans[0]["class_or_confidence"] is not None
     assert spans[-1]["class_or_confidence"] is None
-
-
-def test_a_note_that_was_edited_meanwhile_is_not_explained_beside_the_old_answer(client):
-    call(client, "predict", NOTE)
-    assert call(client, "highlight", f"{NOTE} More.")[1] == [[]]
-    assert call(client, "predict", "fever")[1][6] is None  # the old highlights go
 
 
 # --- LoRA's inside ---

@@ -230,7 +230,7 @@ def test_without_a_whole_checkpoint_it_does_not_begin_again_in_silence(tmp_path)
 @pytest.mark.parametrize(
     ("changes", "difference"),
     [
-        ({"learning_rate": 0.5}, r"training.learning_rate: 0.001 then, 0.5 now"),
+        ({"learning_rate": 0.5}, r"training.learning_rate: 0.002 then, 0.5 now"),
         ({"seed": 1}, r"training.seed: 0 then, 1 now"),
         ({"identity": {"base": {"sha256": "b"}}}, r'base.sha256: "a" then, "b" now'),
         ({"identity": {}}, r'base: \{"sha256": "a"\} then, null now'),
@@ -316,8 +316,14 @@ def test_a_full_disk_ends_with_one_line_and_the_old_checkpoint_whole(tmp_path):
     options = ["--notes", notes, "--run", tmp_path / "run", *kill_and_resume.OPTIONS]
     options += ["--checkpoint-every", "2", "--validate-every", "3"]
     code = [sys.executable, "-c", FULL]
+    model = clinora.load_model("bundled", num_labels=2)
+    rank = kill_and_resume.OPTIONS[kill_and_resume.OPTIONS.index("--rank") + 1]
+    clinora.apply_lora(model, clinora.LoRAConfig(rank=int(rank)))
+    # float32: parameters and AdamW's two moments, in the second checkpoint the best parameters too
+    trained = clinora.count_parameters(model).trainable
+    most = str((3 * 4 + 2) * trained)
     done = subprocess.run(
-        [*code, "115000", *map(str, options)], capture_output=True, text=True, cwd=ROOT
+        [*code, most, *map(str, options)], capture_output=True, text=True, cwd=ROOT
     )
     assert done.returncode == 2, done.stderr
     error = done.stderr.splitlines()[-1]

@@ -1074,7 +1074,7 @@ def test_beyond_this_machine_the_browser_is_asked_for_a_password(chromium, small
     options += ["--auth-file", "passwords.txt", "--run", small_run]
     served = Served(tmp_path, *options)
     try:
-        url = served.url().replace("0.0.0.0", "127.0.0.1")
+        url = served.url().replace("notes.example", "127.0.0.1")
         known = {"username": "alice", "password": "correct horse"}
         for credentials, status in ((None, 401), (known, 200)):
             context = chromium.new_context(http_credentials=credentials)

@@ -56,7 +56,7 @@ def test_training_follows_peft_and_transformers(tmp_path, accumulate):
     classifier = fresh()
     start = {n: t.clone() for n, t in clinora.lora_state_dict(classifier.model).items()}
     config = TrainingConfig(
-        steps=10, tokens_per_batch=60, accumulate=accumulate, learning_rate=5e-4, weight_decay=0.1
+        steps=10, tokens_per_batch=60, accumulate=accumulate, learning_rate=2e-4, weight_decay=0.1
     )
     train(classifier, NOTES, [], config, tmp_path)
 
@@ -81,7 +81,7 @@ def test_training_follows_peft_and_transformers(tmp_path, accumulate):
     optimizer = torch.optim.AdamW(wanted.values(), lr=1.0, weight_decay=0.1)
     order = batches([len(note) for note in ids], 60, seed=0)
     for step in range(1, 11):
-        rate = 5e-4 * (step if step == 1 else (1 + math.cos(math.pi * (step - 2) / 9)) / 2)
+        rate = 2e-4 * (step if step == 1 else (1 + math.cos(math.pi * (step - 2) / 9)) / 2)
         optimizer.param_groups[0]["lr"] = rate
         batch = [i for _ in range(accumulate) for i in next(order)]
         width = max(len(ids[i]) for i in batch)

@@ -19,7 +19,7 @@ from torch.func import functional_call
 import clinora
 from clinora.budget import base_parameters, linear_shapes, lora_targets
 from clinora.classifier import Classifier, Prediction
-from clinora.explain import explain, layer_updates
+from clinora.explain import Sentence, explain, layer_updates
 from clinora.figures import singular_values_figure, updates_figure
 from clinora.llama import LlamaConfig
 from clinora.notes import Note
@@ -123,6 +123,8 @@ def _classify_tab(batcher: Batcher, flags: Flags) -> None:
     def predict(note: str | None) -> tuple:
         note = _checked(note)
         prediction = _wait(batcher.submit([note])[0])
+        # In the same event: the browser loses one that begins as the last of a chain ends.
+        sentences = _wait(batcher.run(lambda: explain(classifier, note)))
         record = prediction.as_json() | {
             "confidence": prediction.confidence,
             "sha256": Note(note, ()).sha256,
@@ -131,20 +133,9 @@ def _classify_tab(batcher: Batcher, flags: Flags) -> None:
         shares = dict(zip(classifier.labels, prediction.probabilities, strict=True))
         return (
             prediction.as_json(), prediction.as_text(), shares, _sure(prediction),
-            _verdict(prediction, classifier), _length(prediction, classifier), None, record,
+            _verdict(prediction, classifier), _length(prediction, classifier), _spans(sentences),
+            record,
         )  # fmt: skip
-
-    def highlight(note: str | None, record: dict | None) -> list[tuple[str, float | None]]:
-        note = _checked(note)
-        if record is None or Note(note, ()).sha256 != record["sha256"]:
-            return []  # the note was edited meanwhile
-        sentences = _wait(batcher.run(lambda: explain(classifier, note)))
-        read = [abs(s.contribution) for s in sentences if s.contribution is not None]
-        most = max(read, default=0)
-        return [
-            (s.text, None if s.contribution is None else s.contribution / (most or 1))
-            for s in sentences
-        ]
 
     def flag(note: str | None, record: dict | None, consent: bool, reason: str | None) -> None:
         if record is None:
@@ -190,12 +181,11 @@ def _classify_tab(batcher: Batcher, flags: Flags) -> None:
     outputs = [as_json, as_text, shares, sure, verdict, length, highlighted, record]
     empty = (None, None, None, None, "", "", None, None)
     predicted = submit.click(_told_by_reference(predict), note, outputs, api_name="predict")
-    predicted.success(_told_by_reference(highlight), [note, record], highlighted, **PRIVATE)
     predicted.failure(lambda: empty, None, outputs, **PRIVATE)
     # Not gr.ClearButton, which evaluates a string as a script: the policy forbids that.
     clear.click(
         lambda: (None, *empty, None, False), None,
-        [note, *outputs, highlighted, reason, consent], **PRIVATE,
+        [note, *outputs, reason, consent], **PRIVATE,
     )  # fmt: skip
     flag_button.click(
         _told_by_reference(flag), [note, record, consent, reason], None, api_name="flag"
@@ -209,6 +199,13 @@ def _checked(note: str | None) -> str:
     if why := refuse(note):
         raise _message(f"{why} Enter a part of it.")
     return note
+
+
+def _spans(sentences: list[Sentence]) -> list[tuple[str, float | None]]:
+    """Scale contributions to −1 … 1, as the page colours them."""
+    read = [abs(s.contribution) for s in sentences if s.contribution is not None]
+    most = max(read, default=0) or 1
+    return [(s.text, None if s.contribution is None else s.contribution / most) for s in sentences]
 
 
 def _sure(prediction: Prediction) -> str:
