@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
+from torch import nn
 
 import clinora
 from clinora.checkpoint import find_base, write_atomically
@@ -127,8 +128,27 @@ def measure(point: Point, args: argparse.Namespace) -> dict:
         "peak_bytes": peak,
         "right": answers.right.astype(int).tolist(),
     }
+    if point.tune == "full":
+        base = clinora.load_model(args.base, num_labels=len(notes.classes), dtype=torch.float32)
+        result["singular_values"] = update_spectra(model, base)
     shutil.rmtree(run)  # of full fine-tuning, several times the base
     return result
+
+
+@torch.no_grad()
+def update_spectra(tuned: nn.Module, base: nn.Module) -> dict[str, list[float]]:
+    """Give the singular values of ΔW = W_tuned − W_base of each of the decoder's linear layers.
+
+    Returns:
+        By the layer's full name, the largest first, to four digits: min(out, in) of them.
+    """
+    spectra = {}
+    for name, layer in tuned.model.named_modules():
+        if isinstance(layer, nn.Linear):
+            update = layer.weight.cpu().double() - base.model.get_submodule(name).weight.double()
+            sigma = torch.linalg.svdvals(update)
+            spectra[name] = [float(f"{s:.4g}") for s in sigma.tolist()]
+    return spectra
 
 
 def peak_bytes(device: torch.device) -> int | None:
