@@ -1,11 +1,14 @@
 """The pretraining tool on a corpus of a few texts."""
 
+import dataclasses
+import functools
 import gzip
 import hashlib
 import json
 
 import numpy as np
 import pytest
+import sentencepiece
 import torch
 import torch.nn.functional as F
 
@@ -28,6 +31,8 @@ def small(monkeypatch):
     monkeypatch.setattr(tool, "STAGES", ((16, 0.5), (32, 1.0)))
     few = {"beginnings": 5, "prompt": 16, "continued": 20, "run": 8}
     monkeypatch.setattr(tool, "COPYING", few)
+    # Where the hardware has no bfloat16, the large product takes seconds.
+    monkeypatch.setattr(tool, "matmul_rate", functools.partial(tool.matmul_rate, size=64))
 
 
 @pytest.fixture
@@ -86,6 +91,16 @@ def test_another_training_is_not_resumed(small, tmp_path, monkeypatch):
         pretrain(tmp_path / "run", steps=6, resume=True)
 
 
+def test_a_loss_that_is_not_finite_ends_the_training_before_a_checkpoint(small, tmp_path):
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(SHAPE)
+    with pytest.raises(FloatingPointError, match=r"the loss is nan at step [23].*--lr"):
+        tool.pretrain(
+            model, IDS, IDS, steps=4, tokens=64, lr=1e30, seed=0, folder=tmp_path, resume=False
+        )
+    assert not list(tmp_path.iterdir())
+
+
 def test_loss_and_gradients_are_those_of_cross_entropy_in_float64(small):
     torch.manual_seed(0)
     model = LlamaForCausalLM(SHAPE).bfloat16()
@@ -137,10 +152,30 @@ def test_the_tool_writes_a_base_and_the_hashes_of_the_notes_that_it_read(small, 
     ids = torch.randint(3, 300, (2, 20))
     with torch.no_grad():
         assert torch.equal(ours(ids), theirs(ids).logits)
-    tokenizer = tool.Tokenizer(out / "tokenizer.model")
-    assert (
-        tokenizer.bos == 1 and tokenizer.decode(tokenizer.encode("dose 25 mg €")) == "dose 25 mg €"
-    )
+
+
+def test_the_tokenizer_has_llamas_conventions_and_forgets_nothing():
+    texts = ["The dose was 25 mg, then 250 mg."] * 20
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=tool.train_tokenizer(texts, 290))
+    assert (pieces.unk_id(), pieces.bos_id(), pieces.eos_id(), pieces.pad_id()) == (0, 1, 2, -1)
+    assert pieces.encode("250", out_type=str)[-3:] == ["2", "5", "0"]
+    for text in ("dose 25 mg €", "  two  spaces\nand\ttabs "):  # not in the texts: as bytes
+        assert pieces.decode(pieces.encode(text)) == text
+
+
+def test_the_tokenizer_learns_from_long_lines_too():
+    long = "zyxwv " * 2000  # 12,000 bytes; SentencePiece leaves out lines of more than 4,192
+    model = tool.train_tokenizer([long, "The dose was 25 mg."], 290)
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+    assert len(pieces.encode("zyxwv zyxwv")) == 2
+
+
+def test_the_tokenizer_of_many_lines_is_the_same_every_time(monkeypatch):
+    monkeypatch.setattr(tool, "TOKENIZER_LINES", 50)
+    draw = np.random.default_rng(2)
+    letters = draw.choice(list("abcdefgh"), (500, 12))
+    texts = ["\n".join("".join(word) for word in rows) for rows in letters.reshape(50, 10, 12)]
+    assert tool.train_tokenizer(texts, 290) == tool.train_tokenizer(texts, 290)
 
 
 def test_a_killed_tool_goes_on_to_the_same_files(small, folders, tmp_path, monkeypatch, capsys):
@@ -191,11 +226,24 @@ def test_a_note_is_followed_by_what_the_file_says_of_it_but_never_by_its_special
     assert "Specialty" not in "".join(mixed)
 
 
+def test_titles_are_found_whatever_the_lines_of_the_file_end_with(tmp_path):
+    file = tmp_path / "notes.csv"
+    header = "description,medical_specialty,sample_name,transcription\r\n"
+    rows = 'A scan.,Scan,CT - 1,"CT.\r\nNormal."\r\nA visit.,Visit,Knee - 2,"Knee.\r\nPain."\r\n'
+    file.write_bytes(b"\xef\xbb\xbf" + (header + rows).encode())
+    texts = [note.text for note in clinora.read_notes(file).notes]
+    assert tool.read_titles(str(file)) == dict(
+        zip(texts, ["CT: A scan.", "Knee: A visit."], strict=True)
+    )
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (gzip.compress(b'{"text": "A case."}\n'), "KeyError"),
         (gzip.compress(b'["text", "license"]\n'), "TypeError"),
+        (gzip.compress(b'{"text": null, "license": "CC0"}\n'), "TypeError"),
+        (gzip.compress(b'{"text": "A case.", "license": ["CC0"]}\n'), "TypeError"),
         (gzip.compress(b"no JSON\n"), "JSONDecodeError"),
         (gzip.compress(b'{"text": "A case.", "license": "CC0"}\n')[:-9], "EOFError"),
         (b'{"text": "A case.", "license": "CC0"}\n', "BadGzipFile"),
@@ -211,17 +259,41 @@ def test_a_broken_corpus_is_named(small, folders, tmp_path, capsys, content, mes
     assert f"cases.jsonl.gz ({message})" in error and "text and license" in error
 
 
-def test_a_batch_that_no_windows_fill_and_notes_too_short_to_continue_are_errors(
-    small, folders, tmp_path, capsys, monkeypatch
-):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--batch", 48], "--batch 48: expected a multiple of the windows of 32"),
+        (["--batch", -64], "--batch -64: expected more than 0"),
+        (["--tokens", "inf"], "--tokens inf: expected more than 0"),
+        (["--lr", "nan"], "--lr nan: expected more than 0"),
+        (["--lr", 1e30], "the loss is nan at step"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
+)
+def test_a_bad_option_is_one_clear_line(small, folders, tmp_path, capsys, options, message):
     corpus, notes, _ = folders
     with pytest.raises(SystemExit, match="2"):
-        tool.main(command(corpus, notes, tmp_path / "base", "--batch", 48))
-    assert "--batch 48: expected a multiple of the windows of 32" in capsys.readouterr().err
-    monkeypatch.setattr(tool, "COPYING", tool.COPYING | {"prompt": 1000})
-    with pytest.raises(SystemExit, match="2"):
-        tool.main(command(corpus, notes, tmp_path / "base"))
-    assert "no note has 1008 tokens" in capsys.readouterr().err
+        tool.main(command(corpus, notes, tmp_path / "base", *options))
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "base").exists()
+
+
+def test_texts_that_are_too_few_are_an_error(small, folders, tmp_path, capsys, monkeypatch):
+    corpus, notes, _ = folders
+
+    def refused():
+        with pytest.raises(SystemExit, match="2"):
+            tool.main(command(corpus, notes, tmp_path / "base"))
+        return capsys.readouterr().err
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tool, "COPYING", tool.COPYING | {"prompt": 1000})
+        assert "no note has 1008 tokens" in refused()
+    with monkeypatch.context() as patch:
+        patch.setattr(tool, "HELD_OUT", 1000)
+        assert "the held-out texts, one in 1000 of a source, have 0 tokens" in refused()
+    monkeypatch.setattr(tool, "SHAPE", dataclasses.replace(SHAPE, vocab_size=4096))
+    assert "the texts make no tokenizer of 4,096 pieces" in refused()
 
 
 def test_a_greedy_continuation_that_repeats_a_text_is_counted(small):

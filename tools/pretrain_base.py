@@ -20,6 +20,7 @@ import gzip
 import io
 import itertools
 import json
+import math
 import random
 import statistics
 import sys
@@ -144,10 +145,12 @@ def read_sources(corpus: Path, notes: str, seed: int) -> list[Source]:
         try:
             with gzip.open(file, "rt", encoding="utf-8") as lines:
                 rows = [(row["text"], row["license"]) for row in map(json.loads, lines)]
+            if not all(isinstance(value, str) for row in rows for value in row):
+                raise TypeError
         except (gzip.BadGzipFile, zlib.error, EOFError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{file} ({type(error).__name__}): expected gzip, and in each line a JSON object "
-                "with text and license"
+                "with text and license, both strings"
             ) from None
         name = file.name.removesuffix(".jsonl.gz")
         repeats, *places = SOURCES.get(name, (1,))
@@ -176,7 +179,8 @@ def read_sources(corpus: Path, notes: str, seed: int) -> list[Source]:
 
 def read_titles(notes: str) -> dict[str, str]:
     """Read what the file says of each text beside its specialty: its name and description."""
-    table = pd.read_csv(find_notes(notes), dtype=str, keep_default_na=False)
+    with find_notes(notes).open(encoding="utf-8-sig") as file:  # its line ends become \n
+        table = pd.read_csv(file, dtype=str, keep_default_na=False)
     if not {"sample_name", "description"} <= set(table.columns):
         return {}
     names = table["sample_name"].str.replace(r" - \d+$", "", regex=True).str.strip()
@@ -205,37 +209,46 @@ def mix(sources: Sequence[Source], seed: int) -> list[str]:
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int) -> bytes:
-    """Train a BPE SentencePiece model with Llama's conventions; returns the file's bytes."""
+    """Train a BPE SentencePiece model with Llama's conventions; returns the file's bytes.
+
+    Raises:
+        ValueError: The texts do not make that many pieces.
+    """
     model = io.BytesIO()
     lines = [line for text in texts for line in text.split("\n") if line]
     if len(lines) > TOKENIZER_LINES:  # drawn here: SentencePiece's own draw has no seed
         lines = random.Random(0).sample(lines, TOKENIZER_LINES)
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=vocab_size,
-        byte_fallback=True,
-        split_digits=True,
-        character_coverage=0.9999,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        allow_whitespace_only_pieces=True,
-        unk_id=0,
-        bos_id=1,
-        eos_id=2,
-        pad_id=-1,
-        max_sentence_length=2**20,  # bytes; it would leave out lines of more than 4,192
-        num_threads=1,  # the result depends on the number of threads
-        minloglevel=2,
-    )
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            split_digits=True,
+            character_coverage=0.9999,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            max_sentence_length=2**20,  # bytes; it would leave out lines of more than 4,192
+            num_threads=1,  # the result depends on the number of threads
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise ValueError(
+            f"the texts make no tokenizer of {vocab_size:,} pieces: {str(error).strip()}"
+        ) from None
     return model.getvalue()
 
 
 def encode(texts: Sequence[str], tokenizer: bytes) -> np.ndarray:
     """Join all texts as ``bos text eos``: (N,) uint16."""
     pieces = sentencepiece.SentencePieceProcessor(model_proto=tokenizer)
-    ids = []
+    ids = [np.empty(0, np.uint16)]
     for start in tqdm(range(0, len(texts), 256), desc="tokens", unit_scale=256, unit="text"):
         for text in pieces.encode(texts[start : start + 256], add_bos=True, add_eos=True):
             ids.append(np.asarray(text, dtype=np.uint16))
@@ -323,6 +336,7 @@ def pretrain(
 
     Raises:
         CheckpointError: The checkpoint is of another training.
+        FloatingPointError: The loss is not finite.
     """
     device = next(model.parameters()).device
     masters = {n: torch.nn.Parameter(p.detach().clone()) for n, p in model.named_parameters()}
@@ -367,6 +381,8 @@ def pretrain(
             for group in optimizer.param_groups:
                 group["lr"] = lr * share
         loss = learn(model, window.to(device), backward=True)
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss} at step {step}: try a lower --lr")
         for name, parameter in model.named_parameters():
             masters[name].grad, parameter.grad = parameter.grad.float(), None
         torch.nn.utils.clip_grad_norm_(masters.values(), 1.0)
@@ -394,15 +410,15 @@ def pretrain(
     return curve
 
 
-def matmul_rate(device: torch.device) -> float:
-    """Measure the machine's rate at bfloat16 products of 2,048 × 2,048: operations a second."""
-    a = torch.randn(2048, 2048, device=device).bfloat16()
+def matmul_rate(device: torch.device, size: int = 2048) -> float:
+    """Measure the machine's rate at bfloat16 products of size × size: operations a second."""
+    a = torch.randn(size, size, device=device).bfloat16()
     seconds = []
     for _ in range(10):
         began = time.perf_counter()
         (a @ a)[0, 0].item()  # waits for a GPU
         seconds.append(time.perf_counter() - began)
-    return 2 * 2048**3 / min(seconds)
+    return 2 * size**3 / min(seconds)
 
 
 @torch.inference_mode()
@@ -465,7 +481,8 @@ with LoRA. Transformers' `LlamaForCausalLM` loads it too. Made by
 python -m tools.pretrain_base --corpus FOLDER --out FOLDER {command}
 ```
 
-It read {tokens:.1f} million tokens in {steps:,} steps of {batch:,}, in {minutes:.0f} minutes on
+It read {tokens:.1f} million tokens, {passes:.1f} passes through the stream of {stream:.1f} million
+that the table below describes, in {steps:,} steps of {batch:,}, in {minutes:.0f} minutes on
 {device}: {rate:,.0f} tokens a second (median), {share:.0%} of the rate of the machine's large
 bfloat16 products ({peak:,.0f} GFLOP/s; attention's own products are not counted). On held-out texts
 the loss is {held_out:.3f} nats a token ({windows} windows of {window} tokens).
@@ -474,20 +491,25 @@ the loss is {held_out:.3f} nats a token ({windows} windows of {window} tokens).
 
 ## What it read
 
-| source | from | licence | texts | million words | read |
+| source | from | licence | texts | million words | in a pass |
 |---|---|---|---:|---:|---:|
 {sources}
 
 All texts were changed: cleaned, shortened and joined into one stream. Cases, articles and captions
 of e3c_case_reports, roco_captions and evidence_inference are by many authors, whom those
-repositories name; OpenStax's books can be read for free at openstax.org. The code and these weights
-are offered under Apache-2.0; some of the texts ask that what is made from them be shared alike.
+repositories name; OpenStax's books can be read for free at openstax.org. The abstracts of
+medical_abstracts and pubmedqa are PubMed's, under the licences that those repositories state.
+vaers_narratives and neiss_fireworks tell of real people, without their names, as the US Government
+published them. The licences' texts stand at creativecommons.org/licenses and
+opensource.org/license/mit. The code and these weights are offered under Apache-2.0; those texts
+that are CC BY-SA (medical_abstracts, and some of e3c_case_reports and evidence_inference) ask that
+what is made from them be shared alike.
 
 Of MTSamples it read the texts of all specialties that Clinora's split puts on the training side,
-each followed by its name and description where the file gives them, never by its specialty; and no
-text of the validation or test side: `notes_sha256.txt` lists the hashes of those read. The corpus
-was built to share no 13 words in a row with MTSamples. One text in a hundred of each source was
-held out.
+each followed by its name and description where the file gives them (in every second reading after
+the text's first 50 to 300 words), never by its specialty; and no text of the validation or test
+side: `notes_sha256.txt` lists the hashes of those read. The corpus was built to share no 13 words
+in a row with MTSamples. One text in a hundred of each source was held out to measure the loss.
 
 ## Limits
 
@@ -558,7 +580,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         run_job(args)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, FloatingPointError) as error:
         parser.exit(2, f"pretrain_base.py: {error}\n")
     except KeyboardInterrupt:
         parser.exit(130, "pretrain_base.py: stopped; the same command with --resume goes on\n")
@@ -567,6 +589,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def run_job(args: argparse.Namespace) -> None:
     """Read, train the tokenizer and the model, write both."""
+    for name in ("tokens", "batch", "lr"):
+        if not 0 < (number := getattr(args, name)) < math.inf:
+            raise ValueError(f"--{name} {number}: expected more than 0")
     if wrong := [length for length, _ in STAGES if args.batch % length]:
         raise ValueError(f"--batch {args.batch}: expected a multiple of the windows of {wrong[0]}")
     keep_freed_memory()
@@ -588,6 +613,11 @@ def run_job(args: argparse.Namespace) -> None:
     tokenizer = path.read_bytes()
     ids = encode(texts, tokenizer)
     unseen = encode([text for source in sources for text in source.held_out], tokenizer)
+    if held_out_windows(unseen) < 1:
+        raise ValueError(
+            f"the held-out texts, one in {HELD_OUT} of a source, have {len(unseen)} tokens: "
+            f"expected more than {STAGES[0][0]}"
+        )
     model = LlamaForCausalLM(SHAPE).to(device)
     parameters = sum(p.numel() for p in model.parameters())
     steps, peak = max(1, int(args.tokens) // args.batch), matmul_rate(device)
@@ -616,6 +646,8 @@ def run_job(args: argparse.Namespace) -> None:
         "vocab": SHAPE.vocab_size,
         "positions": SHAPE.max_position_embeddings,
         "tokens": curve[-1]["tokens"] / 1e6,
+        "stream": len(ids) / 1e6,
+        "passes": curve[-1]["tokens"] / len(ids),
         "steps": steps,
         "batch": args.batch,
         "minutes": seconds / 60,
