@@ -1,6 +1,7 @@
 """The comparison of heads, ranks and full fine-tuning."""
 
 import argparse
+import copy
 import json
 import resource
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 
 import clinora
 from clinora.checkpoint import BUNDLED
+from clinora.llama import LlamaForSequenceClassification
 from clinora.notes import Note
 from clinora.training import TrainingConfig, train
 from tests.kill_and_resume import write_notes
@@ -120,3 +122,22 @@ def test_the_peak_on_the_cpu_is_not_that_of_a_gpu_that_is_there_too(monkeypatch)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda *_: 0)
     held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     assert compare.peak_bytes(torch.device("cpu")) == pytest.approx(held, rel=0.05)
+
+
+def test_the_singular_values_of_an_update_of_known_rank():
+    shape = clinora.LlamaConfig(
+        vocab_size=30, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=32,
+    )  # fmt: skip
+    base = LlamaForSequenceClassification(shape, 2)
+    tuned = copy.deepcopy(base)
+    u, v = (torch.linalg.qr(torch.randn(rows, 2))[0] for rows in (8, 16))  # orthonormal columns
+    with torch.no_grad():
+        tuned.model.layers[0].self_attn.v_proj.weight += (
+            u @ torch.diag(torch.tensor([3, 0.5])) @ v.T
+        )
+    spectra = compare.update_spectra(tuned, base)
+    assert len(spectra) == 7 and all(len(s) == 16 for n, s in spectra.items() if "q_proj" in n)
+    (changed,) = (name for name, sigma in spectra.items() if max(sigma) > 0)
+    assert changed == "layers.0.self_attn.v_proj"
+    assert spectra[changed] == pytest.approx([3, 0.5, *[0] * 6], abs=1e-5)
