@@ -1,7 +1,6 @@
 """The comparison of heads, ranks and full fine-tuning."""
 
 import argparse
-import copy
 import json
 import resource
 from pathlib import Path
@@ -13,7 +12,6 @@ import torch
 
 import clinora
 from clinora.checkpoint import BUNDLED
-from clinora.llama import LlamaForSequenceClassification
 from clinora.notes import Note
 from clinora.training import TrainingConfig, train
 from tests.kill_and_resume import write_notes
@@ -124,20 +122,28 @@ def test_the_peak_on_the_cpu_is_not_that_of_a_gpu_that_is_there_too(monkeypatch)
     assert compare.peak_bytes(torch.device("cpu")) == pytest.approx(held, rel=0.05)
 
 
-def test_the_singular_values_of_an_update_of_known_rank():
-    shape = clinora.LlamaConfig(
-        vocab_size=30, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=32,
-    )  # fmt: skip
-    base = LlamaForSequenceClassification(shape, 2)
-    tuned = copy.deepcopy(base)
-    u, v = (torch.linalg.qr(torch.randn(rows, 2))[0] for rows in (8, 16))  # orthonormal columns
+@pytest.mark.slow
+def test_what_full_fine_tuning_changed_is_kept_rank_by_rank(options, tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "KEPT_RANKS", (0, 400))
+    notes = clinora.read_notes(tmp_path / "notes.csv")
+    model = clinora.load_model("bundled", num_labels=2, dtype=torch.float32)
+    base = clinora.load_model("bundled", num_labels=2, dtype=torch.float32)
+    draw = torch.Generator().manual_seed(0)
+    a, b = torch.randn(320, generator=draw), torch.randn(160, generator=draw)
+    name = "layers.2.self_attn.v_proj"
     with torch.no_grad():
-        tuned.model.layers[0].self_attn.v_proj.weight += (
-            u @ torch.diag(torch.tensor([3, 0.5])) @ v.T
-        )
-    spectra = compare.update_spectra(tuned, base)
-    assert len(spectra) == 7 and all(len(s) == 16 for n, s in spectra.items() if "q_proj" in n)
-    (changed,) = (name for name, sigma in spectra.items() if max(sigma) > 0)
-    assert changed == "layers.0.self_attn.v_proj"
-    assert spectra[changed] == pytest.approx([3, 0.5, *[0] * 6], abs=1e-5)
+        model.model.get_submodule(name).weight += 0.1 * torch.outer(b, a)
+    model.head_trained = True
+    tokenizer = clinora.Tokenizer(BUNDLED / "base" / "tokenizer.model")
+    classifier = clinora.Classifier(model, tokenizer, notes.classes, 512)
+    named = [p.index for p in classifier([note.text for note in notes.notes])]
+    found = compare.study_updates(classifier, base, notes.notes)
+    first, *rest = found["singular_values"][name]
+    assert first == pytest.approx(0.1 * (a.norm() * b.norm()).item(), rel=1e-3)  # of rank one
+    assert max(rest) < 1e-4 * first
+    whole = [n in note.labels for n, note in zip(named, notes.notes, strict=True)]
+    assert found["right_at_rank"][400] == whole
+    torch.testing.assert_close(
+        model.model.get_submodule(name).weight, base.model.get_submodule(name).weight
+        + 0.1 * torch.outer(b, a),
+    )  # fmt: skip

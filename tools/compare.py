@@ -40,6 +40,8 @@ TUNES = ("head", "lora", "full")
 # Peaks: the fewer parameters, the larger. Starting points, not the result of a search.
 LEARNING_RATES = {"head": 1e-2, "lora": TrainingConfig().learning_rate, "full": 2e-4}
 
+KEPT_RANKS = (0, 1, 2, 4, 8, 16, 64)  # of what full fine-tuning changed
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Point:
@@ -130,25 +132,42 @@ def measure(point: Point, args: argparse.Namespace) -> dict:
     }
     if point.tune == "full":
         base = clinora.load_model(args.base, num_labels=len(notes.classes), dtype=torch.float32)
-        result["singular_values"] = update_spectra(model, base)
+        result |= study_updates(classifier, base.to(device), notes.on("test"))
     shutil.rmtree(run)  # of full fine-tuning, several times the base
     return result
 
 
 @torch.no_grad()
-def update_spectra(tuned: nn.Module, base: nn.Module) -> dict[str, list[float]]:
-    """Give the singular values of ΔW = W_tuned − W_base of each of the decoder's linear layers.
+def study_updates(
+    classifier: clinora.Classifier, base: nn.Module, notes: Sequence[clinora.Note]
+) -> dict:
+    """Look at ΔW = W_tuned − W_base of the decoder's linear layers, and throw most of it away.
+
+    Changes the classifier: at the end W_base + ΔW_r stands in its layers, ΔW_r the best
+    approximation of rank r (Eckart & Young 1936), of the largest r of ``KEPT_RANKS``.
 
     Returns:
-        By the layer's full name, the largest first, to four digits: min(out, in) of them.
+        singular_values: of each layer by its full name, the largest first, to four digits;
+        right_at_rank: for each r of ``KEPT_RANKS``, 1 or 0 for each note that is right so.
     """
-    spectra = {}
-    for name, layer in tuned.model.named_modules():
+    updates = {}
+    for name, layer in classifier.model.model.named_modules():
         if isinstance(layer, nn.Linear):
-            update = layer.weight.cpu().double() - base.model.get_submodule(name).weight.double()
-            sigma = torch.linalg.svdvals(update)
-            spectra[name] = [float(f"{s:.4g}") for s in sigma.tolist()]
-    return spectra
+            before = base.model.get_submodule(name).weight
+            update = torch.linalg.svd((layer.weight - before).cpu(), full_matrices=False)
+            updates[name] = (layer.weight, before, update)
+    right = {}
+    for rank in KEPT_RANKS:
+        for weight, before, (U, S, Vh) in updates.values():
+            weight.copy_(before + ((U[:, :rank] * S[:rank]) @ Vh[:rank]).to(before.device))
+        right[rank] = classify(classifier, notes).right.astype(int).tolist()
+    return {
+        "singular_values": {
+            name: [float(f"{s:.4g}") for s in update.S.tolist()]
+            for name, (_, _, update) in updates.items()
+        },
+        "right_at_rank": right,
+    }
 
 
 def peak_bytes(device: torch.device) -> int | None:
