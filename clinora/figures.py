@@ -191,9 +191,8 @@ def updates_figure(updates: Sequence[LayerUpdate]) -> Figure:
     shares = np.full((len(layers), len(targets)), np.nan)
     for (layer, target), update in zip(names, updates, strict=True):
         shares[layers.index(layer), targets.index(target)] = update.share
-    figure = Figure(
-        figsize=(2.2 + 1.1 * len(targets), 1.6 + 0.32 * len(layers)), layout="constrained"
-    )
+    size = max(4.6, 1.3 + 0.85 * len(targets)), max(3.4, 1.2 + 0.32 * len(layers))
+    figure = Figure(figsize=size, dpi=200, layout="constrained")
     axes = figure.subplots()
     most = np.nanmax(shares)
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=most or 1, aspect="auto")
@@ -205,13 +204,16 @@ def updates_figure(updates: Sequence[LayerUpdate]) -> Figure:
             )  # fmt: skip
     axes.set_xticks(range(len(targets)), targets)
     axes.set_yticks(range(len(layers)), layers)
-    axes.set(ylabel="layer", title="‖(α/r)·B·A‖ / ‖W‖")
+    axes.set(xlabel="adapted weight W", ylabel="layer")
+    axes.set_title(
+        "How far each weight was moved:\n‖(α/r)·B·A‖ / ‖W‖, Frobenius norms", fontsize=11
+    )
     return figure
 
 
 def singular_values_figure(updates: Sequence[LayerUpdate]) -> Figure:
     """Draw the singular values of each layer's update, and its effective rank."""
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    figure = Figure(figsize=(4.6, 3.4), dpi=200, layout="constrained")
     axes = figure.subplots()
     targets = list(dict.fromkeys(_layer_and_target(update.name)[1] for update in updates))
     for update in updates:
@@ -226,12 +228,8 @@ def singular_values_figure(updates: Sequence[LayerUpdate]) -> Figure:
             [], [], **_style(kind),
             label=f"{target}: effective rank {min(ranks):.1f} to {max(ranks):.1f}",
         )  # fmt: skip
-    axes.set(
-        xlabel="number",
-        ylabel="singular value",
-        title="Singular values of (α/r)·B·A",
-        ylim=(0, None),
-    )
+    axes.set(xlabel="number of the singular value, of r", ylabel="singular value", ylim=(0, None))
+    axes.set_title("Singular values of (α/r)·B·A:\na line for each layer", fontsize=11)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(fontsize=8)
     return figure

@@ -7,6 +7,7 @@ import os
 import re
 import tempfile
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -116,14 +117,14 @@ def test_people_with_different_strengths_do_not_affect_each_other(client):
 def test_merging_is_compared_and_changes_nothing(client, classifier):
     state = {name: p.clone() for name, p in classifier.model.state_dict().items()}
     _, (told,) = call(client, "compare_merged", NOTE)
-    points = float(re.search(r"Largest difference of a probability: ([\d.]+) points", told)[1])
+    points = float(re.search(r"Largest difference of a probability: ([\d.e-]+) points", told)[1])
     assert points < 0.001  # in float32
     assert "float32" in told
     merged_weight = clinora.merged_weight
     with pytest.MonkeyPatch.context() as patch:  # another weight would show
         patch.setattr(clinora, "merged_weight", lambda layer: 2 * merged_weight(layer))
         (told,) = call(client, "compare_merged", NOTE)[1]
-    assert float(re.search(r"probability: ([\d.]+) points", told)[1]) > 1
+    assert float(re.search(r"probability: ([\d.e-]+) points", told)[1]) > 1
     assert all(torch.equal(p, state[name]) for name, p in classifier.model.state_dict().items())
 
 
@@ -211,6 +212,35 @@ def test_a_file_has_an_answer_for_each_row_and_a_bad_row_its_error(client, class
             )  # fmt: skip
             assert row["tokens"] == str(prediction.tokens)
     assert not any(CANARY in value for row in rows for value in row.values())
+
+
+def test_a_files_confidence_is_rounded_for_reading(classifier, tmp_path, monkeypatch):
+    fitted = Calibration(
+        weights=(0.2, 0.5), bias=0.1, promise=0.95, threshold=0.7, notes=61, coverage=0.5,
+        accuracy=0.97,
+    )  # fmt: skip
+    monkeypatch.setattr(classifier, "calibration", fitted)
+    notes = [f"{NOTE} {i * 37}" for i in range(20)]
+    with TestClient(create_app(classifier, tmp_path), "http://127.0.0.1") as client:
+        rows = classify(client, table_of([[i, note] for i, note in enumerate(notes)]))
+    for row, prediction in zip(rows, classifier(notes), strict=True):
+        assert re.fullmatch(r"0\.\d{1,4}|1\.0", row["confidence"])
+        assert float(row["confidence"]) == pytest.approx(prediction.confidence, abs=6e-5)
+        assert row["refer"] == str(prediction.refer)
+
+
+def test_a_files_progress_is_told(client, monkeypatch):
+    batcher = client.app.state.batcher
+    submit = batcher.submit
+    monkeypatch.setattr(batcher, "submit", lambda *a, **k: time.sleep(0.5) or submit(*a, **k))
+    file = upload(client, table_of([[i, NOTE] for i in range(40)]))
+    handlers = client.get("/config").json()["dependencies"]
+    number = next(one["id"] for one in handlers if one["api_name"] == "classify_file")
+    body = {"data": [file, "transcription"], "fn_index": number, "session_hash": "one"}
+    assert client.post("/gradio_api/queue/join", json=body).status_code == 200
+    events = client.get("/gradio_api/queue/data", params={"session_hash": "one"}).text
+    told = re.findall(r'"index":\s*(\d+),\s*"length":\s*(\d+),\s*"unit":\s*"batches"', events)
+    assert [(str(i), "3") for i in range(3)] == sorted(set(told))[:3]
 
 
 def test_no_note_stays_in_a_file_when_its_rows_are_classified(client):
@@ -319,6 +349,13 @@ def test_the_card_tells_data_figures_confidence_and_limits(classifier, small_run
     )
     card = model_card(classifier, tmp_path)
     assert "```\nthis run 91%\n```" in card and "x.png" not in card
+
+
+def test_the_bundled_card_has_intervals_and_what_is_possible_at_best():
+    card = model_card(clinora.Classifier.load("bundled"), "bundled")
+    assert re.search(r"this run +[\d.]+% \[[\d.]+, [\d.]+\]", card)
+    assert re.search(r"possible at best +100% +[\d.]+%", card)
+    assert re.search(r"Under [\d.]+% a note is referred to a person", card)
 
 
 def test_the_card_tells_how_the_promise_was_kept(classifier, small_run, monkeypatch):

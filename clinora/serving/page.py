@@ -70,8 +70,22 @@ THEME = gr.themes.Default(
 CSS = """
 .gradio-container { max-width: min(1080px, 100vw) !important; margin: 0 auto !important; }
 .gradio-container .column, .gradio-container .block { min-width: 0 !important; max-width: 100%; }
-.small { opacity: 0.75; font-size: var(--text-sm); }
-.refer { font-weight: 600; }
+/* On a phone what stands side by side stands one below the other, and nothing is cut off. */
+.gradio-container .row > .column, .gradio-container .row > .block,
+.gradio-container .row > .form > .block { min-width: min(300px, 100%) !important; }
+/* There the examples come last: what was found follows the note. */
+@media (max-width: 700px) {
+  .note-and-answer > .column { display: contents; }
+  .note-and-answer > .column > * { flex: 0 0 100%; }
+  #examples { order: 1; }
+}
+.gradio-container :focus-visible { outline: 2px solid var(--color-accent) !important; }
+.small { font-size: var(--text-sm); }
+.refer p { border-left: 4px solid var(--color-red); padding-left: 12px; font-weight: 600; }
+/* Gradio's breaks words anywhere, and is too dark to read on at −1. */
+.gradio-container .textfield { word-break: normal; overflow-wrap: anywhere; }
+.gradio-container .score-token { --pale: color-mix(in srgb, var(--body-background-fill) 40%, #0000);
+  background-image: linear-gradient(var(--pale), var(--pale)); }
 """
 
 CURL = """curl -s {url}/v1/classify \\
@@ -155,28 +169,32 @@ def _classify_tab(batcher: Batcher, flags: Flags) -> None:
         words = "with" if consent is True else "without"
         gr.Info(f"The prediction was flagged, {words} the note's text.")
 
-    with gr.Row():
+    with gr.Row(elem_classes="note-and-answer"):
         with gr.Column():
             note = gr.Textbox(label="Enter Clinical Note", lines=8, max_lines=20)
             with gr.Row():
                 clear = gr.Button("Clear", min_width=120)
                 submit = gr.Button("Submit", variant="primary", min_width=120)
             length = gr.Markdown(elem_classes="small")
+            gr.Examples(
+                EXAMPLES, note, elem_id="examples", cache_examples=False, api_visibility="private"
+            )
         with gr.Column():
             as_json = gr.JSON(label="Predicted Classification in JSON Format")
             as_text = gr.Textbox(label="Prediction in text", interactive=False)
             verdict = gr.Markdown(elem_classes="refer")
-            sure = gr.Textbox(label="Confidence that the note is filed so", interactive=False)
-            shares = gr.Label(label="Probabilities", num_top_classes=len(classifier.labels))
+            sure = gr.Textbox(label="Confidence that this class is right", interactive=False)
+            shares = gr.Label(
+                label="Probabilities of all classes, before calibration",
+                num_top_classes=len(classifier.labels),
+            )
     highlighted = gr.HighlightedText(
-        label="Sentences that spoke for the answer (positive) and against it (negative)",
+        label="Sentences that spoke for the answer (red, above 0) and against it (purple, below 0)",
         show_legend=True,
     )
     reason = gr.Radio(REASONS, label="Why flag this prediction?")
     consent = gr.Checkbox(False, label="I may store this note's text: keep it with the flag")
     flag_button = gr.Button("Flag")
-    # Below both columns: on a phone the outputs follow the box.
-    gr.Examples(EXAMPLES, note, cache_examples=False, api_visibility="private")
     record = gr.State()  # of the last prediction, on the server; it holds no text
     outputs = [as_json, as_text, shares, sure, verdict, length, highlighted, record]
     empty = (None, None, None, None, "", "", None, None)
@@ -290,7 +308,7 @@ def _internals_tab(batcher: Batcher) -> None:
         beside, merged = _wait(batcher.run(job))
         apart = max(abs(a - b) for a, b in zip(beside, merged, strict=True))
         return (
-            f"Largest difference of a probability: {100 * apart:.4f} points. The merged weight "
+            f"Largest difference of a probability: {100 * apart:.2g} points. The merged weight "
             f"W + (α/r)·B·A is rounded once, to {str(classifier.dtype).removeprefix('torch.')}; "
             "the model that is served was not changed."
         )
@@ -383,8 +401,9 @@ def _many_tab(batcher: Batcher) -> None:
     outputs = [upload, preview, download]
     # One file after the other, so that together they do not fill the batcher's queue.
     done = start.click(
-        _told_by_reference(classify_file), [upload, column], outputs, concurrency_limit=1, **PRIVATE
-    )
+        _told_by_reference(classify_file), [upload, column], outputs, concurrency_limit=1,
+        show_progress_on=preview, **PRIVATE,
+    )  # fmt: skip
     done.failure(lambda: (None, None, None), None, outputs, **PRIVATE)
 
 
@@ -427,7 +446,9 @@ def _read_file(path: str | None, column: str) -> list[tuple[str, str | None]]:
 
 
 def _cell(value: object) -> object:
-    """Keep a spreadsheet from reading a text as a formula."""
+    """Round a number for reading, and keep a spreadsheet from reading a text as a formula."""
+    if isinstance(value, float):
+        return round(value, 4)
     return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@") else value
 
 
