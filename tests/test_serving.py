@@ -1,6 +1,7 @@
 """The page as a person uses it, and what it must not do: leak a note, or answer a stranger."""
 
 import asyncio
+import base64
 import csv
 import dataclasses
 import hashlib
@@ -582,6 +583,10 @@ class Served:
         self.process.send_signal(number)
         return self.process.wait(60)
 
+    def kill(self):
+        self.process.kill()
+        self.process.wait(60)
+
 
 @pytest.fixture(scope="module")
 def served(small_run, tmp_path_factory):
@@ -590,7 +595,16 @@ def served(small_run, tmp_path_factory):
         served.url()
         yield served
     finally:
-        served.end()
+        served.kill()
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Start serve.py with options; it is gone after the test, whatever becomes of that."""
+    started = []
+    yield lambda *options: started.append(Served(tmp_path, *options)) or started[-1]
+    for served in started:
+        served.kill()
 
 
 @pytest.mark.slow
@@ -603,17 +617,17 @@ def test_importing_brings_no_gradio_and_does_nothing():
 
 
 @pytest.mark.slow
-def test_a_missing_run_ends_the_process_with_one_line(tmp_path):
-    served = Served(tmp_path, "--run", "missing", "--port", "0")
-    assert served.process.wait(60) == 2
+def test_a_missing_run_ends_the_process_with_one_line(start):
+    served = start("--run", "missing", "--port", "0")
+    assert served.process.wait(120) == 2
     assert served.read("out") == ""
     assert re.fullmatch(r"serve\.py: there is no run missing.*\n", served.read("err"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_it_cleanly_even_with_the_page_open(small_run, tmp_path, number):
-    served = Served(tmp_path, "--run", small_run, "--port", "0")
+def test_a_signal_ends_it_cleanly_even_with_the_page_open(small_run, start, tmp_path, number):
+    served = start("--run", small_run, "--port", "0")
     with urllib.request.urlopen(f"{served.url()}/gradio_api/heartbeat/one") as stream:
         stream.readline()
         (temporary,) = (tmp_path / "tmp").glob("clinora-page-*")
@@ -625,11 +639,11 @@ def test_a_signal_ends_it_cleanly_even_with_the_page_open(small_run, tmp_path, n
 
 
 @pytest.mark.slow
-def test_a_signal_while_it_is_starting_ends_it_cleanly(small_run, tmp_path):
+def test_a_signal_while_it_is_starting_ends_it_cleanly(small_run, start):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-    served = Served(tmp_path, "--run", small_run, "--port", str(port))
-    for _ in range(200):
+    served = start("--run", small_run, "--port", str(port))
+    for _ in range(1200):
         time.sleep(0.05)
         try:
             socket.create_connection(("127.0.0.1", port)).close()
@@ -1071,7 +1085,7 @@ def test_a_file_of_160_notes_is_classified_and_downloaded(person, classifier, tm
 
 
 @pytest.mark.slow
-def test_an_unsure_answer_is_referred_in_words(chromium, small_run, tmp_path):
+def test_an_unsure_answer_is_referred_in_words(chromium, small_run, start, tmp_path):
     from playwright.sync_api import expect
 
     run = tmp_path / "run"
@@ -1079,44 +1093,43 @@ def test_an_unsure_answer_is_referred_in_words(chromium, small_run, tmp_path):
     about = json.loads((run / "clinora.json").read_text())
     about["calibration"] = dataclasses.asdict(calibration(threshold=0.9999))
     (run / "clinora.json").write_text(json.dumps(about))
-    served = Served(tmp_path, "--run", run, "--port", "0")
-    try:
-        page = chromium.new_page()
-        person = Person(page, served.url())
-        person.submit("fever")
-        confidence = clinora.Classifier.load(run)(["fever"])[0].confidence
-        expect(page.get_by_label("Confidence that")).to_have_value(f"{confidence:.1%}")
-        expect(page.get_by_text("Refer to a person")).to_be_visible()
-        page.close()
-    finally:
-        served.end()
+    served = start("--run", run, "--port", "0")
+    page = chromium.new_page()
+    person = Person(page, served.url())
+    person.submit("fever")
+    confidence = clinora.Classifier.load(run)(["fever"])[0].confidence
+    expect(page.get_by_label("Confidence that")).to_have_value(f"{confidence:.1%}")
+    expect(page.get_by_text("Refer to a person")).to_be_visible()
+    page.close()
 
 
 @pytest.mark.slow
-def test_beyond_this_machine_the_browser_is_asked_for_a_password(chromium, small_run, tmp_path):
+def test_beyond_this_machine_the_browser_is_asked_for_a_password(
+    chromium, small_run, start, tmp_path
+):
     salt = b"0123456789abcdef"
     found = hashlib.scrypt(b"correct horse", salt=salt, n=2**14, r=8, p=1)
     (tmp_path / "passwords.txt").write_text(f"alice:{salt.hex()}:{found.hex()}\n")
     options = ["--host", "0.0.0.0", "--allow-host", "notes.example", "--port", "0"]
     options += ["--auth-file", "passwords.txt", "--run", small_run]
-    served = Served(tmp_path, *options)
-    try:
-        url = served.url().replace("notes.example", "127.0.0.1")
-        known = {"username": "alice", "password": "correct horse"}
-        for credentials, status in ((None, 401), (known, 200)):
-            context = chromium.new_context(http_credentials=credentials)
-            assert context.request.get(url).status == status
-            context.close()
-        context = chromium.new_context(http_credentials=known)
-        person = Person(context.new_page(), url)
-        person.submit("fever")
-        expected = clinora.Classifier.load(small_run)(["fever"])[0].as_text()
-        from playwright.sync_api import expect
-
-        expect(person.text).to_have_value(expected)
+    served = start(*options)
+    url = served.url().replace("notes.example", "127.0.0.1")
+    known = {"username": "alice", "password": "correct horse"}
+    for credentials, status in ((None, 401), (known, 200)):
+        context = chromium.new_context(http_credentials=credentials)
+        assert context.request.get(url).status == status
         context.close()
-    finally:
-        served.end()
+    context = chromium.new_context(http_credentials=known)
+    person = Person(context.new_page(), url)
+    person.submit("fever")
+    expected = clinora.Classifier.load(small_run)(["fever"])[0].as_text()
+    from playwright.sync_api import expect
+
+    expect(person.text).to_have_value(expected)
+    context.close()
+    header = "Basic " + base64.b64encode(b"alice:correct horse").decode()
+    client = Client(url, headers={"Authorization": header}, analytics_enabled=False, verbose=False)
+    assert client.predict("fever", api_name="/predict")[1] == expected
 
 
 @pytest.mark.slow

@@ -192,6 +192,11 @@ def _classify_tab(batcher: Batcher, flags: Flags) -> None:
         label="Sentences that spoke for the answer (red, above 0) and against it (purple, below 0)",
         show_legend=True,
     )
+    gr.Markdown(
+        "The colours are an estimate (gradient × input, summed over a sentence), not a reason that "
+        "a clinician would give.",
+        elem_classes="small",
+    )
     reason = gr.Radio(REASONS, label="Why flag this prediction?")
     consent = gr.Checkbox(False, label="I may store this note's text: keep it with the flag")
     flag_button = gr.Button("Flag")
