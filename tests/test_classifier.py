@@ -213,6 +213,31 @@ print(mapped, ask().arena - before.arena)
     assert grown == {"keep": [False, True], "default": [True, False]}
 
 
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it sets options of glibc")
+def test_memory_of_freed_tensors_is_kept_in_a_thread_too():
+    """The page's model runs in one: what was used before is used again, without a page fault."""
+    code = """
+import resource, threading, torch
+from clinora.classifier import keep_freed_memory
+
+def faults():
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+
+def job():
+    for _ in range(12):  # a few until all have their place
+        before = faults()
+        tensors = [torch.zeros(n).add_(1) for n in (7_000_000, 6_000_000, 5_000_000)]
+        del tensors
+    print(faults() - before)
+
+keep_freed_memory()
+torch.set_num_threads(1)  # all faults are the thread's own
+threading.Thread(target=job).start()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert int(done.stdout) < 100
+
+
 def test_a_run_records_no_text(run):
     known = {"adapter_config.json", "adapter_model.safetensors", "clinora.json"}
     assert {file.name for file in run.iterdir()} == known
