@@ -132,7 +132,7 @@ def build_page(batcher: Batcher, flags: Flags, card: str, url: str) -> gr.Blocks
 
 
 def _classify_tab(batcher: Batcher, flags: Flags) -> None:
-    classifier = batcher.classifier
+    classifier, labels = batcher.classifier, batcher.classifier.labels
 
     def predict(note: str | None) -> tuple:
         note = _checked(note)
@@ -144,7 +144,7 @@ def _classify_tab(batcher: Batcher, flags: Flags) -> None:
             "sha256": Note(note, ()).sha256,
             "tokens": prediction.tokens,
         }
-        shares = dict(zip(classifier.labels, prediction.probabilities, strict=True))
+        shares = dict(zip(labels, prediction.probabilities, strict=True))
         return (
             prediction.as_json(), prediction.as_text(), shares, _sure(prediction),
             _verdict(prediction, classifier), _length(prediction, classifier), _spans(sentences),
@@ -184,10 +184,7 @@ def _classify_tab(batcher: Batcher, flags: Flags) -> None:
             as_text = gr.Textbox(label="Prediction in text", interactive=False)
             verdict = gr.Markdown(elem_classes="refer")
             sure = gr.Textbox(label="Confidence that this class is right", interactive=False)
-            shares = gr.Label(
-                label="Probabilities of all classes, before calibration",
-                num_top_classes=len(classifier.labels),
-            )
+            shares = gr.Label(label="Uncalibrated probabilities", num_top_classes=len(labels))
     highlighted = gr.HighlightedText(
         label="Sentences that spoke for the answer (red, above 0) and against it (purple, below 0)",
         show_legend=True,
