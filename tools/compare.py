@@ -3,9 +3,9 @@
     python -m tools.compare --notes mtsamples --out runs/compare --ranks 1 4 8 16 64 --seeds 0 1 2
 
 Each training runs in a process of its own, which gives its peak of memory. One that was stopped
-goes on from its checkpoint; those that are done are not repeated. LoRA's alpha is twice the rank,
-so that the scaling is the same at every rank. The last column sets each beside the better linear
-model on TF-IDF of the same training texts.
+goes on from its checkpoint; those that are done are not repeated, and all that the folder holds are
+summed up. LoRA's alpha is twice the rank, so that the scaling is the same at every rank. The last
+column sets each beside the better linear model on TF-IDF of the same training texts.
 """
 
 import argparse
@@ -358,7 +358,9 @@ def compare(args: argparse.Namespace, points: Sequence[Point]) -> int:
             raise ValueError(f"{point.name} did not end well: the same command tries it again")
         share = np.mean(json.loads(path.read_text())["right"])
         print(f"{point.group}, seed {point.seed}: {share:.1%}", flush=True)
-    results = [json.loads((out / f"{point.name}.json").read_text()) for point in points]
+    # Of earlier calls, too: seeds can be added where they are worth their time.
+    results = [json.loads(path.read_text()) for path in out.glob("*-seed*.json")]
+    results.sort(key=lambda result: (TUNES.index(result["tune"]), result["rank"], result["seed"]))
     test = notes.on("test")
     simpler = {
         name: np.array([n in note.labels for n, note in zip(named, test, strict=True)], float)
