@@ -228,9 +228,9 @@ def summarise(
 def table(rows: Sequence[dict]) -> str:
     """Put the summary into a Markdown table."""
     lines = [
-        "| tuned | parameters trained | seeds | seconds | peak MB | notes right | 95% interval | "
+        "| tuned | parameters trained | seeds | peak MB | notes right | 95% interval | "
         "points above TF-IDF |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
         peak = f"{row['peak_bytes'] / 1e6:,.0f}" if row["peak_bytes"] else ""
@@ -239,7 +239,7 @@ def table(rows: Sequence[dict]) -> str:
             gain, low, high = (100 * share for share in row["against_baseline"])
             above = f"{gain:+.1f} [{low:+.1f}, {high:+.1f}]"
         lines.append(
-            f"| {row['name']} | {row['trainable']:,} | {row['seeds']} | {row['seconds']:.0f} | "
+            f"| {row['name']} | {row['trainable']:,} | {row['seeds']} | "
             f"{peak} | {row['any_label_accuracy']:.1%} | {row['low']:.1%} to {row['high']:.1%} | "
             f"{above} |"
         )

@@ -27,7 +27,7 @@ def lora_figure() -> Figure:
     """Draw h = W·x + (α/r)·B·A·x: the frozen W, beside it A down to r entries and B up again."""
     figure = Figure(figsize=(6.4, 3.4), layout="constrained")
     axes = figure.subplots()
-    axes.set(xlim=(0, 10), ylim=(0, 6.2), aspect="equal")
+    axes.set(xlim=(0.5, 10), ylim=(0, 6.2), aspect="equal")
     axes.axis("off")
 
     def box(corners: list[tuple[float, float]], colour: str, text: str, ink: str) -> None:
@@ -36,8 +36,8 @@ def lora_figure() -> Figure:
         axes.text(x, y, text, ha="center", va="center", color=ink, fontsize=9)
 
     box([(1, 1.6), (4, 1.6), (4, 4.6), (1, 4.6)], LIGHT, "W, frozen\n(out × in)", BLACK)
-    box([(5, 1.6), (8, 1.6), (6.9, 2.8), (6.1, 2.8)], BLUE, "A (r × in)", "white")
-    box([(6.1, 3.4), (6.9, 3.4), (8, 4.6), (5, 4.6)], BLUE, "B (out × r)", "white")
+    box([(5, 1.6), (8, 1.6), (6.9, 2.8), (6.1, 2.8)], BLUE, "A (r × in)\nstarts random", "white")
+    box([(6.1, 3.4), (6.9, 3.4), (8, 4.6), (5, 4.6)], BLUE, "B (out × r)\nstarts at 0", "white")
     axes.text(7.1, 3.1, "r entries", va="center", fontsize=9)
     _arrow(axes, (6.5, 2.8), (6.5, 3.4))
     axes.text(4.5, 0.3, "x (in)", ha="center", va="center", fontsize=10)
@@ -46,6 +46,8 @@ def lora_figure() -> Figure:
         _arrow(axes, (4.5, 0.6), (middle, 1.6))
         _arrow(axes, (middle, 4.6), (4.5, 5.6))
     axes.text(6.0, 5.3, "· α/r", fontsize=9)
+    axes.text(4.5, 5.25, "+", ha="center", va="center", fontsize=12)
+    axes.text(8.2, 3.1, "A and B train", va="center", fontsize=9, color=BLUE)
     axes.text(5.8, 0.8, "dropout, in training", fontsize=9, color=GREY)
     return figure
 
@@ -75,8 +77,7 @@ def page_picture(chromium: str) -> bytes:
             page.get_by_role("button", name="Submit").click()
             expect(page.get_by_label("Prediction in text")).not_to_have_value("", timeout=60_000)
             page.wait_for_timeout(1000)  # until nothing moves
-            page.evaluate("scrollTo(0, 0)")
-            shown = page.screenshot()
+            shown = page.screenshot(full_page=True)
             browser.close()
     return shown
 
