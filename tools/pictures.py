@@ -47,7 +47,7 @@ def lora_figure() -> Figure:
         _arrow(axes, (middle, 4.6), (4.5, 5.6))
     axes.text(6.0, 5.3, "· α/r", fontsize=9)
     axes.text(4.5, 5.25, "+", ha="center", va="center", fontsize=12)
-    axes.text(8.2, 3.1, "A and B train", va="center", fontsize=9, color=BLUE)
+    axes.text(8.1, 4.1, "A and B train", va="center", fontsize=9, color=BLUE)
     axes.text(5.8, 0.8, "dropout, in training", fontsize=9, color=GREY)
     return figure
 
