@@ -79,8 +79,7 @@ def add_routes(app: FastAPI, batcher: Batcher) -> None:
             gathered = asyncio.gather(*futures, return_exceptions=True)
             predictions = await asyncio.wait_for(gathered, REQUEST_SECONDS)
         except (BusyError, TimeoutError):
-            detail = {"detail": "The service is busy: try again."}
-            return JSONResponse(detail, 503, RETRY_AFTER)
+            return JSONResponse({"detail": "The service is busy: try again."}, 503, RETRY_AFTER)
         answers = (
             describe(p, batcher.classifier) if isinstance(p, Prediction) else _failed(p)
             for p in predictions

@@ -182,9 +182,8 @@ class BodyLimit:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        most, frame = MOST_BODY_BYTES, 0
-        if scope["path"] == UPLOAD:
-            most, frame = MOST_FILE_BYTES, FORM_BYTES
+        upload = scope["path"] == UPLOAD
+        most, frame = (MOST_FILE_BYTES, FORM_BYTES) if upload else (MOST_BODY_BYTES, 0)
         body, more = bytearray(), True
         while more:
             message = await receive()

@@ -52,10 +52,8 @@ def model_card(classifier: Classifier, run: str | Path) -> str:
         name = Path(notes["source"]).name
         data = f"Notes: `{name}`, split by {notes['split']}; {len(notes['seen']):,} texts were "
         data += "trained and calibrated on."
-    figures, report = (
-        "This run has no report: `eval.py` writes one.",
-        folder / "report" / "report.md",
-    )
+    figures = "This run has no report: `eval.py` writes one."
+    report = folder / "report" / "report.md"
     if report.is_file():
         _, _, rest = report.read_text(encoding="utf-8").partition("```\n")
         figures = f"```\n{rest.partition('```')[0]}```"  # as code: class names are no Markdown

@@ -229,9 +229,7 @@ def _spans(sentences: list[Sentence]) -> list[tuple[str, float | None]]:
 
 
 def _sure(prediction: Prediction) -> str:
-    if prediction.confidence is None:
-        return "not calibrated"
-    return f"{prediction.confidence:.1%}"
+    return "not calibrated" if prediction.confidence is None else f"{prediction.confidence:.1%}"
 
 
 def _verdict(prediction: Prediction, classifier: Classifier) -> str:

@@ -66,23 +66,29 @@ class Door:
         self.app, self.users = app, users
         self._nobody = secrets.token_bytes(16), secrets.token_bytes(64)
         self._known: set[bytes] = set()  # hashes of headers that were right
+        self._guesses = 0  # under way; what the limiter counts as waiting comes a moment later
         self._turn = CapacityLimiter(1)  # one guess at a time, and none holds up who is known
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in OPEN_TO_ALL:
             header = Headers(scope=scope).get("authorization", "")
-            if not self._knows(header) and self._turn.statistics().tasks_waiting >= MOST_GUESSES:
-                detail = {"detail": "Too many are trying to log in."}
-                await JSONResponse(detail, 429, RETRY_AFTER)(scope, receive, send)
-                return
-            if not self._knows(header) and not await to_thread.run_sync(
-                self.admits, header, limiter=self._turn
-            ):
-                ask = {"WWW-Authenticate": 'Basic realm="Clinora", charset="UTF-8"'}
-                answer = JSONResponse({"detail": "Name and password are needed."}, 401, ask)
-                await answer(scope, receive, send)
+            if not self._knows(header) and (refusal := await self._refuse(header)):
+                await refusal(scope, receive, send)
                 return
         await self.app(scope, receive, send)
+
+    async def _refuse(self, header: str) -> JSONResponse | None:
+        """Give the answer to someone who may not come in; None to one who may."""
+        if self._guesses > MOST_GUESSES:  # one is being looked at, the others wait
+            return JSONResponse({"detail": "Too many are trying to log in."}, 429, RETRY_AFTER)
+        self._guesses += 1
+        try:
+            if await to_thread.run_sync(self.admits, header, limiter=self._turn):
+                return None
+        finally:
+            self._guesses -= 1
+        ask = {"WWW-Authenticate": 'Basic realm="Clinora", charset="UTF-8"'}
+        return JSONResponse({"detail": "Name and password are needed."}, 401, ask)
 
     def admits(self, header: str) -> bool:
         """Tell whether an Authorization header holds a name and its password."""
