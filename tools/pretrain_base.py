@@ -6,7 +6,7 @@ The corpus is a folder of ``*.jsonl.gz`` files, a JSON object with ``text`` and 
 line. Of the notes only the training side of the split is read; the hashes of all that were read are
 written beside the weights. Where the notes' file has ``sample_name`` and ``description``, these
 stand after each note, so that the model learns to say what a note was about; never its specialty.
-With ``--resume`` it goes on from its last checkpoint, to the same bits.
+With ``--resume`` it goes on from its last checkpoint, on a CPU to the same bits.
 
 Matrices learn by Muon, embedding and norms by AdamW, on float32 masters; forward and backward pass
 compute in bfloat16, but for the embedding, whose gradient sums many rows.
@@ -68,8 +68,8 @@ STAGES = ((512, 0.8), (1024, 1.0))
 # Of each source, how often it is read and where it comes from: repositories of GitHub at the
 # revision used. What reads like notes counts more than articles and leaflets.
 SOURCES = {
-    "acibench_notes": (6, "wyim/aci-bench@b909b2b"),
-    "primock57_notes": (6, "babylonhealth/primock57@cd2ac70"),
+    "acibench_notes": (4, "wyim/aci-bench@b909b2b"),
+    "primock57_notes": (4, "babylonhealth/primock57@cd2ac70"),
     "trec_patient_topics": (4, "ncbi-nlp/TrialGPT@f621313"),
     "medec_ms": (4, "abachaa/MEDEC@70268d2"),
     "e3c_case_reports": (2, "hltfbk/E3C-Corpus@8196181e"),
@@ -79,25 +79,26 @@ SOURCES = {
     "docsref_im_guide": (1, "jzstraley/docsref@87c198ef2"),
     "medical_abstracts": (1, "sebischair/Medical-Abstracts-TC-Corpus@70a2d91"),
     "pubmedqa": (1, "pubmedqa/pubmedqa@1cbae8e"),
-    "fda_label_sections": (0.5, "LHNCBC/fda-ars@8a5f850"),
+    "fda_label_sections": (1, "LHNCBC/fda-ars@8a5f850"),
     # Later revisions carry another licence.
     "openstax": (
-        0.3,
+        1,
         "openstax/osbooks-anatomy-physiology@b0058a7",
         "openstax/osbooks-microbiology@ecf34da",
         "openstax/osbooks-psychology@e061043",
     ),
-    "neiss_fireworks": (0.3, "drusho/Analysis_of_US_Firework_Sales_and_Injuries@be98cd9"),
-    "medquad": (0.4, "abachaa/MedQuAD@577bd37"),
-    "evidence_inference": (0.2, "jayded/evidence-inference@b9831b6c"),
+    "neiss_fireworks": (1, "drusho/Analysis_of_US_Firework_Sales_and_Injuries@be98cd9"),
+    "medquad": (1, "abachaa/MedQuAD@577bd37"),
+    "evidence_inference": (0.5, "jayded/evidence-inference@b9831b6c"),
 }
-NOTES_REPEATS = 6
+NOTES_REPEATS = 4
 NOTES_ORIGIN = (
     "[harishnair04/mtsamples](https://huggingface.co/datasets/harishnair04/mtsamples), published "
     "as CC0 on [Kaggle](https://www.kaggle.com/datasets/tboyle10/medicaltranscriptions)"
 )
 HELD_OUT = 100  # one text of so many measures the loss
 HELD_OUT_WINDOWS = 32  # at most, of the first stage's length
+HEAD_TOKENS, HEAD_TOKENS_CUDA = 1024, 8192  # at a time: in a CPU's caches; few launches on a GPU
 LOSS_EVERY, CHECKPOINT_EVERY = 50, 100  # steps
 # Beginnings of notes to continue, tokens of each, tokens to add, tokens in a row that are a copy.
 COPYING = {"beginnings": 500, "prompt": 64, "continued": 100, "run": 50}
@@ -296,22 +297,24 @@ def learn(model: LlamaForCausalLM, window: Tensor, backward: bool) -> float:
     """Give the mean cross-entropy of the next token, in nats, of a window (B, T + 1).
 
     The head's logits, (B·T, V) float32, are the largest tensor of all: they are made, and their
-    gradient taken, for 1,024 tokens at a time.
+    gradient taken, for some tokens at a time.
     """
+    size = HEAD_TOKENS_CUDA if window.device.type == "cuda" else HEAD_TOKENS
     ids, wanted = window[:, :-1], window[:, 1:].flatten()
     table = model.model.embed_tokens.weight
     hidden = model.model(ids).flatten(0, 1)  # (B·T, D)
     below = hidden.detach().requires_grad_(backward)
-    total = 0.0
-    for part, target in zip(below.split(1024), wanted.split(1024), strict=True):
-        logits = F.linear(part, table.bfloat16()).float()  # (1024, V)
+    # The sum stays on the device: .item() in every part would wait for the GPU.
+    total = torch.zeros((), device=window.device)
+    for part, target in zip(below.split(size), wanted.split(size), strict=True):
+        logits = F.linear(part, table.bfloat16()).float()  # (size, V)
         loss = F.cross_entropy(logits, target, reduction="sum") / len(wanted)
         if backward:
             loss.backward()
-        total += loss.item()
+        total += loss.detach()
     if backward:
         hidden.backward(below.grad)
-    return total
+    return total.item()
 
 
 def pretrain(
@@ -410,8 +413,12 @@ def pretrain(
     return curve
 
 
-def matmul_rate(device: torch.device, size: int = 2048) -> float:
-    """Measure the machine's rate at bfloat16 products of size × size: operations a second."""
+def matmul_rate(device: torch.device, size: int | None = None) -> float:
+    """Measure the machine's rate at bfloat16 products of size × size: operations a second.
+
+    By default the size is large enough to fill it.
+    """
+    size = size or (8192 if device.type == "cuda" else 2048)
     a = torch.randn(size, size, device=device).bfloat16()
     seconds = []
     for _ in range(10):
@@ -651,7 +658,7 @@ def run_job(args: argparse.Namespace) -> None:
         "steps": steps,
         "batch": args.batch,
         "minutes": seconds / 60,
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else threads,
+        "device": f"one {torch.cuda.get_device_name()}" if device.type == "cuda" else threads,
         "rate": rate,
         "share": 6 * parameters * rate / peak,  # 2 forward, 4 backward, a multiply-add is two
         "peak": peak / 1e9,
