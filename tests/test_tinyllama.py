@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from safetensors import safe_open
 
 from benchmarks.tinyllama_shape import write_base
@@ -57,6 +58,10 @@ for p in model.parameters():  # the map is lazy: read every page
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
+@pytest.mark.skipif(
+    not torch.cpu._is_avx512_bf16_supported(),
+    reason="this CPU has no bfloat16: the step's products would take a quarter of an hour",
+)
 def test_a_training_step_on_512_tokens_runs_in_under_5_gib(folder):
     code = f"""
 import torch, clinora
