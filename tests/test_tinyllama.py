@@ -8,6 +8,7 @@ import torch
 from safetensors import safe_open
 
 from benchmarks.tinyllama_shape import write_base
+from clinora.classifier import choose_dtype
 
 pytestmark = pytest.mark.slow
 
@@ -59,7 +60,7 @@ for p in model.parameters():  # the map is lazy: read every page
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
 @pytest.mark.skipif(
-    not torch.cpu._is_avx512_bf16_supported(),
+    choose_dtype(torch.device("cpu")) != torch.bfloat16,
     reason="this CPU has no bfloat16: the step's products would take a quarter of an hour",
 )
 def test_a_training_step_on_512_tokens_runs_in_under_5_gib(folder):
