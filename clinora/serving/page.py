@@ -7,11 +7,8 @@ browser, and tells failures by a reference, since a message may quote the note.
 import csv
 import functools
 import io
-import os
-import tempfile
 from collections.abc import Callable
 from concurrent.futures import Future
-from pathlib import Path
 
 import gradio as gr
 from torch.func import functional_call
@@ -26,14 +23,15 @@ from clinora.notes import Note
 from clinora.serving import report_error
 from clinora.serving.api import REQUEST_SECONDS, describe, refuse
 from clinora.serving.batcher import MOST_TOGETHER, Batcher, BusyError
+from clinora.serving.files import MOST_ROWS, FileError, read_table
 from clinora.serving.flags import Flags, FlagsFullError
+from clinora.serving.storage import Storage
 
 TITLE = "Clinical Note Classifier"
 DESCRIPTION = (
     "This model classifies clinical notes into diagnosis categories. Choose your output format."
 )
 DISCLAIMER = "Demonstration only, not a medical device."
-MOST_ROWS = 2_000  # of a file
 PREVIEW_ROWS = 20
 REASONS = ("The class is wrong", "The confidence is wrong", "The highlights mislead", "Other")
 
@@ -48,8 +46,6 @@ EXAMPLES = [
     "The patient was placed under general anesthesia, prepped and draped. The inflamed appendix "
     "was divided with a stapler and removed. The incisions were closed; blood loss was minimal.",
 ]
-
-PRIVATE = {"api_visibility": "private"}  # of a handler: not among the API's
 
 TINYLLAMA = LlamaConfig(
     vocab_size=32_000,
@@ -91,26 +87,27 @@ CSS = """
 CURL = """curl -s {url}/v1/classify \\
   -H 'Content-Type: application/json' \\
   -d '{{"note": "Severe chest pain. ECG shows ST elevation."}}'"""
-PYTHON = """from gradio_client import Client
+PYTHON = """import httpx
 
-client = Client("{url}", analytics_enabled=False)
-print(client.predict("Severe chest pain. ECG shows ST elevation.", api_name="/predict"))"""
+note = "Severe chest pain. ECG shows ST elevation."
+print(httpx.post("{url}/v1/classify", json={{"note": note}}).json())"""
 API_WORDS = """`GET /health` and `GET /ready` tell whether the service is alive and has room for a
 note. `POST /v1/classify` takes `{"note": "…"}` or `{"notes": ["…", …]}`. A busy service answers 503
 with `Retry-After`. Where a password file is in use, page and API ask for name and password
-(`curl -u NAME`, `Client(…, headers={"Authorization": "Basic …"})`)."""
+(`curl -u NAME`, `httpx.post(…, auth=(name, password))`)."""
 
 
-def build_page(batcher: Batcher, flags: Flags, card: str, url: str) -> gr.Blocks:
+def build_page(batcher: Batcher, flags: Flags, storage: Storage, card: str, url: str) -> gr.Blocks:
     """Build the page.
 
     Args:
         batcher: Runs the model for all.
         flags: Where flagged predictions go.
+        storage: Keeps the files of those who visit.
         card: The model card, in Markdown.
         url: Where the page is, for the snippets.
     """
-    with gr.Blocks(title=TITLE, delete_cache=(300, 1800)) as page:
+    with gr.Blocks(title=TITLE, analytics_enabled=False) as page:
         gr.Markdown(f"# {TITLE}\n\n{DESCRIPTION}")
         gr.Markdown(DISCLAIMER, elem_classes="small")
         with gr.Tab("Classify"):
@@ -118,7 +115,7 @@ def build_page(batcher: Batcher, flags: Flags, card: str, url: str) -> gr.Blocks
         with gr.Tab("LoRA internals"):
             _internals_tab(batcher)
         with gr.Tab("Many notes"):
-            _many_tab(batcher)
+            _many_tab(batcher, storage)
         with gr.Tab("API"):
             gr.Markdown(API_WORDS)
             gr.Code(CURL.format(url=url), language="shell", label="curl", interactive=False)
@@ -176,9 +173,10 @@ def _classify_tab(batcher: Batcher, flags: Flags) -> None:
                 clear = gr.Button("Clear", min_width=120)
                 submit = gr.Button("Submit", variant="primary", min_width=120)
             length = gr.Markdown(elem_classes="small")
-            gr.Examples(
-                EXAMPLES, note, elem_id="examples", cache_examples=False, api_visibility="private"
-            )
+            examples = gr.Dataset(
+                components=[note], samples=[[example] for example in EXAMPLES], type="index",
+                label="Examples", elem_id="examples",
+            )  # fmt: skip
         with gr.Column():
             as_json = gr.JSON(label="Predicted Classification in JSON Format")
             as_text = gr.Textbox(label="Prediction in text", interactive=False)
@@ -200,12 +198,13 @@ def _classify_tab(batcher: Batcher, flags: Flags) -> None:
     record = gr.State()  # of the last prediction, on the server; it holds no text
     outputs = [as_json, as_text, shares, sure, verdict, length, highlighted, record]
     empty = (None, None, None, None, "", "", None, None)
+    examples.click(EXAMPLES.__getitem__, examples, note, api_name="choose_example")
     predicted = submit.click(_told_by_reference(predict), note, outputs, api_name="predict")
-    predicted.failure(lambda: empty, None, outputs, **PRIVATE)
+    predicted.failure(lambda: empty, None, outputs, api_name="clear_failed_prediction")
     # Not gr.ClearButton, which evaluates a string as a script: the policy forbids that.
     clear.click(
         lambda: (None, *empty, None, False), None,
-        [note, *outputs, reason, consent], **PRIVATE,
+        [note, *outputs, reason, consent], api_name="clear",
     )  # fmt: skip
     flag_button.click(
         _told_by_reference(flag), [note, record, consent, reason], None, api_name="flag"
@@ -327,10 +326,10 @@ def _internals_tab(batcher: Batcher) -> None:
         headers=["base", "parameters r·(in + out)", "MB as float32", "of the base",
                  "full training of these layers"],
     )  # fmt: skip
-    for chosen in (rank, targets):
+    for chosen, event in ((rank, "count_for_rank"), (targets, "count_for_targets")):
         chosen.change(
             _told_by_reference(count), [rank, targets], counts, trigger_mode="always_last",
-            **PRIVATE,
+            api_name=event,
         )  # fmt: skip
     with gr.Row():
         gr.Plot(updates_figure(updates), format="png", show_label=False)
@@ -345,15 +344,18 @@ def _internals_tab(batcher: Batcher) -> None:
     merge = gr.Button("Merge and compare")
     merged = gr.Markdown()
     strengths = _told_by_reference(compare_strengths)
-    compare.click(strengths, [note, strength], table, **PRIVATE)
-    strength.change(strengths, [note, strength], table, trigger_mode="always_last", **PRIVATE)
-    merge.click(_told_by_reference(compare_merged), note, merged, **PRIVATE)
+    compare.click(strengths, [note, strength], table, api_name="compare_strengths")
+    strength.change(
+        strengths, [note, strength], table, trigger_mode="always_last",
+        api_name="compare_moved_strength",
+    )  # fmt: skip
+    merge.click(_told_by_reference(compare_merged), note, merged, api_name="compare_merged")
 
 
 # --- many notes ---------------------------------------------------------------------------------
 
 
-def _many_tab(batcher: Batcher) -> None:
+def _many_tab(batcher: Batcher, storage: Storage) -> None:
     classifier = batcher.classifier
     header = ["row", "predicted_class", "label", "confidence", "refer", "tokens", "error"]
 
@@ -362,7 +364,13 @@ def _many_tab(batcher: Batcher) -> None:
         column: str | None,
         progress: gr.Progress = gr.Progress(),  # noqa: B008
     ) -> tuple[None, list[list], str]:
-        notes = _read_file(path, (column or "").strip())
+        if path is None:
+            raise _message("Choose a CSV file first.")
+        try:
+            owner, content = storage.take(path)
+        except FileNotFoundError:  # it waited for too long
+            raise _message("The file is gone: choose it again.") from None
+        notes = _notes_of(content, (column or "").strip())
         rows = []
         for start in progress.tqdm(range(0, len(notes), MOST_TOGETHER), unit="batches"):
             part = notes[start : start + MOST_TOGETHER]
@@ -382,18 +390,16 @@ def _many_tab(batcher: Batcher) -> None:
                     except Exception as error:
                         row[6] = f"This did not work; reference {report_error(error)}."
                 rows.append(row)
-        with tempfile.NamedTemporaryFile(
-            "w", dir=os.environ["GRADIO_TEMP_DIR"], prefix="classes-", suffix=".csv",
-            encoding="utf-8", newline="", delete=False,
-        ) as file:  # fmt: skip
-            csv.writer(file).writerows([header, *rows])
-        return None, rows[:PREVIEW_ROWS], file.name
+        out = io.StringIO(newline="")
+        csv.writer(out).writerows([header, *rows])
+        result = storage.add(owner, "classes.csv", out.getvalue().encode())
+        return None, rows[:PREVIEW_ROWS], str(result.path)
 
     gr.Markdown(
         f"A CSV file with a header, at most {MOST_ROWS:,} rows and 5 MB. The answer has a row for "
         "each, without the notes' text; a row that cannot be classified says why."
     )
-    upload = gr.File(label="CSV file", file_types=[".csv"], type="filepath")
+    upload = gr.File(label="CSV file", type="filepath")
     column = gr.Textbox("transcription", label="Column of the notes")
     start = gr.Button("Classify all", variant="primary")
     preview = gr.Dataframe(headers=header, interactive=False, label="The first rows")
@@ -402,46 +408,28 @@ def _many_tab(batcher: Batcher) -> None:
     # One file after the other, so that together they do not fill the batcher's queue.
     done = start.click(
         _told_by_reference(classify_file), [upload, column], outputs, concurrency_limit=1,
-        show_progress_on=preview, **PRIVATE,
+        show_progress_on=preview, api_name="classify_file",
     )  # fmt: skip
-    done.failure(lambda: (None, None, None), None, outputs, **PRIVATE)
+    done.failure(lambda: (None, None, None), None, outputs, api_name="clear_failed_file")
 
 
-def _read_file(path: str | None, column: str) -> list[tuple[str, str | None]]:
-    """Read a file's notes and why one cannot be classified, and remove the file."""
-    if path is None:
-        raise _message("Choose a CSV file first.")
+def _notes_of(content: bytes, column: str) -> list[tuple[str, str | None]]:
+    """Read a file's notes, each with the reason why it cannot be classified, if there is one."""
     try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
-    except FileNotFoundError:  # it waited for too long
-        raise _message("The file is gone: choose it again.") from None
-    except UnicodeDecodeError:
-        raise _message("The file is not UTF-8: save it as a CSV file in UTF-8.") from None
-    finally:
-        Path(path).unlink(missing_ok=True)
+        table = read_table(content)
+    except FileError as error:
+        raise _message(str(error)) from None
+    if column not in table.header:
+        raise _message(
+            f"The file has no column {column!r}: correct the name and choose the file again."
+        )
+    place = table.header.index(column)
     notes = []
-    csv.field_size_limit(2**31 - 1)  # a row that is too long has an error of its own
-    try:
-        table = csv.reader(io.StringIO(text, newline=""))
-        header = next(table, [])
-        if column not in header:
-            raise _message(
-                f"The file has no column {column!r}: correct the name and choose the file again."
-            )
-        for row in table:
-            if not row:
-                continue
-            why = None
-            if len(row) != len(header):
-                why = f"The row has {len(row)} fields, the header {len(header)}."
-            note = "" if why else row[header.index(column)]
-            notes.append((note, why or refuse(note)))
-            if len(notes) > MOST_ROWS:
-                raise _message(f"The file has more than {MOST_ROWS:,} rows: give a part of it.")
-    except csv.Error:
-        raise _message("The file is no CSV file.") from None
-    if not notes:
-        raise _message("The file has no rows.")
+    for row in table.rows:
+        if len(row) != len(table.header):
+            notes.append(("", f"The row has {len(row)} fields, the header {len(table.header)}."))
+        else:
+            notes.append((row[place], refuse(row[place])))
     return notes
 
 
