@@ -20,6 +20,7 @@ from torch import nn
 import clinora
 from clinora.llama import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 from clinora.lora import LoRAConfig, apply_lora
+from tests.served import Person, Served
 
 SENTENCES = [
     "The patient reports severe chest pain and shortness of breath.",
@@ -52,6 +53,20 @@ def browser_path() -> str:
     if path is None:
         lacking("browser", "no chromium on the PATH")
     return path
+
+
+@pytest.fixture(scope="session")
+def chromium(browser_path):
+    from playwright.sync_api import expect, sync_playwright
+
+    expect.set_options(timeout=30_000)  # a busy machine is slow
+    quiet = ["background-networking", "component-update", "sync"]
+    arguments = ["--no-sandbox", "--disable-gpu", "--no-first-run"]
+    arguments += [f"--disable-{what}" for what in quiet]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=browser_path, args=arguments)
+        yield browser
+        browser.close()
 
 
 @pytest.fixture(scope="session")
@@ -90,6 +105,47 @@ def small_run(tmp_path_factory) -> Path:
     run = clinora.Classifier(model, tokenizer, clinora.PUBLISHED_CLASSES, token_limit=128)
     run.save(folder / "run")
     return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def served(small_run, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("served")
+    (folder / "tmp").mkdir()
+    served = Served(folder, "--run", small_run, "--port", "0", temporary=folder / "tmp")
+    try:
+        served.url()
+        yield served
+    finally:
+        served.kill()
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Start serve.py with options; it is gone after the test, whatever becomes of that."""
+
+    def start_one(*options):
+        folder = tmp_path / f"served{len(started)}"
+        folder.mkdir()
+        started.append(Served(folder, *options, temporary=tmp_path / "tmp"))
+        return started[-1]
+
+    started = start_one.started = []
+    (tmp_path / "tmp").mkdir()
+    yield start_one
+    for served in started:
+        served.kill()
+
+
+@pytest.fixture
+def person(chromium, served):
+    context = chromium.new_context(viewport={"width": 1280, "height": 900})
+    person = Person(context.new_page(), served.url())
+    yield person
+    stored = person.page.evaluate("[{...localStorage}, {...sessionStorage}, document.cookie]")
+    context.close()
+    assert person.strangers == []
+    assert person.complaints == []
+    assert stored == [{}, {}, ""]
 
 
 @pytest.fixture

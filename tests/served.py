@@ -1,14 +1,126 @@
-"""Calls the page's handlers as the page does."""
+"""Serves the page as its users run it, and uses it as they do: by calls and in a browser."""
 
 import json
-import re
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def join(client, api, *data, session):
+    """Trigger an event, as the page does: the answer of the queue."""
+    config = client.get("/config").json()  # this also brings the visit's cookie
+    numbers = {event["api_name"]: event["id"] for event in config["dependencies"]}
+    body = {"fn_index": numbers[api], "session_hash": session, "data": data}
+    return client.post("/gradio_api/queue/join", json=body)
 
 
 def call(client, api, *data, session="one"):
-    """Call a handler through the queue, as the page does: (event, data)."""
-    body = {"data": data, "session_hash": session}
-    joined = client.post(f"/gradio_api/call/{api}", json=body)
+    """Trigger an event and wait for its end: ("complete", data) or ("error", …)."""
+    joined = join(client, api, *data, session=session)
     assert joined.status_code == 200, joined.text
-    events = client.get(f"/gradio_api/call/{api}/{joined.json()['event_id']}").text
-    event, data = re.fullmatch(r"event: (\w+)\ndata: (.*?)\s*", events, re.DOTALL).groups()
-    return event, json.loads(data)
+    for message in messages(client, session):
+        if message["msg"] == "process_completed":
+            if message["success"]:
+                return "complete", message["output"]["data"]
+            return "error", message["output"]
+    raise AssertionError("the stream ended before the event")
+
+
+def messages(client, session):
+    """Read what the queue says to a session, until its stream ends."""
+    answer = client.get("/gradio_api/queue/data", params={"session_hash": session})
+    for line in answer.text.splitlines():
+        if line.startswith("data: "):
+            yield json.loads(line.removeprefix("data: "))
+
+
+# Notes every name looked up and every address connected to, of any library.
+SITECUSTOMIZE = """
+import sys
+def hook(event, arguments):
+    if event in ("socket.getaddrinfo", "socket.gethostbyname", "socket.connect"):
+        with open({!r}, "a") as file:
+            print(event, arguments[0 if "get" in event else 1], file=file)
+sys.addaudithook(hook)
+"""
+
+
+class Served:
+    """A process of serve.py, in its own folder; its output goes to files there."""
+
+    def __init__(self, folder, *options, temporary):
+        self.folder = folder
+        (folder / "site").mkdir()
+        (folder / "site" / "sitecustomize.py").write_text(
+            SITECUSTOMIZE.format(str(folder / "calls"))
+        )
+        self.process = subprocess.Popen(
+            [sys.executable, ROOT / "serve.py", *options],
+            cwd=folder,
+            stdout=(folder / "out").open("w"),
+            stderr=(folder / "err").open("w"),
+            env=os.environ | {"PYTHONPATH": f"{folder}/site", "TMPDIR": str(temporary)},
+        )
+
+    def read(self, name):
+        return (self.folder / name).read_text() if (self.folder / name).exists() else ""
+
+    def url(self):
+        for _ in range(1200):
+            if "\n" in self.read("out"):
+                return self.read("out").split()[-1]
+            assert self.process.poll() is None, self.read("err")
+            time.sleep(0.1)
+        raise TimeoutError(self.read("err"))
+
+    def end(self, number=signal.SIGTERM):
+        self.process.send_signal(number)
+        return self.process.wait(60)
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait(60)
+
+
+class Person:
+    """Someone at the page, and what the browser noticed meanwhile."""
+
+    def __init__(self, page, url):
+        self.page, self.url, self.complaints, self.strangers = page, url, [], []
+        page.on("console", lambda m: m.type == "error" and self.complaints.append(m.text))
+        page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        page.on("request", self._note_request)
+        page.goto(url)
+        self.note = page.get_by_label("Enter Clinical Note")
+        self.text = page.get_by_label("Prediction in text")
+        self.json = page.locator(".json-holder")
+        self.highlighted = page.locator(".textfield")
+        self.note.wait_for()
+
+    def _note_request(self, request):
+        own = request.url.startswith((f"{self.url}/", "data:", "blob:"))
+        if not own:
+            self.strangers.append(request.url)
+
+    def press(self, name):
+        self.page.get_by_role("button", name=name, exact=True).click()
+
+    def submit(self, note):
+        self.note.fill(note)
+        self.press("Submit")
+
+    def choose_reason(self, reason):
+        self.page.get_by_role("radio", name=reason).check()
+
+    def open(self, tab):
+        """Open a tab, from the menu where there is no room for it."""
+        button = self.page.get_by_role("tab", name=tab)
+        if not button.is_visible():
+            self.page.get_by_role("button", name="More tabs").click()
+            button = self.page.locator(".overflow-dropdown button", has_text=tab)
+        button.click()

@@ -94,7 +94,7 @@ def create_app(
         await run_in_threadpool(batcher.close)
         storage.close()
 
-    app = FastAPI(openapi_url=None, lifespan=lifespan)
+    app = FastAPI(openapi_url=None, redirect_slashes=False, lifespan=lifespan)
     # The last added is the first that a request meets: a stranger's body is not read.
     app.add_middleware(BodyLimit)
     if users is not None:

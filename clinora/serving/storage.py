@@ -15,7 +15,7 @@ import threading
 import time
 from collections import Counter
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -42,12 +42,12 @@ class Owner:
 
 @dataclass(frozen=True, slots=True)
 class StoredFile:
-    """A file of a visit; ``added`` is in seconds of ``time.monotonic``."""
+    """A file of a visit; ``size`` is in bytes, ``added`` in seconds of ``time.monotonic``."""
 
     path: Path
     owner: Owner
     size: int
-    added: float = field(default_factory=time.monotonic)
+    added: float
 
 
 class Storage:
@@ -83,7 +83,7 @@ class Storage:
             OSError: It cannot be written.
         """
         folder = self.folder / secrets.token_hex(16)
-        file = StoredFile(folder / _safe_name(name), owner, len(content))
+        file = StoredFile(folder / _safe_name(name), owner, len(content), time.monotonic())
         with self._lock:
             folder.mkdir()
             file.path.write_bytes(content)
@@ -153,9 +153,9 @@ def _safe_name(name: str) -> str:
 def _remove_abandoned_folders() -> None:
     """Remove the temporary folders of this user's processes that were killed."""
     for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
-        if not _is_own_folder(folder):
-            continue
-        with suppress(OSError, Timeout):
+        with suppress(OSError, Timeout):  # it may vanish meanwhile
+            if not _is_own_folder(folder):
+                continue
             with _lock_of(folder):  # its process is gone, or it would hold this
                 shutil.rmtree(folder, ignore_errors=True)
             _lock_path(folder).unlink()
