@@ -32,10 +32,10 @@ VISIT_COOKIE = "clinora_visit"
 MOST_TEXT_CHARACTERS = 250_000  # of a text; a handler says more kindly what a note may have
 UPLOAD_ROUTE = "/gradio_api/upload"
 
-# Gradio's routes that the page uses as they are.
+# Gradio's routes that are open as they are: the page uses them.
 PLAIN_ROUTES = (
     "/",
-    "/config",
+    "/config",  # what "/" holds as JSON, for programs that use the page's protocol
     "/theme.css",
     "/assets/{path:path}",
     "/static/{path:path}",
