@@ -3,7 +3,6 @@
 import asyncio
 import os
 import secrets
-import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -12,7 +11,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import gradio
-import uvicorn
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 from starlette.concurrency import run_in_threadpool
@@ -27,16 +25,14 @@ from clinora.serving.batcher import Batcher
 from clinora.serving.flags import Flags
 from clinora.serving.page import CSS, THEME, build_page
 from clinora.serving.passwords import Door
+from clinora.serving.server import FORM_BYTES, MOST_BODY_BYTES, MOST_FILE_BYTES, serve
 
-MOST_BODY_BYTES = 1_000_000  # of a request
-MOST_FILE_BYTES = 5_000_000  # of a file with many notes
-FORM_BYTES = 10_000  # around a file
+__all__ = ["create_app", "serve"]
+
 UPLOAD = "/gradio_api/upload"
-SHUTDOWN_SECONDS = 30  # in which what is being answered may end
 MOST_SESSIONS = 1_000  # whose last prediction is remembered, for a flag
 AT_ONCE = 32  # handlers of the page that run; the batcher bounds what reaches the model
 MOST_EVENTS = 64  # of the page that wait for a handler
-MOST_CONNECTIONS = 500
 KEPT_SECONDS = 1800  # of a temporary file; then it is removed
 # Another name would be another site's, whose owner has it point here (DNS rebinding).
 LOOPBACK_NAMES = ["127.0.0.1", "localhost"]
@@ -109,26 +105,6 @@ def create_app(
     )
     app.state.gradio, app.state.batcher = app.routes[-1].app, batcher
     return app
-
-
-def serve(app: FastAPI, listener: socket.socket) -> None:
-    """Serve an app on a listening socket until a signal ends it, which is raised again then."""
-    # At this level uvicorn does not log requests either.
-    config = uvicorn.Config(
-        app,
-        log_level="warning",
-        timeout_graceful_shutdown=SHUTDOWN_SECONDS,
-        limit_concurrency=MOST_CONNECTIONS,
-    )
-    Server(config).run(sockets=[listener])
-
-
-class Server(uvicorn.Server):
-    """Uvicorn's, which ends at once although every open page holds a connection."""
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self.config.app.state.gradio.stop_event.set()
-        await super().shutdown(sockets)
 
 
 class Guard:
