@@ -25,7 +25,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-import uvicorn
 from fastapi.testclient import TestClient
 from gradio_client import Client
 from gradio_client.utils import Status
@@ -39,11 +38,11 @@ from clinora.serving.app import (
     KEPT_SECONDS,
     MOST_BODY_BYTES,
     MOST_EVENTS,
-    SHUTDOWN_SECONDS,
     create_app,
 )
 from clinora.serving.flags import Flags, FlagsFullError
 from clinora.serving.page import CURL, EXAMPLES, PYTHON, REASONS
+from clinora.serving.server import DEFAULT_LIMITS, Server
 from tests.served import call
 
 ROOT = Path(__file__).parents[1]
@@ -763,9 +762,7 @@ def test_sigterm_lets_what_is_being_answered_end(classifier, flags_folder, monke
 
     monkeypatch.setattr(classifier, "run", wait_and_run)
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = app_module.Server(
-            uvicorn.Config(create_app(classifier, flags_folder), log_level="warning")
-        )
+        server = Server(create_app(classifier, flags_folder))
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -1166,7 +1163,7 @@ def test_the_examples_start_it_with_options_that_it_has():
         args = serve.build_parser().parse_args(words)
         assert args.host == "0.0.0.0" and args.auth_file and args.allow_host
     seconds = int(re.search(r"^TimeoutStopSec=(\d+)$", unit, re.MULTILINE)[1])
-    assert seconds > SHUTDOWN_SECONDS
+    assert seconds > DEFAULT_LIMITS.shutdown_seconds
 
 
 def test_gradios_limits_are_set(client):

@@ -258,6 +258,8 @@ class Server(uvicorn.Server):
         for connection in list(connections):
             connection.transport.abort()
         await asyncio.sleep(0)  # the connections learn that they are lost
+        # asyncio would log what is cancelled now as errors.
+        asyncio.get_running_loop().set_exception_handler(lambda *_: None)
         for task in list(tasks):
             task.cancel()
 
