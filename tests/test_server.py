@@ -327,19 +327,17 @@ def process(small_run, tmp_path):
 @pytest.mark.slow
 def test_sigterm_answers_what_was_accepted_and_closes_the_rest(process, tmp_path):
     served, port = process(4)
-    with connected(port, CALL) as client:
-        answer = http.client.HTTPResponse(client)
-        answer.begin()
-        event = json.loads(answer.read())["event_id"]
     with (
         connected(port, post(NOTE)) as accepted,
-        connected(port, get(f"/gradio_api/call/predict/{event}")) as result,
+        connected(port, CALL) as result,
         connected(port, get("/gradio_api/heartbeat/two")) as stream,
         connected(port, post(b"{", announced=1000)) as half_body,
         connected(port, b"GET / HTTP/1.1\r\nHost: 127") as half_headers,
         connected(port, HEALTH) as idle,
         connected(port, get("/") * 300, receive_buffer=4096),
     ):
+        assert status_of(result) == 200
+        result.sendall(EVENTS)
         time.sleep(1)
         served.send_signal(signal.SIGTERM)
         stream.settimeout(2)
@@ -353,10 +351,23 @@ def test_sigterm_answers_what_was_accepted_and_closes_the_rest(process, tmp_path
         delivered = b""
         while piece := result.recv(10_000):
             delivered += piece
-        assert b"event: complete" in delivered and b"Predicted Label" in delivered
+        assert b"process_completed" in delivered and b"Predicted Label" in delivered
         assert status_of(accepted) == 200
         assert served.wait(5) == 0
     assert (tmp_path / "err").read_text() == ""
+
+
+@pytest.mark.slow
+def test_sigterm_answers_what_was_accepted_on_a_connection_that_sent_a_stream_before(process):
+    served, port = process(2)
+    with connected(port, CALL) as client:
+        for next_request in (EVENTS, post(NOTE)):
+            assert status_of(client) == 200
+            client.sendall(next_request)
+        time.sleep(0.5)
+        served.send_signal(signal.SIGTERM)
+        assert status_of(client) == 200
+        assert served.wait(5) == 0
 
 
 @pytest.mark.slow

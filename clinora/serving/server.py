@@ -161,11 +161,13 @@ class Connection(H11Protocol):
 
     async def _run_app(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the app. Notes whether the answer is a stream; a cancelled request is not logged."""
+        self.stream = None
 
         async def send_and_note(message: Message) -> None:
             if message["type"] == "http.response.start":
                 kind = Headers(raw=message["headers"]).get("content-type", "")
-                self.stream = scope["path"] if kind.startswith("text/event-stream") else None
+                if kind.startswith("text/event-stream"):
+                    self.stream = scope["path"]
             await send(message)
 
         with suppress(asyncio.CancelledError):
