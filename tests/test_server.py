@@ -223,13 +223,14 @@ def test_a_stream_is_no_unfinished_request(start):
             pytest.fail("the stream was closed")
 
 
-def test_what_is_no_http_after_an_answer_leaves_nothing_in_the_log(start, caplog):
+def test_what_is_no_http_after_an_answer_leaves_nothing_in_the_log(start, caplog, capfd):
     sent = b"POST / HTTP/1.1\r\nHost: evil.test\r\nTransfer-Encoding: chunked\r\n\r\n"
     with caplog.at_level(logging.WARNING), start() as port, connected(port, sent) as client:
         assert status_of(client) == 400
         client.sendall(b"this is not the size of a chunk\r\n")
         assert status_of(client) is None
     assert caplog.records == []
+    assert capfd.readouterr().err == ""  # uvicorn's own handler
 
 
 # --- Parts of the connections ---
@@ -390,7 +391,9 @@ def test_sigterm_does_not_wait_for_a_stream_that_has_no_result_to_deliver(proces
 
 
 @pytest.mark.slow
-def test_what_lasts_too_long_is_dropped_at_the_end_without_a_word(start, caplog, monkeypatch):
+def test_what_lasts_too_long_is_dropped_at_the_end_without_a_word(
+    start, caplog, capfd, monkeypatch
+):
     """A request to the API, and an event of the page."""
     run = clinora.Classifier.__call__
 
@@ -409,3 +412,4 @@ def test_what_lasts_too_long_is_dropped_at_the_end_without_a_word(start, caplog,
         assert status_of(asking) is None
         gc.collect()  # asyncio reports errors that nobody saw when it forgets them
     assert caplog.records == []
+    assert capfd.readouterr().err == ""  # uvicorn's own handler
