@@ -76,9 +76,10 @@ def run_job(args: argparse.Namespace) -> None:
         # They take seconds, in which a signal already finds its handler.
         import clinora
         from clinora.classifier import keep_freed_memory
-        from clinora.serving.app import create_app, serve
+        from clinora.serving.app import create_app
         from clinora.serving.card import model_card
         from clinora.serving.passwords import read_passwords
+        from clinora.serving.server import serve
 
         keep_freed_memory()
         users = args.auth_file and read_passwords(args.auth_file)

@@ -3,9 +3,8 @@
 import csv
 import dataclasses
 import io
-import os
+import json
 import re
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -17,11 +16,13 @@ from fastapi.testclient import TestClient
 import clinora
 from clinora.classifier import Calibration
 from clinora.explain import explain
-from clinora.serving.app import MOST_BODY_BYTES, MOST_FILE_BYTES, create_app
+from clinora.serving.app import create_app
 from clinora.serving.batcher import BusyError
 from clinora.serving.card import model_card
-from clinora.serving.page import MOST_ROWS, TINYLLAMA
-from tests.served import call
+from clinora.serving.files import MOST_ROWS
+from clinora.serving.page import TINYLLAMA
+from clinora.serving.server import MOST_BODY_BYTES, MOST_FILE_BYTES
+from tests.served import call, join, messages
 
 CANARY = "canary-7f3a"
 NOTE = "Severe chest pain. No fever!  ECG: normal.\nThe knee, swollen."
@@ -129,7 +130,7 @@ def test_merging_is_compared_and_changes_nothing(client, classifier):
 
 
 def test_the_count_is_that_of_the_closed_form_for_both_models(client, classifier):
-    _, (table,) = call(client, "count", 4, ["q_proj", "up_proj"])
+    _, (table,) = call(client, "count_for_rank", 4, ["q_proj", "up_proj"])
     # The small run: width 32, MLP 48, 2 layers. TinyLlama: 2,048, 5,632 and 22.
     small = 2 * 4 * (32 + 32 + 32 + 48)
     large = 22 * 4 * (2048 + 2048 + 2048 + 5632)
@@ -150,10 +151,10 @@ def test_tinyllama_has_its_published_size():
 
 
 def test_a_choice_that_cannot_be_is_told(client):
-    _, (table,) = call(client, "count", 64, ["v_proj"])  # 16 × 32 in the small run
+    _, (table,) = call(client, "count_for_rank", 64, ["v_proj"])  # 16 × 32 in the small run
     assert "1 to 16 does" in table["data"][0][1]
     assert table["data"][1][1] == f"{22 * 64 * (2048 + 256):,}"
-    _, (table,) = call(client, "count", 8, [])
+    _, (table,) = call(client, "count_for_rank", 8, [])
     assert "targets is empty" in table["data"][0][1]
 
 
@@ -171,10 +172,16 @@ def test_a_run_whose_targets_are_longer_names_has_its_page(small_run, tmp_path):
 # --- Many notes ---
 
 
+class RefusedError(Exception):
+    """A file was not taken; says why."""
+
+
 def upload(client, text, name="notes.csv"):
     data = text if isinstance(text, bytes) else text.encode()
+    client.get("/config")  # brings the visit's cookie
     answer = client.post("/gradio_api/upload", files={"files": (name, data)})
-    assert answer.status_code == 200, answer.text
+    if answer.status_code != 200:
+        raise RefusedError(answer.text)
     (path,) = answer.json()
     return {"path": path, "meta": {"_type": "gradio.FileData"}}
 
@@ -186,7 +193,10 @@ def table_of(rows, header=("id", "transcription")):
 
 
 def classify(client, text, session="one"):
-    data = upload(client, text)
+    try:
+        data = upload(client, text)
+    except RefusedError as refused:
+        return str(refused)
     event, told = call(client, "classify_file", data, "transcription", session=session)
     if event == "error":
         return told["error"]
@@ -234,24 +244,21 @@ def test_a_files_progress_is_told(client, monkeypatch):
     submit = batcher.submit
     monkeypatch.setattr(batcher, "submit", lambda *a, **k: time.sleep(0.5) or submit(*a, **k))
     file = upload(client, table_of([[i, NOTE] for i in range(40)]))
-    handlers = client.get("/config").json()["dependencies"]
-    number = next(one["id"] for one in handlers if one["api_name"] == "classify_file")
-    body = {"data": [file, "transcription"], "fn_index": number, "session_hash": "one"}
-    assert client.post("/gradio_api/queue/join", json=body).status_code == 200
-    events = client.get("/gradio_api/queue/data", params={"session_hash": "one"}).text
+    assert join(client, "classify_file", file, "transcription", session="one").status_code == 200
+    events = json.dumps(list(messages(client, "one")))
     told = re.findall(r'"index":\s*(\d+),\s*"length":\s*(\d+),\s*"unit":\s*"batches"', events)
     assert [(str(i), "3") for i in range(3)] == sorted(set(told))[:3]
 
 
 def test_no_note_stays_in_a_file_when_its_rows_are_classified(client):
-    folder, system = Path(os.environ["GRADIO_TEMP_DIR"]), Path(tempfile.gettempdir())
-    before = set(system.glob("*"))
-    rows = classify(client, table_of([[1, f"{NOTE} {CANARY}"]]))
+    text = table_of([[1, f"{NOTE} {CANARY}"]])
+    folder = Path(upload(client, text)["path"]).parents[1]
+    before = {path for path in folder.rglob("*") if path.is_file()}
+    rows = classify(client, text)
     assert len(rows) == 1
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    assert any(path.name.startswith("classes-") for path in files)
-    assert not any(CANARY.encode() in path.read_bytes() for path in files)
-    assert set(system.glob("classes-*")) <= before
+    after = {path for path in folder.rglob("*") if path.is_file()}
+    (added,) = after - before  # the result alone
+    assert CANARY.encode() not in added.read_bytes()
 
 
 def test_equal_files_of_two_people_are_two_files(client):
@@ -259,8 +266,8 @@ def test_equal_files_of_two_people_are_two_files(client):
     first, second = upload(client, text), upload(client, text)
     for data in (first, second):
         assert call(client, "classify_file", data, "transcription")[0] == "complete"
-    event, _ = call(client, "classify_file", second, "transcription")
-    assert event == "error"  # it was removed when it had been read
+    answer = join(client, "classify_file", second, "transcription", session="one")
+    assert answer.status_code == 422  # it was removed when it had been read
 
 
 def test_a_label_that_a_spreadsheet_would_compute_is_made_harmless(classifier, tmp_path):
@@ -276,8 +283,8 @@ def test_a_label_that_a_spreadsheet_would_compute_is_made_harmless(classifier, t
     ("content", "told"),
     [
         (table_of([[1, NOTE]], header=("id", "note")), "The file has no column 'transcription'"),
-        ("transcription\r\n", "The file has no rows."),
-        ("", "The file has no column 'transcription'"),
+        ("transcription\r\n", "The file has no rows"),
+        ("", "The file has no rows"),
         (table_of([[1, "é"]]).encode("latin-1"), "The file is not UTF-8"),
         (table_of([[1, "x"]] * (MOST_ROWS + 1)), "The file has more than 2,000 rows"),
     ],
@@ -291,7 +298,7 @@ def test_a_file_may_be_larger_than_a_request_but_not_without_bound(client):
     rows = [[i, "x" * 9_000] for i in range(200)]
     assert len(table_of(rows)) > MOST_BODY_BYTES
     assert upload(client, table_of(rows))
-    files = {"files": ("notes.csv", b"x" * (MOST_FILE_BYTES + 1))}
+    files = {"files": ("notes.csv", b"x" * (MOST_FILE_BYTES + 10_001))}
     assert client.post("/gradio_api/upload", files=files).status_code == 413
 
 

@@ -1,6 +1,5 @@
 """The page as a person uses it, and what it must not do: leak a note, or answer a stranger."""
 
-import base64
 import csv
 import dataclasses
 import hashlib
@@ -24,27 +23,19 @@ from pathlib import Path
 
 import psutil
 import pytest
-import uvicorn
 from fastapi.testclient import TestClient
 from gradio_client import Client
 from gradio_client.utils import Status
 
 import clinora
 from clinora.classifier import Calibration
-from clinora.serving import app as app_module
 from clinora.serving.api import MOST_CHARACTERS
-from clinora.serving.app import (
-    AT_ONCE,
-    MOST_BODY_BYTES,
-    MOST_EVENTS,
-    SHUTDOWN_SECONDS,
-    create_app,
-)
+from clinora.serving.app import AT_ONCE, MOST_EVENTS, create_app
 from clinora.serving.flags import Flags, FlagsFullError
 from clinora.serving.page import CURL, EXAMPLES, PYTHON, REASONS
-from tests.served import Person, call
+from clinora.serving.server import DEFAULT_LIMITS, MOST_BODY_BYTES, Server
+from tests.served import ROOT, Person, call, join
 
-ROOT = Path(__file__).parents[1]
 PUBLISHED_NOTE = (
     "The patient reports severe chest pain and shortness of breath. ECG shows ST elevation. "
     "Possible myocardial infarction."
@@ -155,10 +146,9 @@ def test_an_uncalibrated_run_claims_no_confidence_and_refers_nobody(client):
 def test_a_full_queue_refuses_at_once(client, classifier, monkeypatch):
     may_go_on, run = threading.Event(), classifier.run
     monkeypatch.setattr(classifier, "run", lambda *a: may_go_on.wait(30) and run(*a))
-    body = {"data": ["fever"]}
     codes = [
-        client.post("/gradio_api/call/predict", json=body).status_code
-        for _ in range(MOST_EVENTS + AT_ONCE + 1)
+        join(client, "predict", "fever", session=f"s{i}").status_code
+        for i in range(MOST_EVENTS + AT_ONCE + 1)
     ]
     may_go_on.set()
     assert codes[:MOST_EVENTS] == [200] * MOST_EVENTS  # the others may have left the queue
@@ -414,9 +404,11 @@ def test_a_missing_run_ends_the_process_with_one_line(start):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_it_cleanly_even_with_the_page_open(small_run, start, tmp_path, number):
     served = start("--run", small_run, "--port", "0")
-    with urllib.request.urlopen(f"{served.url()}/gradio_api/heartbeat/one") as stream:
+    cookie = {"Cookie": "clinora_visit=me"}
+    heartbeat = urllib.request.Request(f"{served.url()}/gradio_api/heartbeat/one", headers=cookie)
+    with urllib.request.urlopen(heartbeat) as stream:
         stream.readline()
-        (temporary,) = (tmp_path / "tmp").glob("clinora-page-*")
+        temporary = next(p for p in (tmp_path / "tmp").glob("clinora-*") if p.is_dir())
         assert stat.S_IMODE(temporary.stat().st_mode) == 0o700
         assert served.end(number) == 0
     assert served.read("err") == ""
@@ -449,22 +441,13 @@ def test_it_listens_on_the_loopback_address_alone(served):
 
 @pytest.mark.slow
 def test_the_process_writes_no_text_to_any_file(served):
-    def post(path, body):
-        headers = {"Content-Type": "application/json"}
-        request = urllib.request.Request(served.url() + path, body, headers)
-        try:
-            with urllib.request.urlopen(request) as answer:
-                return answer.status, answer.read().decode()
-        except urllib.error.HTTPError as error:
-            return error.code, error.read().decode()
-
-    note, good = f"{CANARY} chest pain", "/gradio_api/call/predict"
-    assert post("/v1/classify", json.dumps({"note": note}).encode())[0] == 200
-    event = json.loads(post(good, json.dumps({"data": [note]}).encode())[1])["event_id"]
-    assert "event: complete" in post(f"{good}/{event}", None)[1]
-    post_malformed(post)
-    urllib.request.urlopen(f"{served.url()}/?note={CANARY}").read()
-    assert "TypeError at gradio_client/utils.py" in served.read("err")
+    headers = {"Content-Type": "application/json"}
+    with httpx.Client(base_url=served.url(), headers=headers, timeout=60) as client:
+        note = f"{CANARY} chest pain"
+        assert client.post("/v1/classify", json={"note": note}).status_code == 200
+        assert call(client, "predict", note)[0] == "complete"
+        post_malformed(lambda path, body: client.post(path, content=body))
+        client.get("/", params={"note": CANARY})
     assert "Traceback" not in served.read("err")
     files = [p for p in served.folder.rglob("*") if p.is_file()]  # its logs among them
     assert [p.name for p in files if CANARY.encode() in p.read_bytes()] == []
@@ -549,9 +532,7 @@ def test_sigterm_lets_what_is_being_answered_end(classifier, flags_folder, monke
 
     monkeypatch.setattr(classifier, "run", wait_and_run)
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = app_module.Server(
-            uvicorn.Config(create_app(classifier, flags_folder), log_level="warning")
-        )
+        server = Server(create_app(classifier, flags_folder))
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -831,9 +812,10 @@ def test_beyond_this_machine_the_browser_is_asked_for_a_password(
 ):
     salt = b"0123456789abcdef"
     found = hashlib.scrypt(b"correct horse", salt=salt, n=2**14, r=8, p=1)
-    (tmp_path / "passwords.txt").write_text(f"alice:{salt.hex()}:{found.hex()}\n")
+    passwords = tmp_path / "passwords.txt"
+    passwords.write_text(f"alice:{salt.hex()}:{found.hex()}\n")
     options = ["--host", "0.0.0.0", "--allow-host", "notes.example", "--port", "0"]
-    options += ["--auth-file", "passwords.txt", "--run", small_run]
+    options += ["--auth-file", passwords, "--run", small_run]
     served = start(*options)
     url = served.url().replace("notes.example", "127.0.0.1")
     known = {"username": "alice", "password": "correct horse"}
@@ -849,9 +831,6 @@ def test_beyond_this_machine_the_browser_is_asked_for_a_password(
 
     expect(person.text).to_have_value(expected)
     context.close()
-    header = "Basic " + base64.b64encode(b"alice:correct horse").decode()
-    client = Client(url, headers={"Authorization": header}, analytics_enabled=False, verbose=False)
-    assert client.predict("fever", api_name="/predict")[1] == expected
 
 
 @pytest.mark.slow
@@ -870,7 +849,7 @@ def test_the_snippets_give_the_published_answer(served, classifier):
             told = json.loads(done.stdout)
             assert told["label"] == expected.label and told["predicted_class"] == expected.index
         else:
-            assert expected.as_text() in done.stdout
+            assert repr(expected.label) in done.stdout
 
 
 # --- The examples for those who run it ---
@@ -887,7 +866,7 @@ def test_the_examples_start_it_with_options_that_it_has():
         args = serve.build_parser().parse_args(words)
         assert args.host == "0.0.0.0" and args.auth_file and args.allow_host
     seconds = int(re.search(r"^TimeoutStopSec=(\d+)$", unit, re.MULTILINE)[1])
-    assert seconds > SHUTDOWN_SECONDS
+    assert seconds > DEFAULT_LIMITS.shutdown_seconds
 
 
 def test_gradios_limits_are_set(client):

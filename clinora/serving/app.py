@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import socket
 import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -10,7 +9,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import gradio
-import uvicorn
 from fastapi import FastAPI
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -24,13 +22,14 @@ from clinora.serving.gate import add_page
 from clinora.serving.guard import BodyLimit, Guard
 from clinora.serving.page import CSS, THEME, build_page
 from clinora.serving.passwords import Door
+from clinora.serving.server import serve
 from clinora.serving.storage import KEPT_SECONDS, Storage
 
-SHUTDOWN_SECONDS = 30  # in which what is being answered may end
+__all__ = ["create_app", "serve"]
+
 MOST_SESSIONS = 1_000  # whose last prediction is remembered, for a flag
 AT_ONCE = 32  # handlers of the page that run; the batcher bounds what reaches the model
 MOST_EVENTS = 64  # of the page that wait for a handler
-MOST_CONNECTIONS = 500
 # Another name would be another site's, whose owner has it point here (DNS rebinding).
 LOOPBACK_NAMES = ["127.0.0.1", "localhost"]
 
@@ -105,26 +104,6 @@ def create_app(
     add_page(app, page, gradio_app, storage)
     app.state.gradio, app.state.batcher = gradio_app.routes[-1].app, batcher
     return app
-
-
-def serve(app: FastAPI, listener: socket.socket) -> None:
-    """Serve an app on a listening socket until a signal ends it, which is raised again then."""
-    # At this level uvicorn does not log requests either.
-    config = uvicorn.Config(
-        app,
-        log_level="warning",
-        timeout_graceful_shutdown=SHUTDOWN_SECONDS,
-        limit_concurrency=MOST_CONNECTIONS,
-    )
-    Server(config).run(sockets=[listener])
-
-
-class Server(uvicorn.Server):
-    """Uvicorn's, which ends at once although every open page holds a connection."""
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self.config.app.state.gradio.stop_event.set()
-        await super().shutdown(sockets)
 
 
 def _keep_gradio_quiet() -> None:

@@ -6,10 +6,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from clinora.serving import report_error
 from clinora.serving.gate import UPLOAD_ROUTE
-
-MOST_BODY_BYTES = 1_000_000  # of a request
-MOST_FILE_BYTES = 5_000_000  # of a file with many notes
-FORM_BYTES = 10_000  # around a file
+from clinora.serving.server import FORM_BYTES, MOST_BODY_BYTES, MOST_FILE_BYTES
 
 # The page needs inline scripts and styles; nothing may come from or go to another origin.
 CONTENT_SECURITY_POLICY = (
