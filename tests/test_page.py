@@ -36,6 +36,7 @@ def classifier(small_run):
 @pytest.fixture
 def client(classifier, tmp_path):
     with TestClient(create_app(classifier, tmp_path / "flagged"), "http://127.0.0.1") as client:
+        client.get("/config")  # brings the visit's cookie, before several threads ask
         yield client
 
 
@@ -107,7 +108,11 @@ def test_people_with_different_strengths_do_not_affect_each_other(client):
             # Notes that wait go through the model together, which rounds otherwise.
             found.append(probabilities(client, NOTE, session) == pytest.approx(predicted, abs=1e-5))
 
-    threads = [threading.Thread(target=ask, args=(s, f"{i} {s}")) for i in range(3) for s in alone]
+    threads = [
+        threading.Thread(target=ask, args=(s, f"person{i}at{int(100 * s)}"))
+        for i in range(3)
+        for s in alone
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 
 import gradio as gr
+from gradio.data_classes import FileData
 from torch.func import functional_call
 
 import clinora
@@ -399,7 +400,8 @@ def _many_tab(batcher: Batcher, storage: Storage) -> None:
         f"A CSV file with a header, at most {MOST_ROWS:,} rows and 5 MB. The answer has a row for "
         "each, without the notes' text; a row that cannot be classified says why."
     )
-    upload = gr.File(label="CSV file", type="filepath")
+    upload = gr.File(label="CSV file")
+    upload.preprocess = _path_of  # Gradio's own leaves an empty file behind at each event
     column = gr.Textbox("transcription", label="Column of the notes")
     start = gr.Button("Classify all", variant="primary")
     preview = gr.Dataframe(headers=header, interactive=False, label="The first rows")
@@ -411,6 +413,10 @@ def _many_tab(batcher: Batcher, storage: Storage) -> None:
         show_progress_on=preview, api_name="classify_file",
     )  # fmt: skip
     done.failure(lambda: (None, None, None), None, outputs, api_name="clear_failed_file")
+
+
+def _path_of(upload: FileData | None) -> str | None:
+    return None if upload is None else upload.path
 
 
 def _notes_of(content: bytes, column: str) -> list[tuple[str, str | None]]:
