@@ -33,7 +33,7 @@ FEWEST_CHARACTERS = 12  # of a password
 NOT_IN_PASSWORDS = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 MOST_GUESSES = 8  # of one address that wait for their turn
 MOST_WAITING = 64  # guesses of all addresses that wait for their turn
-MOST_REMEMBERED = 10_000  # addresses whose last guess is remembered
+MOST_REMEMBERED = 10_000  # addresses whose last turn is remembered
 OPEN_TO_ALL = ("/health", "/ready")  # they tell nothing but whether the service is well
 
 
@@ -116,28 +116,27 @@ class Guess:
     """A guess that asks for a turn."""
 
     address: str
-    previous: int  # number of the address' guess before this one; 0: none is remembered
     decided: anyio.Event = field(default_factory=anyio.Event)  # it has its turn, or is refused
 
 
 class Turns:
-    """Gives one guess at a time its turn: first that of the address that guessed least recently.
+    """Gives guesses their turn, one at a time; the address whose turn is longest ago is next.
 
-    A flood from a few addresses leaves their guesses behind everybody else's. An address has at
-    most MOST_GUESSES guesses that wait. When more than MOST_WAITING wait in all, the guess of the
-    address that guessed most recently loses its place, so a new address always has one.
+    A new address is next at once, whatever the others send. Each address has at most MOST_GUESSES
+    guesses that wait. When more than MOST_WAITING wait in all, a guess of the address whose turn
+    was last loses its place, which counts as a turn: a new address always has a place.
     """
 
     def __init__(self) -> None:
         self._waiting: list[Guess] = []  # in the order of their arrival
         self._holder: Guess | None = None
-        self._count = 0
-        self._last: dict[str, int] = {}  # number of each address' last guess, in rising order
+        self._count = 0  # of turns
+        self._last: dict[str, int] = {}  # number of each address' last turn, in rising order
 
     @asynccontextmanager
     async def turn(self, address: str) -> AsyncIterator[bool]:
         """Wait for a turn and hold it inside the ``with``; yields False to a refused guess."""
-        guess = Guess(address, self._remember(address))
+        guess = Guess(address)
         self._join(guess)
         try:
             await guess.decided.wait()
@@ -145,29 +144,16 @@ class Turns:
         finally:
             self._leave(guess)
 
-    def _remember(self, address: str) -> int:
-        """Note that an address guesses; returns the number of its guess before."""
-        previous = self._last.pop(address, 0)
-        self._count += 1
-        self._last[address] = self._count
-        if len(self._last) > MOST_REMEMBERED:
-            oldest = next(iter(self._last))
-            del self._last[oldest]
-        return previous
-
     def _join(self, guess: Guess) -> None:
-        self._waiting.append(guess)
         own = [other for other in self._waiting if other.address == guess.address]
-        if len(own) > MOST_GUESSES:
-            self._refuse(guess)
-        elif len(self._waiting) > MOST_WAITING:
-            self._refuse(max(self._waiting, key=lambda other: other.previous))
+        if len(own) == MOST_GUESSES:
+            guess.decided.set()
+            return
+        self._waiting.append(guess)
         if self._holder is None:
             self._call_next()
-
-    def _refuse(self, guess: Guess) -> None:
-        self._waiting.remove(guess)
-        guess.decided.set()
+        elif len(self._waiting) > MOST_WAITING:
+            self._decide(max(self._waiting, key=self._last_turn))
 
     def _leave(self, guess: Guess) -> None:
         if guess in self._waiting:  # its request was cancelled
@@ -178,9 +164,23 @@ class Turns:
 
     def _call_next(self) -> None:
         if self._waiting:
-            self._holder = min(self._waiting, key=lambda other: other.previous)
-            self._waiting.remove(self._holder)
-            self._holder.decided.set()
+            self._holder = min(self._waiting, key=self._last_turn)
+            self._decide(self._holder)
+
+    def _last_turn(self, guess: Guess) -> int:
+        """Number of the last turn that the guess' address had; 0: none is remembered."""
+        return self._last.get(guess.address, 0)
+
+    def _decide(self, guess: Guess) -> None:
+        """End the waiting of a guess, with or without a turn, and remember its address."""
+        self._waiting.remove(guess)
+        guess.decided.set()
+        self._count += 1
+        self._last.pop(guess.address, None)
+        self._last[guess.address] = self._count
+        if len(self._last) > MOST_REMEMBERED:
+            oldest = next(iter(self._last))
+            del self._last[oldest]
 
 
 class Door:
