@@ -25,7 +25,7 @@ from starlette.responses import PlainTextResponse
 import clinora
 from clinora.serving import passwords
 from clinora.serving.app import create_app
-from clinora.serving.passwords import MOST_GUESSES, MOST_REMEMBERED, MOST_WAITING
+from clinora.serving.passwords import MOST_GUESSES, MOST_WAITING
 
 ROOT = Path(__file__).parents[1]
 CANARY = "canary-7f3a"
@@ -113,8 +113,8 @@ def test_health_tells_itself_to_all_and_unknown_hosts_are_refused(guarded):
     assert guarded.get("/", headers=headers).status_code == 400
 
 
-@pytest.mark.parametrize("ending", ["\0", "\0\0\0", "\0" * 51, "\n", "\x7f"])
-def test_a_password_with_a_control_character_behind_it_is_another(users, ending):
+@pytest.mark.parametrize("ending", ["\0", "\0" * 51])
+def test_a_password_with_a_nul_character_behind_it_is_another(users, ending):
     assert admits(users, "alice", RIGHT)
     assert not admits(users, "alice", RIGHT + ending)
 
@@ -213,7 +213,7 @@ def test_what_makes_no_line_is_told(monkeypatch, capsys, name, typed, told):
 
 
 class Turns:
-    """Stands in for scrypt: notes whose turn it was, and holds the turns while it is closed."""
+    """Stands in for scrypt: notes whose turn it was, and can hold the turns."""
 
     def __init__(self):
         self.passwords = []
@@ -226,6 +226,15 @@ class Turns:
         # A wrong guess is not worth the time here.
         return real_scrypt(password, **parameters) if password == RIGHT.encode() else bytes(64)
 
+    @contextmanager
+    def held(self):
+        """Let no turn end inside the ``with``."""
+        self.open.clear()
+        try:
+            yield
+        finally:
+            self.open.set()
+
     def before(self, password):
         """How many had their turn before this password."""
         return self.passwords.index(password)
@@ -235,8 +244,7 @@ class Turns:
 def turns(monkeypatch):
     turns = Turns()
     monkeypatch.setattr(hashlib, "scrypt", turns.scrypt)
-    yield turns
-    turns.open.set()
+    return turns
 
 
 @contextmanager
@@ -255,9 +263,11 @@ def listening(app):
     thread.start()
     wait_until(lambda: server.started)
     port = server.servers[0].sockets[0].getsockname()[1]
-    yield f"http://127.0.0.1:{port}", came
-    server.should_exit = True
-    thread.join(30)
+    try:
+        yield f"http://127.0.0.1:{port}", came
+    finally:
+        server.should_exit = True
+        thread.join(30)
 
 
 def wait_until(condition):
@@ -276,17 +286,16 @@ def get(url, address, password):
 
 def test_a_flood_from_one_address_delays_another_by_one_turn(classifier, users, tmp_path, turns):
     guesses = 40
-    turns.open.clear()
+    refused = guesses - 1 - MOST_GUESSES  # one has its turn, the others wait
     app = create_app(classifier, tmp_path / "flagged", users=users)
     with listening(app) as (url, came), ThreadPoolExecutor(guesses + 1) as pool:
-        flood = [
-            pool.submit(get, f"{url}/config", "127.0.0.2", f"guess {i}") for i in range(guesses)
-        ]
-        refused = guesses - 1 - MOST_GUESSES  # one has its turn, the others wait
-        wait_until(lambda: sum(answer.done() for answer in flood) == refused)
-        login = pool.submit(get, f"{url}/config", "127.0.0.3", RIGHT)
-        wait_until(lambda: "127.0.0.3" in came)
-        turns.open.set()
+        with turns.held():
+            flood = [
+                pool.submit(get, f"{url}/config", "127.0.0.2", f"guess {i}") for i in range(guesses)
+            ]
+            wait_until(lambda: sum(answer.done() for answer in flood) == refused)
+            login = pool.submit(get, f"{url}/config", "127.0.0.3", RIGHT)
+            wait_until(lambda: "127.0.0.3" in came)
         assert login.result(30).status_code == 200
         answers = [answer.result(30) for answer in flood]
     assert turns.before(RIGHT) == 1
@@ -298,16 +307,15 @@ def test_a_flood_from_one_address_delays_another_by_one_turn(classifier, users, 
 def test_who_is_known_waits_for_nobody(guarded, turns):
     known = {"Authorization": basic("alice", RIGHT)}
     assert guarded.get("/config", headers=known).status_code == 200
-    turns.open.clear()
     with ThreadPoolExecutor(1) as pool:
-        guess = {"Authorization": basic("alice", "guess")}
-        guessing = pool.submit(guarded.get, "/config", headers=guess)
-        wait_until(lambda: turns.passwords == [RIGHT, "guess"])
-        assert guarded.get("/config", headers=known).status_code == 200
-        assert guarded.get("/config").status_code == 401  # no password: nothing to look at
-        assert guarded.get("/health").status_code == 200
-        assert not guessing.done()
-        turns.open.set()
+        with turns.held():
+            guess = {"Authorization": basic("alice", "guess")}
+            guessing = pool.submit(guarded.get, "/config", headers=guess)
+            wait_until(lambda: turns.passwords == [RIGHT, "guess"])
+            assert guarded.get("/config", headers=known).status_code == 200
+            assert guarded.get("/config").status_code == 401  # no password: nothing to look at
+            assert guarded.get("/health").status_code == 200
+            assert not guessing.done()
         assert guessing.result(30).status_code == 401
     assert turns.passwords == [RIGHT, "guess"]
 
@@ -333,10 +341,9 @@ def statuses_of_a_flood(app, turns, flood, login):
     """Have a login come after a flood; returns the statuses of both."""
 
     async def run():
-        turns.open.clear()
-        tasks = await waiting(ask(app, *guess) for guess in flood)
-        (last,) = await waiting([ask(app, *login)])
-        turns.open.set()
+        with turns.held():
+            tasks = await waiting(ask(app, *guess) for guess in flood)
+            (last,) = await waiting([ask(app, *login)])
         return await asyncio.gather(*tasks), await last
 
     return asyncio.run(run())
@@ -409,30 +416,30 @@ def test_a_password_that_was_found_right_is_not_looked_at_again(door, turns):
 
 def test_a_cancelled_guess_leaves_its_place_and_its_turn(door, turns):
     async def run():
-        turns.open.clear()
-        first, second = await waiting(ask(door, "10.0.0.1", f"guess {i}") for i in range(2))
-        second.cancel()
-        first.cancel()
-        turns.open.set()
+        with turns.held():
+            first, second = await waiting(ask(door, "10.0.0.1", f"guess {i}") for i in range(2))
+            second.cancel()
+            first.cancel()
         return await asyncio.wait_for(ask(door, "10.0.0.1", RIGHT), 30)
 
     assert asyncio.run(run()) == 200
     assert "guess 1" not in turns.passwords
 
 
-def test_the_memory_of_many_addresses_is_bounded():
+def test_the_memory_of_many_addresses_is_bounded(monkeypatch):
+    monkeypatch.setattr(passwords, "MOST_REMEMBERED", 1_000)
     turns = passwords.Turns()
 
     async def flood():
-        for i in range(3 * MOST_REMEMBERED):
-            async with turns.turn(f"10.{i >> 16}.{i >> 8 & 255}.{i & 255}"):
+        for i in range(10_000):
+            async with turns.turn(f"10.0.{i // 250}.{i % 250}"):
                 pass
 
     tracemalloc.start()
     asyncio.run(flood())
     kept, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert kept < 300 * MOST_REMEMBERED  # bytes
+    assert kept < 500_000  # bytes; 10,000 remembered addresses take more than 1 MB
 
 
 # --- Behind a proxy ---
@@ -449,12 +456,11 @@ def flood_through(app, turns, peer, flooder, person):
     """Have one flood and another log in, both through ``peer``; statuses of both."""
 
     async def run():
-        turns.open.clear()
-        tasks = await waiting(
-            ask(app, peer, "guess", **{"X-Forwarded-For": flooder(i)}) for i in range(40)
-        )
-        (login,) = await waiting([ask(app, peer, RIGHT, **{"X-Forwarded-For": person})])
-        turns.open.set()
+        with turns.held():
+            tasks = await waiting(
+                ask(app, peer, "guess", **{"X-Forwarded-For": flooder(i)}) for i in range(40)
+            )
+            (login,) = await waiting([ask(app, peer, RIGHT, **{"X-Forwarded-For": person})])
         return await asyncio.gather(*tasks), await login
 
     return asyncio.run(run())
