@@ -122,7 +122,7 @@ class Guess:
 class Turns:
     """Gives guesses their turn, one at a time; the address whose turn is longest ago is next.
 
-    A new address is next at once, whatever the others send. Each address has at most MOST_GUESSES
+    A new address so comes before all that have had a turn. Each address has at most MOST_GUESSES
     guesses that wait. When more than MOST_WAITING wait in all, a guess of the address whose turn
     was last loses its place, which counts as a turn: a new address always has a place.
     """
@@ -187,8 +187,8 @@ class Door:
     """ASGI middleware: HTTP Basic authentication (RFC 7617), for page and API alike.
 
     A header that was right once is admitted at once from then on. Any other costs a scrypt, one
-    at a time, in the order of ``Turns``. A flood from very many addresses can still delay or
-    refuse the first login of others; it does not concern those who are logged in.
+    at a time, in the order of ``Turns``. A flood from thousands of addresses can still delay or
+    refuse new logins, but not people who are already logged in.
     """
 
     def __init__(self, app: ASGIApp, users: dict[str, tuple[bytes, bytes]]) -> None:
