@@ -31,6 +31,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--auth-file", help="who may enter: lines of python -m clinora.serving.passwords NAME"
     )
+    parser.add_argument(
+        "--trusted-proxy", action="append", default=[], metavar="ADDRESS",
+        help="a proxy (address or network) whose X-Forwarded-For and X-Forwarded-Proto are "
+        "believed; give it once for each proxy",
+    )  # fmt: skip
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--precision", default="auto", help="auto, bf16, fp16 or fp32")
     return parser
@@ -59,6 +64,14 @@ def run_job(args: argparse.Namespace) -> None:
     for name in args.allow_host:
         if not re.fullmatch(r"[A-Za-z0-9.-]+", name):
             raise ValueError(f"--allow-host {name}: expected a name alone, as notes.example")
+    for address in args.trusted_proxy:
+        try:
+            ipaddress.ip_network(address)
+        except ValueError as error:
+            raise ValueError(
+                f"--trusted-proxy: expected an address or a network, as 127.0.0.1 or 10.0.0.0/28 "
+                f"({error})"
+            ) from None
     if (not loopback or args.allow_host) and not (args.auth_file and args.allow_host):
         raise ValueError(
             f"--host {args.host} is open to other machines, and so is a name of --allow-host: give "
@@ -89,7 +102,15 @@ def run_job(args: argparse.Namespace) -> None:
         card = model_card(classifier, args.run)
         hosts = [*args.allow_host, args.host] if loopback else args.allow_host
         url = f"http://{args.host if loopback else hosts[0]}:{listener.getsockname()[1]}"
-        app = create_app(classifier, FLAGS, hosts=hosts, users=users, card=card, url=url)
+        app = create_app(
+            classifier,
+            FLAGS,
+            hosts=hosts,
+            users=users,
+            card=card,
+            url=url,
+            trusted_proxies=args.trusted_proxy,
+        )
         print(f"Clinora: {url}", flush=True)
         serve(app, listener)
 

@@ -1,8 +1,5 @@
-"""The HTTP interface: the published answer, refusals in words, and who may come in."""
+"""The HTTP interface: the published answer, and refusals in words."""
 
-import base64
-import getpass
-import hashlib
 import threading
 import time
 
@@ -10,7 +7,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 import clinora
-from clinora.serving import api, passwords
+from clinora.serving import api
 from clinora.serving.app import create_app
 from clinora.serving.batcher import MOST_WAITING
 
@@ -180,9 +177,6 @@ def test_one_notes_failure_is_its_own(client, classifier, monkeypatch, caplog):
     assert CANARY not in caplog.text
 
 
-# --- Who may come in ---
-
-
 @pytest.mark.parametrize("path", ["/", "/health", "/config"])
 def test_another_sites_page_is_refused(client, path):
     for origin, status in (
@@ -190,152 +184,3 @@ def test_another_sites_page_is_refused(client, path):
         ("http://127.0.0.1", 200),
     ):  # fmt: skip
         assert client.get(path, headers={"Origin": origin}).status_code == status
-
-
-def line(name, password):
-    """Make a line of the file of passwords, with scrypt's parameters of the documentation."""
-    salt = b"0123456789abcdef"
-    found = hashlib.scrypt(password.encode(), salt=salt, n=16384, r=8, p=1)
-    return f"{name}:{salt.hex()}:{found.hex()}\n"
-
-
-@pytest.fixture
-def guarded(classifier, tmp_path):
-    file = tmp_path / "passwords.txt"
-    file.write_text(line("alice", "correct horse") + "\n" + line("bob", "pässword: 9"))
-    users = passwords.read_passwords(file)
-    app = create_app(classifier, tmp_path / "flagged", hosts=["notes.example"], users=users)
-    with TestClient(app, "http://notes.example") as client:
-        yield client
-
-
-def basic(name, password):
-    return "Basic " + base64.b64encode(f"{name}:{password}".encode()).decode()
-
-
-@pytest.mark.parametrize("path", ["/", "/gradio_api/info"])
-def test_page_and_api_ask_for_name_and_password(guarded, path):
-    right = basic("alice", "correct horse")
-    users = [
-        ("alice", "wrong"),
-        ("alice", ""),
-        ("bob", "correct horse"),
-        ("carol", "correct horse"),
-    ]
-    wrong = [
-        *(basic(*user) for user in users),
-        "Basic ###",
-        "Basic",
-        right.replace("Basic", "Digest"),
-    ]
-    for headers in ({}, *({"Authorization": header} for header in wrong)):
-        for answer in (
-            guarded.get(path, headers=headers),
-            guarded.post("/v1/classify", json={"note": CANARY}, headers=headers),
-        ):
-            assert answer.status_code == 401
-            assert answer.headers["WWW-Authenticate"].startswith("Basic ")
-            assert "default-src 'self'" in answer.headers["Content-Security-Policy"]
-
-
-@pytest.mark.parametrize("user", [("alice", "correct horse"), ("bob", "pässword: 9")])
-def test_a_name_with_its_password_comes_in_each_time(guarded, user):
-    headers = {"Authorization": basic(*user)}
-    for _ in range(2):
-        assert guarded.get("/", headers=headers).status_code == 200
-        answer = guarded.post("/v1/classify", json={"note": NOTES[0]}, headers=headers)
-        assert answer.status_code == 200
-
-
-def test_guesses_of_strangers_do_not_hold_up_who_is_known(guarded, monkeypatch):
-    known = {"Authorization": basic("alice", "correct horse")}
-    assert guarded.get("/config", headers=known).status_code == 200
-    may_go_on, began, scrypt = threading.Event(), threading.Event(), passwords.scrypt
-
-    def slow(password, salt):
-        began.set()
-        may_go_on.wait(30)
-        return scrypt(password, salt)
-
-    monkeypatch.setattr(passwords, "scrypt", slow)
-    statuses = []
-
-    def guess(i):
-        headers = {"Authorization": basic("alice", f"guess {i}")}
-        statuses.append(guarded.get("/config", headers=headers).status_code)
-
-    threads = [threading.Thread(target=guess, args=(i,)) for i in range(30)]
-    for thread in threads:
-        thread.start()
-    began.wait(30)
-    assert guarded.get("/health").status_code == 200
-    assert guarded.get("/config", headers=known).status_code == 200
-    end = time.monotonic() + 30
-    while len(statuses) < 30 - 1 - passwords.MOST_GUESSES and time.monotonic() < end:
-        time.sleep(0.01)
-    assert statuses == [429] * (30 - 1 - passwords.MOST_GUESSES)
-    may_go_on.set()
-    for thread in threads:
-        thread.join()
-    assert statuses.count(401) == 1 + passwords.MOST_GUESSES
-
-
-def test_a_strangers_body_is_not_read(guarded):
-    answer = guarded.post("/v1/classify", content=b"x" * 6_000_000)
-    assert answer.status_code == 401
-
-
-def test_health_tells_itself_to_all_and_unknown_hosts_are_refused(guarded):
-    assert guarded.get("/health").status_code == 200
-    assert guarded.get("/ready").status_code == 200
-    headers = {"Host": "evil.example", "Authorization": basic("alice", "correct horse")}
-    assert guarded.get("/", headers=headers).status_code == 400
-
-
-@pytest.mark.parametrize(
-    ("text", "told"),
-    [
-        ("", "names nobody"),
-        ("alice:correct horse\n", "line 1 of"),
-        ("alice:00:zz\n", "line 1 of"),
-        (line("alice", "a") + "bob:00:11\n", "line 2 of"),
-        (line("alice", "a") + line("alice", "b"), "line 2 of"),
-        (line("", "a"), "line 1 of"),
-    ],
-)
-def test_a_file_of_passwords_that_is_none_is_refused_without_quoting_it(tmp_path, text, told):
-    file = tmp_path / "passwords.txt"
-    file.write_text(text)
-    with pytest.raises(ValueError, match=told) as caught:
-        passwords.read_passwords(file)
-    assert "horse" not in str(caught.value)
-
-
-def test_the_tools_line_admits_the_password_that_was_typed(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(getpass, "getpass", lambda _: "correct horse")
-    assert passwords.main(["alice"]) == 0
-    printed = capsys.readouterr().out
-    assert "correct horse" not in printed
-    file = tmp_path / "passwords.txt"
-    file.write_text(printed)
-    door = passwords.Door(None, passwords.read_passwords(file))
-    assert door.admits(basic("alice", "correct horse"))
-    assert not door.admits(basic("alice", "correct horsf"))
-
-
-@pytest.mark.parametrize(
-    ("name", "typed", "told"),
-    [
-        ("alice", ["short", "short"], "12 characters"),
-        ("alice", ["correct horse", "correct hors"], "not the same"),
-        ("al:ice", [], "without a colon"),
-        (" alice", [], "or outer spaces"),
-    ],
-)
-def test_what_makes_no_line_is_told(monkeypatch, capsys, name, typed, told):
-    answers = iter(typed)
-    monkeypatch.setattr(getpass, "getpass", lambda _: next(answers))
-    with pytest.raises(SystemExit, match="2"):
-        passwords.main([name])
-    out, err = capsys.readouterr()
-    assert out == "" and told in err

@@ -17,18 +17,20 @@ from pathlib import Path
 import pytest
 
 import clinora
+from clinora.serving import gate
 from clinora.serving.app import create_app
 from clinora.serving.server import Limits, Server
 
 ROOT = Path(__file__).parents[1]
-HEADERS = b"Host: 127.0.0.1\r\nContent-Type: application/json\r\n"
+# Each request is of one visit: the service takes any name for it.
+HEADERS = b"Host: 127.0.0.1\r\nCookie: clinora_visit=one\r\nContent-Type: application/json\r\n"
 NOTE = json.dumps({"note": "chest pain"}).encode()
 OTHER_ADDRESS = "127.0.0.2"
 
 
 def get(path):
     """Give the bytes of a request."""
-    return f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode()
+    return f"GET {path} HTTP/1.1\r\n".encode() + HEADERS + b"\r\n"
 
 
 def post(body, announced=None, path="/v1/classify"):
@@ -40,8 +42,9 @@ def post(body, announced=None, path="/v1/classify"):
 
 HEALTH = get("/health")
 # An event of the page, and the stream that brings its result.
-EVENT = json.dumps({"data": ["knee pain"], "session_hash": "one"}).encode()
-CALL = post(EVENT, path="/gradio_api/call/predict")
+PREDICT = gate.EVENTS.index("predict")
+EVENT = {"fn_index": PREDICT, "data": ["knee pain"], "session_hash": "one"}
+CALL = post(json.dumps(EVENT).encode(), path="/gradio_api/queue/join")
 EVENTS = get("/gradio_api/queue/data?session_hash=one")
 
 
@@ -51,8 +54,9 @@ def start(small_run, tmp_path):
 
     @contextmanager
     def running(trusted_proxies=(), **limits):
-        app = create_app(clinora.Classifier.load(small_run), tmp_path / "flagged")
-        server = Server(app, trusted_proxies, Limits(**limits))
+        run = clinora.Classifier.load(small_run)
+        app = create_app(run, tmp_path / "flagged", trusted_proxies=trusted_proxies)
+        server = Server(app, Limits(**limits))
         with socket.create_server(("127.0.0.1", 0)) as listener:
             port = listener.getsockname()[1]
             thread = threading.Thread(target=server.run, args=([listener],))
@@ -282,6 +286,7 @@ def test_all_connections_together_are_bounded(start):
 SERVE = """
 import signal, socket, sys, time
 import clinora
+from clinora.serving import gate
 from clinora.serving.app import create_app
 from clinora.serving.server import serve
 

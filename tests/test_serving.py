@@ -371,6 +371,9 @@ def serve(monkeypatch, tmp_path):
         (["--allow-host", "*", "--auth-file", "x"], "--allow-host *: expected a name alone"),
         (["--allow-host", "https://a", "--auth-file", "x"], "expected a name alone"),
         (["--auth-file", "missing"], "missing"),
+        (["--trusted-proxy", "*"], "--trusted-proxy: expected an address or a network"),
+        (["--trusted-proxy", "10.0.0.1/8"], "has host bits set"),
+        (["--trusted-proxy", "127.0.0.1", "--trusted-proxy", "a.example"], "a.example"),
     ],
 )
 def test_what_cannot_be_served_gives_one_line_and_status_2(serve, small_run, capsys, options, told):

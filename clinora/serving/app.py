@@ -1,6 +1,7 @@
 """The app that serves the page, and what keeps it private: who may ask, how much, what is told."""
 
 import asyncio
+import ipaddress
 import os
 import sys
 from collections.abc import AsyncIterator, Sequence
@@ -22,6 +23,7 @@ from clinora.serving.gate import add_page
 from clinora.serving.guard import BodyLimit, Guard
 from clinora.serving.page import CSS, THEME, build_page
 from clinora.serving.passwords import Door
+from clinora.serving.proxy import Proxies
 from clinora.serving.server import serve
 from clinora.serving.storage import KEPT_SECONDS, Storage
 
@@ -42,6 +44,7 @@ def create_app(
     users: dict[str, tuple[bytes, bytes]] | None = None,
     card: str = "",
     url: str = "http://127.0.0.1:7860",
+    trusted_proxies: Sequence[str] = (),
 ) -> FastAPI:
     """Make the app: the page at ``/``, the API beside it, one batcher for both.
 
@@ -52,7 +55,13 @@ def create_app(
         users: Salt and hash of the password of each name that may enter; None: whoever asks.
         card: What the model card says of the run, in Markdown.
         url: Where the app is, for the snippets that the page shows.
+        trusted_proxies: Addresses or networks, as ``10.0.0.0/28``, of the proxies whose
+            X-Forwarded-For and X-Forwarded-Proto are believed.
+
+    Raises:
+        ValueError: A trusted proxy is neither an address nor a network.
     """
+    proxies = [ipaddress.ip_network(address) for address in trusted_proxies]
     _keep_gradio_quiet()
     storage = Storage()
     # Gradio keeps what a handler gives it here, and reads these when the page is built.
@@ -100,9 +109,12 @@ def create_app(
         app.add_middleware(Door, users=users)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK_NAMES, *hosts])
     app.add_middleware(Guard)
+    app.add_middleware(Proxies, trusted=proxies)
     add_routes(app, batcher)
     add_page(app, page, gradio_app, storage)
-    app.state.gradio, app.state.batcher = gradio_app.routes[-1].app, batcher
+    app.state.gradio = gradio_app.routes[-1].app
+    app.state.batcher = batcher
+    app.state.trusted_proxies = proxies
     return app
 
 

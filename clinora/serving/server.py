@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from ipaddress import IPv4Network, IPv6Network, ip_address
 from typing import Any
 
 import h11
@@ -31,6 +32,9 @@ DELIVERY_SECONDS = 1  # for the last result to reach its stream
 # New connections that are taken at once. They are counted only after that, and a process may have
 # 1,024 files open.
 BACKLOG = 128
+
+
+Network = IPv4Network | IPv6Network
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,19 +69,17 @@ class Limits:
 DEFAULT_LIMITS = Limits()
 
 
-def serve(app: FastAPI, listener: socket.socket, trusted_proxies: Sequence[str] = ()) -> None:
+def serve(app: FastAPI, listener: socket.socket) -> None:
     """Serve an app on a listening socket until a signal ends it; the signal is raised again then.
 
     Args:
         app: The app of ``create_app``.
         listener: A socket that listens.
-        trusted_proxies: Addresses that may hold any part of the connections, since each brings the
-            requests of many clients.
     """
     # All that is loaded stays until the end: the garbage collector would look through it once more
     # then, for 1.5 s.
     gc.freeze()
-    Server(app, trusted_proxies).run(sockets=[listener])
+    Server(app).run(sockets=[listener])
 
 
 class Connection(H11Protocol):
@@ -89,7 +91,7 @@ class Connection(H11Protocol):
     """
 
     def __init__(
-        self, *, limits: Limits, trusted_proxies: Sequence[str], **of_uvicorn: Any
+        self, *, limits: Limits, trusted_proxies: Sequence[Network], **of_uvicorn: Any
     ) -> None:
         super().__init__(**of_uvicorn)
         self.address = ""
@@ -176,8 +178,8 @@ class Connection(H11Protocol):
     def _is_one_too_many(self) -> bool:
         if len(self.connections) > self._limits.connections:
             return True
-        if self.address in self._trusted_proxies:
-            return False
+        if any(ip_address(self.address) in network for network in self._trusted_proxies):
+            return False  # it brings the requests of many clients
         beside = [other for other in self.connections if other.address == self.address]
         return len(beside) > self._limits.connections_of_address
 
@@ -224,12 +226,13 @@ class Server(uvicorn.Server):
     def __init__(
         self,
         app: FastAPI,
-        trusted_proxies: Sequence[str] = (),
         limits: Limits = DEFAULT_LIMITS,
     ) -> None:
+        trusted_proxies = app.state.trusted_proxies
         config = uvicorn.Config(
             app,
             http=partial(Connection, limits=limits, trusted_proxies=trusted_proxies),
+            proxy_headers=False,  # uvicorn's would believe whoever is on this machine
             ws="none",
             lifespan="on",
             backlog=BACKLOG,
