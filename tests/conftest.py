@@ -54,6 +54,21 @@ def browser_path() -> str:
     return path
 
 
+@pytest.fixture(scope="module")
+def chromium(browser_path):
+    """A browser without a window, for one module."""
+    from playwright.sync_api import expect, sync_playwright
+
+    expect.set_options(timeout=30_000)  # a busy machine is slow
+    quiet = ["background-networking", "component-update", "sync"]
+    arguments = ["--no-sandbox", "--disable-gpu", "--no-first-run"]
+    arguments += [f"--disable-{what}" for what in quiet]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=browser_path, args=arguments)
+        yield browser
+        browser.close()
+
+
 @pytest.fixture(scope="session")
 def small_run(tmp_path_factory) -> Path:
     """A run's folder as training leaves it, random but the same at every call; 128 tokens.

@@ -795,20 +795,6 @@ TABS = ("LoRA internals", "Many notes", "API", "Model card")
 LABELS = ("Enter Clinical Note", "Predicted Classification in JSON Format", "Prediction in text")
 
 
-@pytest.fixture(scope="module")
-def chromium(browser_path):
-    from playwright.sync_api import expect, sync_playwright
-
-    expect.set_options(timeout=30_000)  # a busy machine is slow
-    quiet = ["background-networking", "component-update", "sync"]
-    arguments = ["--no-sandbox", "--disable-gpu", "--no-first-run"]
-    arguments += [f"--disable-{what}" for what in quiet]
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=browser_path, args=arguments)
-        yield browser
-        browser.close()
-
-
 class Person:
     """Someone at the page, and what the browser noticed meanwhile."""
 

@@ -6,6 +6,7 @@ browser, and tells failures by a reference, since a message may quote the note.
 
 import csv
 import functools
+import html
 import io
 import os
 import tempfile
@@ -22,7 +23,7 @@ from clinora.classifier import Classifier, Prediction
 from clinora.explain import Sentence, explain, layer_updates
 from clinora.figures import singular_values_figure, updates_figure
 from clinora.llama import LlamaConfig
-from clinora.notes import Note
+from clinora.notes import Note, has_visible
 from clinora.serving import report_error
 from clinora.serving.api import REQUEST_SECONDS, describe, refuse
 from clinora.serving.batcher import MOST_TOGETHER, Batcher, BusyError
@@ -84,6 +85,9 @@ CSS = """
 .refer p { border-left: 4px solid var(--color-red); padding-left: 12px; font-weight: 600; }
 /* Gradio's breaks words anywhere, and is too dark to read on at −1. */
 .gradio-container .textfield { word-break: normal; overflow-wrap: anywhere; }
+/* Long class names wrap, in the answers, in the heading and beside their bars. */
+.gradio-container .output-class, .gradio-container .confidence-set .text,
+.gradio-container .json-node .content { overflow-wrap: anywhere; min-width: 0; }
 .gradio-container .score-token { --pale: color-mix(in srgb, var(--body-background-fill) 40%, #0000);
   background-image: linear-gradient(var(--pale), var(--pale)); }
 """
@@ -124,7 +128,7 @@ def build_page(batcher: Batcher, flags: Flags, card: str, url: str) -> gr.Blocks
             gr.Code(CURL.format(url=url), language="shell", label="curl", interactive=False)
             gr.Code(PYTHON.format(url=url), language="python", label="Python", interactive=False)
         with gr.Tab("Model card"):
-            gr.Markdown(card)
+            gr.Markdown(card, latex_delimiters=[])
     return page
 
 
@@ -214,7 +218,7 @@ def _classify_tab(batcher: Batcher, flags: Flags) -> None:
 
 def _checked(note: str | None) -> str:
     note = (note or "").strip()
-    if not note:
+    if not has_visible(note):
         raise _message("Enter a clinical note first.")
     if why := refuse(note):
         raise _message(f"{why} Enter a part of it.")
@@ -393,7 +397,8 @@ def _many_tab(batcher: Batcher) -> None:
         f"A CSV file with a header, at most {MOST_ROWS:,} rows and 5 MB. The answer has a row for "
         "each, without the notes' text; a row that cannot be classified says why."
     )
-    upload = gr.File(label="CSV file", file_types=[".csv"], type="filepath")
+    # Without file_types: the browser's message about a file of another type shows its name as HTML.
+    upload = gr.File(label="CSV file", type="filepath")
     column = gr.Textbox("transcription", label="Column of the notes")
     start = gr.Button("Classify all", variant="primary")
     preview = gr.Dataframe(headers=header, interactive=False, label="The first rows")
@@ -465,7 +470,8 @@ def _wait(future: Future) -> object:
 
 
 def _message(text: str) -> gr.Error:
-    return gr.Error(text, print_exception=False)
+    """Make an error that the page shows as this text: Gradio shows messages as HTML."""
+    return gr.Error(html.escape(text, quote=False), print_exception=False)
 
 
 def _told_by_reference(handler: Callable) -> Callable:
