@@ -56,7 +56,8 @@ def model_card(classifier: Classifier, run: str | Path) -> str:
     report = folder / "report" / "report.md"
     if report.is_file():
         _, _, rest = report.read_text(encoding="utf-8").partition("```\n")
-        figures = _block(rest.partition("\n```")[0])
+        table, *_ = re.split(r"^```$", rest, maxsplit=1, flags=re.MULTILINE)
+        figures = _block(table.rstrip())
     confidence = "Not calibrated: no confidence is claimed, and no note is referred to a person."
     if calibration:
         confidence = (

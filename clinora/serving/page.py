@@ -343,7 +343,8 @@ def _internals_tab(batcher: Batcher) -> None:
     strength = gr.Slider(0, 2, 1, step=0.05, label="Strength of the adapter")
     table = gr.Dataframe(
         headers=["class", "base (0)", "adapter (1)", "chosen strength"], interactive=False,
-        label="Probabilities; the trained head stays on",
+        label="Probabilities; the trained head stays on", wrap=True,
+        column_widths=["40%", "20%", "20%", "20%"],
     )  # fmt: skip
     compare = gr.Button("Compare strengths")
     merge = gr.Button("Merge and compare")
