@@ -102,7 +102,7 @@ def test_the_published_note_is_the_first_example():
     assert EXAMPLES[0] == PUBLISHED_NOTE
 
 
-@pytest.mark.parametrize("note", ["", " \n\t", None])
+@pytest.mark.parametrize("note", ["", " \n\t", None, "\u200b\ufeff\u3164", "\0\x1b"])
 def test_an_empty_note_is_told(client, note):
     event, told = call(client, "predict", note)
     assert (event, told["error"]) == ("error", "Enter a clinical note first.")
@@ -1059,7 +1059,8 @@ def test_a_file_of_160_notes_is_classified_and_downloaded(person, classifier, tm
     with file.open("w", newline="") as out:
         csv.writer(out).writerows([["transcription"], *([note] for note in notes)])
     person.open("Many notes")
-    person.page.locator('input[accept=".csv"]').set_input_files(file)
+    upload = person.page.get_by_role("button", name="Click to upload")
+    upload.get_by_test_id("file-upload").set_input_files(file)
     # Its row: the name on the bar of progress may be gone before anyone looks.
     expect(person.page.get_by_role("cell", name="notes.csv")).to_be_visible()
     person.press("Classify all")
