@@ -32,6 +32,14 @@ def client(classifier, tmp_path):
         yield client
 
 
+@pytest.fixture(scope="module")
+def lasting_client(classifier, tmp_path_factory):
+    """A client for the many questions that leave nothing behind."""
+    app = create_app(classifier, tmp_path_factory.mktemp("api") / "flagged")
+    with TestClient(app, "http://127.0.0.1") as client:
+        yield client
+
+
 def expected(classifier, note):
     prediction = classifier([note])[0]
     return {
@@ -88,10 +96,10 @@ INVISIBLE = {
 
 
 @pytest.mark.parametrize("note", INVISIBLE.values(), ids=INVISIBLE)
-def test_a_note_with_nothing_visible_is_empty_for_api_file_and_python(client, classifier, note):
-    answer = client.post("/v1/classify", json={"note": note})
+def test_a_note_with_nothing_visible_is_empty_for_api_and_python(lasting_client, classifier, note):
+    answer = lasting_client.post("/v1/classify", json={"note": note})
     assert (answer.status_code, answer.json()) == (422, {"detail": "The note is empty."})
-    assert client.post("/v1/classify", json={"note": f"{note}7"}).status_code == 200
+    assert lasting_client.post("/v1/classify", json={"note": f"{note}7"}).status_code == 200
     with pytest.raises(ValueError, match="note 2 of 2 is empty"):
         classifier(["fever", note])
 
@@ -132,19 +140,21 @@ BODIES = {name: json.dumps(shape).encode() for name, shape in SHAPES.items()} | 
 
 
 @pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
-def test_a_wrong_body_is_told_what_was_expected_and_not_repeated(client, body, caplog, capfd):
+def test_a_wrong_body_is_told_what_was_expected_and_not_repeated(
+    lasting_client, body, caplog, capfd
+):
     headers = {"Content-Type": "application/json"}
-    answer = client.post("/v1/classify", content=body, headers=headers)
+    answer = lasting_client.post("/v1/classify", content=body, headers=headers)
     assert answer.status_code == 422
     assert list(answer.json()) == ["detail"]
     assert answer.json()["detail"].endswith(api.EXPECTED)
     assert CANARY not in answer.text + caplog.text + "".join(capfd.readouterr())
 
 
-def test_a_lone_surrogate_is_a_fault_of_its_note_alone(client):
+def test_a_lone_surrogate_is_a_fault_of_its_note_alone(lasting_client):
     body = b'{"notes": ["fever", "canary-7f3a \\ud83d"]}'
     headers = {"Content-Type": "application/json"}
-    answer = client.post("/v1/classify", content=body, headers=headers)
+    answer = lasting_client.post("/v1/classify", content=body, headers=headers)
     first, second = answer.json()["results"]
     assert "label" in first and "surrogate" in second["error"]
     assert CANARY not in answer.text
@@ -153,19 +163,21 @@ def test_a_lone_surrogate_is_a_fault_of_its_note_alone(client):
 @pytest.mark.parametrize(
     "content_type", [None, "", "text/plain", "application/x-www-form-urlencoded", "json"]
 )
-def test_another_content_type_is_told_what_was_expected(client, content_type):
+def test_another_content_type_is_told_what_was_expected(lasting_client, content_type):
     headers = {} if content_type is None else {"Content-Type": content_type}
-    answer = client.post("/v1/classify", content=b'{"note": "fever"}', headers=headers)
+    answer = lasting_client.post("/v1/classify", content=b'{"note": "fever"}', headers=headers)
     assert answer.status_code == 415
     assert list(answer.json()) == ["detail"]
     assert "application/json" in answer.json()["detail"]
 
 
 @pytest.mark.parametrize("content_type", ["application/json", "Application/JSON; charset=utf-8"])
-def test_json_in_utf_8_is_read_with_and_without_a_byte_order_mark(client, content_type):
+def test_json_in_utf_8_is_read_with_and_without_a_byte_order_mark(lasting_client, content_type):
     for mark in (b"", b"\xef\xbb\xbf"):
         body = mark + '{"note": "fièvre 👩\u200d⚕️"}'.encode()
-        answer = client.post("/v1/classify", content=body, headers={"Content-Type": content_type})
+        answer = lasting_client.post(
+            "/v1/classify", content=body, headers={"Content-Type": content_type}
+        )
         assert answer.status_code == 200
 
 
@@ -177,9 +189,9 @@ def test_json_in_utf_8_is_read_with_and_without_a_byte_order_mark(client, conten
         ("/ready", "GET, HEAD", ["POST", "PUT", "DELETE"]),
     ],
 )
-def test_another_method_is_told_which_one_is_expected(client, path, allowed, others):
+def test_another_method_is_told_which_one_is_expected(lasting_client, path, allowed, others):
     for method in others:
-        answer = client.request(method, path)
+        answer = lasting_client.request(method, path)
         assert (answer.status_code, answer.headers["Allow"]) == (405, allowed)
         if method != "HEAD":  # which has no body
             assert answer.json() == {"detail": f"Expected the method {allowed}."}
