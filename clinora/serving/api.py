@@ -83,8 +83,8 @@ def refuse(note: str) -> str | None:
         return f"The note has {len(note):,} characters, more than {MOST_CHARACTERS:,}."
     try:
         note.encode()
-    except UnicodeEncodeError:  # JSON can hold half of a pair that UTF-16 writes a character with
-        return "The note has a lone surrogate, which is no character: it was cut inside of one."
+    except UnicodeEncodeError:  # "\\ud83d" in JSON: half of an emoji, as UTF-16 writes it
+        return "The note has a lone surrogate, which is no character: was it cut inside an emoji?"
     return None
 
 
