@@ -12,7 +12,7 @@ import uvicorn
 
 import clinora
 from clinora.notes import LONGEST_CLASS_NAME
-from clinora.serving.app import Server, create_app
+from clinora.serving.app import MOST_FILE_BYTES, Server, create_app
 from clinora.serving.card import model_card
 from tests.test_serving import Person
 
@@ -129,6 +129,23 @@ def test_names_add_no_element_to_the_page_and_run_nothing(chromium, trained, tmp
     expected = visit(chromium, trained, plain, PLAIN_CLASSES, "notes", "column")
     found = visit(chromium, trained, hostile, HOSTILE_CLASSES, HOSTILE_FILE, HOSTILE_COLUMN)
     assert found == expected
+
+
+def test_the_name_of_a_file_that_is_too_large_adds_no_element(chromium, trained, tmp_path):
+    from playwright.sync_api import expect
+
+    file = tmp_path / f"{HOSTILE_FILE}.csv"
+    file.write_bytes(b"x" * (MOST_FILE_BYTES + 1))
+    with served(trained, tmp_path) as url:
+        page = chromium.new_page()
+        Person(page, url).open("Many notes")
+        expect(page.get_by_role("button", name="Classify all")).to_be_visible()
+        upload = page.get_by_role("button", name="Click to upload").get_by_test_id("file-upload")
+        upload.set_input_files(file)
+        message = page.get_by_test_id("toast-text")
+        expect(message).to_be_visible()
+        assert message.locator("*").count() == 0
+        page.close()
 
 
 # --- Long names ---

@@ -98,7 +98,6 @@ def create_app(
         app_kwargs={"openapi_url": None},
         footer_links=[],
         show_error=False,
-        max_file_size=MOST_FILE_BYTES,
         blocked_paths=[str(Path(flags_folder).resolve())],
         run_history=False,
         enable_monitoring=False,
@@ -107,6 +106,9 @@ def create_app(
         theme=THEME,
         css=CSS,
     )
+    # After mounting, so that the server knows it and the browser does not: the browser's message
+    # about a file that is too large shows the file's name as HTML.
+    page.max_file_size = MOST_FILE_BYTES
     app.state.gradio, app.state.batcher = app.routes[-1].app, batcher
     return app
 
