@@ -30,6 +30,7 @@ from clinora.checkpoint import (
     write_atomically,
 )
 from clinora.llama import LlamaConfig, LlamaForSequenceClassification
+from clinora.notes import check_class_name, has_visible
 from clinora.tokenizer import Tokenizer
 
 RUN_FILE = "clinora.json"
@@ -240,7 +241,8 @@ class Classifier:
         dtype: What autocast computes in; unless told, that of the base.
 
     Raises:
-        ValueError: The tokenizer, the labels or the token limit do not fit the model.
+        ValueError: The tokenizer, the labels or the token limit do not fit the model, or the
+            labels are not different names that can be shown.
     """
 
     def __init__(
@@ -261,6 +263,7 @@ class Classifier:
             )
         if len(labels) != (classes := model.score.weight.size(0)):
             raise ValueError(f"{len(labels)} labels do not fit a head of {classes} classes")
+        _check_labels(labels)
         if not 1 <= token_limit <= config.max_position_embeddings:
             raise ValueError(
                 f"token limit {token_limit}: expected 1 to {config.max_position_embeddings}, the "
@@ -306,8 +309,10 @@ class Classifier:
             if not isinstance(run.get(name), kind) or name not in run:
                 raise CheckpointError(f"{folder / RUN_FILE}: {name} is missing or of another kind")
         labels, limit, recorded = run["labels"], run["token_limit"], run["base"]
-        if not all(isinstance(label, str) for label in labels) or len(set(labels)) < len(labels):
-            raise CheckpointError(f"{folder / RUN_FILE}: labels are not different names")
+        try:
+            _check_labels(labels)
+        except ValueError as error:
+            raise CheckpointError(f"{folder / RUN_FILE}: {error}") from None
         try:
             calibration = run["calibration"] and Calibration(**run["calibration"])
         except (TypeError, ValueError) as error:
@@ -363,8 +368,8 @@ class Classifier:
         if isinstance(texts, str):
             raise ValueError("expected a list of notes, not one string")
         for i, text in enumerate(texts):
-            if not text.strip():
-                raise ValueError(f"note {i + 1} of {len(texts)} is empty")
+            if not has_visible(text):
+                raise ValueError(f"note {i + 1} of {len(texts)} is empty: it has nothing visible")
         probabilities, tokens = self.probabilities(texts)
         confidence = self.calibration and self.calibration.confidence(probabilities).tolist()
         named = probabilities.argmax(-1).tolist() if tokens else []
@@ -432,3 +437,19 @@ class Classifier:
         finally:
             self.model.train(training)
         return torch.stack(outputs)
+
+
+def _check_labels(labels: Sequence[str]) -> None:
+    """Check the names of a run's classes, as ``read_notes`` checks those of a file.
+
+    Raises:
+        ValueError: They are not different names that can be shown. The message names the label
+            with escapes, at most 60 characters of it.
+    """
+    if not all(isinstance(label, str) for label in labels) or len(set(labels)) < len(labels):
+        raise ValueError("labels are not different names")
+    for i, label in enumerate(labels):
+        try:
+            check_class_name(label)
+        except ValueError as error:
+            raise ValueError(f"label {i} ({ascii(label)[:60]}) is no class name: {error}") from None

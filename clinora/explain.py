@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from clinora.classifier import Classifier
 from clinora.lora import LoRALinear
+from clinora.notes import has_visible
 
 # After a full stop and what follows it, or after a line; a full stop inside a number ends nothing.
 _SENTENCE_END = re.compile(r"[.!?](?=[\s,])[\s,]*|\n\s*")
@@ -55,8 +56,8 @@ def explain(classifier: Classifier, text: str) -> list[Sentence]:
         ValueError: The note is empty.
     """
     text = text.strip()
-    if not text:
-        raise ValueError("the note is empty")
+    if not has_visible(text):
+        raise ValueError("the note is empty: it has nothing visible")
     tokenizer, limit = classifier.tokenizer, classifier.token_limit
     scores = token_contributions(classifier, tokenizer.encode(text, limit))
     sentences, sums = split_sentences(text), {}

@@ -8,6 +8,8 @@ row an example with its own label, is there for comparison.
 import csv
 import hashlib
 import math
+import re
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -37,6 +39,48 @@ SHORT = 50  # characters; a shorter text hardly says what it is about
 LONGEST_COLUMN_NAME = 40  # characters; a longer one is a note, in a file without a header
 LONGEST_CLASS_NAME = 100  # characters; longer ones are notes, taken for classes by mistake
 MOST_CLASSES_LISTED = 100  # in a message, likewise
+
+# Letters and symbols that are drawn as nothing: Hangul fillers, the Braille pattern without dots
+# and the musical null notehead.
+BLANK_LETTERS = frozenset("\u115f\u1160\u3164\uffa0\u2800\U0001d159")
+
+# Control, format and surrogate characters, line and paragraph separators.
+UNSHOWABLE_CATEGORIES = frozenset(("Cc", "Cf", "Cs", "Zl", "Zp"))
+
+# A zero-width joiner or non-joiner between two visible characters, as emoji and Persian need it.
+JOINER_IN_WORD = re.compile(r"(?<=[^\s\u200c\u200d])[\u200c\u200d](?=[^\s\u200c\u200d])")
+
+
+def has_visible(text: str) -> bool:
+    """Tell whether a text has at least one letter, digit, punctuation mark or symbol to see.
+
+    Spaces, control and format characters (zero-width space, byte-order mark, NUL), combining marks
+    and variation selectors on their own, and letters that are drawn as nothing do not count.
+    """
+    return any(
+        unicodedata.category(character)[0] in "LNPS" and character not in BLANK_LETTERS
+        for character in text
+    )
+
+
+def check_class_name(name: str) -> None:
+    """Check that a class name can be shown as it is.
+
+    Raises:
+        ValueError: It has nothing visible, more than 100 characters, or a control or format
+            character, such as one that changes the direction of the text. The message does not
+            quote the name: it may be a note, taken for a class by mistake.
+    """
+    if len(name) > LONGEST_CLASS_NAME:
+        raise ValueError(f"it has {len(name):,} characters, expected at most {LONGEST_CLASS_NAME}")
+    for character in JOINER_IN_WORD.sub("", name):
+        if unicodedata.category(character) in UNSHOWABLE_CATEGORIES:
+            raise ValueError(
+                f"it has the control or format character U+{ord(character):04X}, expected "
+                "characters that can be seen"
+            )
+    if not has_visible(name):
+        raise ValueError("it has nothing visible, expected a name")
 
 
 def text_sha256(text: str) -> str:
@@ -86,7 +130,7 @@ class Notes:
         sides: Side of each: "training", "validation" or "test".
         split: "texts" or "rows".
         rows: Rows of the file.
-        without_text: Rows with no text or no label, left out.
+        without_text: Rows with nothing visible as text or no label, left out.
         other_classes: Rows of other classes, left out.
     """
 
@@ -161,7 +205,7 @@ def read_notes(
     filed, rows, without_text = defaultdict(list), 0, 0  # filed: text → (row, class) of each
     for row, text, label in _read_rows(path, text_column, label_column):
         rows += 1
-        if text and label:
+        if label and has_visible(text):
             filed[text].append((row, label))
         else:
             without_text += 1
@@ -265,12 +309,8 @@ def _read_rows(path: Path, text_column: str, label_column: str) -> Iterator[tupl
                 label = cells[label_at].strip()
                 if (text, label) == (text_column, label_column):
                     raise ValueError(f"row {row} of {path} repeats the header: remove that row")
-                if not label.isprintable() or len(label) > LONGEST_CLASS_NAME:
-                    raise ValueError(
-                        f"row {row} of {path} has a class name with control characters or of more "
-                        f"than {LONGEST_CLASS_NAME} characters: is {label_column!r} the column "
-                        "of the classes?"
-                    )
+                if label:
+                    _check_row_label(label, row, path, label_column)
                 yield row, text, label
     except csv.Error as error:
         raise ValueError(
@@ -278,6 +318,16 @@ def _read_rows(path: Path, text_column: str, label_column: str) -> Iterator[tupl
         ) from None
     finally:
         csv.field_size_limit(limit)
+
+
+def _check_row_label(label: str, row: int, path: Path, label_column: str) -> None:
+    try:
+        check_class_name(label)
+    except ValueError as error:
+        raise ValueError(
+            f"row {row} of {path} has no valid class name: {error}; is {label_column!r} the "
+            "column of the classes?"
+        ) from None
 
 
 def _column(path: Path, header: list[str], name: str) -> int:

@@ -57,6 +57,7 @@ def browser_path() -> str:
 
 @pytest.fixture(scope="session")
 def chromium(browser_path):
+    """A browser without a window."""
     from playwright.sync_api import expect, sync_playwright
 
     expect.set_options(timeout=30_000)  # a busy machine is slow

@@ -3,10 +3,15 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
+
+from clinora.serving.server import DEFAULT_LIMITS, Server
 
 ROOT = Path(__file__).parents[1]
 
@@ -48,6 +53,24 @@ def hook(event, arguments):
             print(event, arguments[0 if "get" in event else 1], file=file)
 sys.addaudithook(hook)
 """
+
+
+@contextmanager
+def running(app, limits=DEFAULT_LIMITS):
+    """Serve an app from a thread of this process; gives its port."""
+    server = Server(app, limits)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=server.run, args=([listener],))
+        thread.start()
+        try:
+            end = time.monotonic() + 60
+            while not server.started and time.monotonic() < end:
+                time.sleep(0.01)
+            yield listener.getsockname()[1]
+        finally:
+            server.should_exit = True
+            thread.join(60)
+    assert not thread.is_alive()
 
 
 class Served:

@@ -1,5 +1,7 @@
 """The HTTP interface: the published answer, and refusals in words."""
 
+import json
+import socket
 import threading
 import time
 
@@ -10,6 +12,7 @@ import clinora
 from clinora.serving import api
 from clinora.serving.app import create_app
 from clinora.serving.batcher import MOST_WAITING
+from tests.served import running
 
 CANARY = "canary-7f3a"
 NOTES = ["Severe chest pain.", "The knee is swollen after a fall."]
@@ -23,6 +26,14 @@ def classifier(small_run):
 @pytest.fixture
 def client(classifier, tmp_path):
     with TestClient(create_app(classifier, tmp_path / "flagged"), "http://127.0.0.1") as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def lasting_client(classifier, tmp_path_factory):
+    """A client for the many questions that leave nothing behind."""
+    app = create_app(classifier, tmp_path_factory.mktemp("api") / "flagged")
+    with TestClient(app, "http://127.0.0.1") as client:
         yield client
 
 
@@ -64,39 +75,145 @@ def test_notes_that_are_all_bad_are_an_answer_too(client):
     assert answer.json() == {"results": [{"error": "The note is empty."}] * 2}
 
 
-@pytest.mark.parametrize("note", ["", " \t\n"])
-def test_an_empty_note_is_refused(client, note):
-    answer = client.post("/v1/classify", json={"note": note})
+# Nothing of these is seen: spaces, control and format characters, fillers, variation selectors.
+INVISIBLE = {
+    "nothing": "",
+    "white space": " \t\n\u00a0\u3000",
+    "zero width": "\u200b\u200c\u200d\u2060",
+    "byte-order mark": "\ufeff",
+    "direction": "\u200e\u200f\u202e\u2066",
+    "NUL": "\0\0",
+    "control": "\x1b\x07\x7f\x85",
+    "hyphen and joiner": "\u00ad\u034f",
+    "fillers": "\u115f\u1160\u3164\uffa0",
+    "braille": "\u2800",
+    "variation": "\ufe0f\U000e0101",
+    "tags": "\U000e0041\U000e007f",
+}
+
+
+@pytest.mark.parametrize("note", INVISIBLE.values(), ids=INVISIBLE)
+def test_a_note_with_nothing_visible_is_empty_for_api_and_python(lasting_client, classifier, note):
+    answer = lasting_client.post("/v1/classify", json={"note": note})
     assert (answer.status_code, answer.json()) == (422, {"detail": "The note is empty."})
+    assert lasting_client.post("/v1/classify", json={"note": f"{note}7"}).status_code == 200
+    with pytest.raises(ValueError, match="note 2 of 2 is empty"):
+        classifier(["fever", note])
+
+
+SHAPES = {
+    "no key": {},
+    "both": {"note": CANARY, "notes": [CANARY]},
+    "null": {"note": None},
+    "list": {"note": [CANARY]},
+    "object": {"note": {"text": CANARY}},
+    "number": {"note": 7},
+    "text for a list": {"notes": CANARY},
+    "no notes": {"notes": []},
+    "33 notes": {"notes": [CANARY] * (api.MOST_NOTES + 1)},
+    "number in a list": {"notes": [CANARY, 7]},
+    "another key": {"note": CANARY, "more": CANARY},
+    "array": [CANARY],
+    "string": CANARY,
+}
+BODIES = {name: json.dumps(shape).encode() for name, shape in SHAPES.items()} | {
+    "empty": b"",
+    "no JSON": CANARY.encode(),
+    "cut off": b'{"note": "canary-7f3a',
+    "two values": b'{"note": "canary-7f3a"} {}',
+    "latin-1": b'{"note": "canary-7f3a caf\xe9"}',
+    "UTF-16": '{"note": "canary-7f3a"}'.encode("utf-16"),
+    "surrogate in UTF-8": b'{"note": "canary-7f3a \xed\xa0\x80"}',
+    "deep array": b"[" * 400_000,
+    "deep object": b'{"note":' * 50_000,
+    "NaN": b'{"note": NaN}',
+    "NaN beside": b'{"note": "canary-7f3a", "more": NaN}',
+    "infinity": b'{"note": -Infinity}',
+    "long number": b'{"note": ' + b"7" * 10_000 + b"}",
+    "large number": b'{"note": 1e999}',
+    "key twice": b'{"note": "fever", "note": "canary-7f3a"}',
+    "inner key twice": b'{"note": {"canary-7f3a": 1, "canary-7f3a": 2}}',
+}
+
+
+@pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
+def test_a_wrong_body_is_told_what_was_expected_and_not_repeated(
+    lasting_client, body, caplog, capfd
+):
+    headers = {"Content-Type": "application/json"}
+    answer = lasting_client.post("/v1/classify", content=body, headers=headers)
+    assert answer.status_code == 422
+    assert list(answer.json()) == ["detail"]
+    assert answer.json()["detail"].endswith(api.EXPECTED)
+    assert CANARY not in answer.text + caplog.text + "".join(capfd.readouterr())
+
+
+def test_a_lone_surrogate_is_a_fault_of_its_note_alone(lasting_client):
+    body = b'{"notes": ["fever", "canary-7f3a \\ud83d"]}'
+    headers = {"Content-Type": "application/json"}
+    answer = lasting_client.post("/v1/classify", content=body, headers=headers)
+    first, second = answer.json()["results"]
+    assert "label" in first and "surrogate" in second["error"]
+    assert CANARY not in answer.text
 
 
 @pytest.mark.parametrize(
-    "question",
+    "content_type", [None, "", "text/plain", "application/x-www-form-urlencoded", "json"]
+)
+def test_another_content_type_is_told_what_was_expected(lasting_client, content_type):
+    headers = {} if content_type is None else {"Content-Type": content_type}
+    answer = lasting_client.post("/v1/classify", content=b'{"note": "fever"}', headers=headers)
+    assert answer.status_code == 415
+    assert list(answer.json()) == ["detail"]
+    assert "application/json" in answer.json()["detail"]
+
+
+@pytest.mark.parametrize("content_type", ["application/json", "Application/JSON; charset=utf-8"])
+def test_json_in_utf_8_is_read_with_and_without_a_byte_order_mark(lasting_client, content_type):
+    for mark in (b"", b"\xef\xbb\xbf"):
+        body = mark + '{"note": "fièvre 👩\u200d⚕️"}'.encode()
+        answer = lasting_client.post(
+            "/v1/classify", content=body, headers={"Content-Type": content_type}
+        )
+        assert answer.status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "allowed", "others"),
     [
-        {},
-        {"note": CANARY, "notes": [CANARY]},
-        {"note": [CANARY]},
-        {"notes": CANARY},
-        {"notes": []},
-        {"notes": [CANARY] * (api.MOST_NOTES + 1)},
-        {"notes": [CANARY, 7]},
-        {"note": CANARY, "more": CANARY},
-        [CANARY],
-        CANARY,
+        ("/v1/classify", "POST", ["GET", "HEAD", "PUT", "PATCH", "DELETE", "OPTIONS", "PROPFIND"]),
+        ("/health", "GET, HEAD", ["POST", "PUT", "DELETE"]),
+        ("/ready", "GET, HEAD", ["POST", "PUT", "DELETE"]),
     ],
 )
-def test_a_wrong_question_is_told_what_was_expected_and_not_repeated(
-    client, question, caplog, capfd
-):
-    answer = client.post("/v1/classify", json=question)
-    assert (answer.status_code, answer.json()) == (422, {"detail": api.EXPECTED})
-    assert CANARY not in caplog.text + "".join(capfd.readouterr())
+def test_another_method_is_told_which_one_is_expected(lasting_client, path, allowed, others):
+    for method in others:
+        answer = lasting_client.request(method, path)
+        assert (answer.status_code, answer.headers["Allow"]) == (405, allowed)
+        if method != "HEAD":  # which has no body
+            assert answer.json() == {"detail": f"Expected the method {allowed}."}
 
 
-def test_what_is_no_json_is_told_so(client):
-    headers = {"Content-Type": "application/json"}
-    answer = client.post("/v1/classify", content=CANARY, headers=headers)
-    assert (answer.status_code, answer.json()) == (422, {"detail": api.EXPECTED})
+def test_head_is_answered_like_get_without_a_body(classifier, tmp_path):
+    """Over a real connection: the test client would leave the body out by itself."""
+    with running(create_app(classifier, tmp_path)) as port:
+        for path in ("/health", "/ready"):
+            get = ask_at_once(port, "GET", path)
+            head = ask_at_once(port, "HEAD", path)
+            assert get[:2] == head[:2] and get[0] == b"HTTP/1.1 200 OK"
+            assert (get[2][:10], head[2]) == (b'{"status":', b"")
+
+
+def ask_at_once(port, method, path):
+    """Ask over a connection of its own: status line, headers but the date, body as it came."""
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.settimeout(30)
+        request = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+        connection.sendall(request.encode())
+        answer = connection.makefile("rb").read()
+    head, _, body = answer.partition(b"\r\n\r\n")
+    status, *headers = head.split(b"\r\n")
+    return status, sorted(line for line in headers if not line.startswith(b"date:")), body
 
 
 def test_it_tells_that_it_is_well(client):

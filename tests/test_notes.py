@@ -12,7 +12,14 @@ import torch
 
 import eval as eval_script
 import train as train_script
-from clinora.notes import PUBLISHED_CLASSES, read_notes, row_sides, side_of
+from clinora.notes import (
+    PUBLISHED_CLASSES,
+    check_class_name,
+    has_visible,
+    read_notes,
+    row_sides,
+    side_of,
+)
 
 HEADER = "transcription,medical_specialty\n"
 
@@ -54,6 +61,18 @@ def test_rows_without_text_or_label_are_counted_and_left_out(write):
     assert (notes.rows, notes.without_text, len(notes.notes)) == (5, 3, 2)
 
 
+def test_a_row_with_nothing_visible_is_without_text(write):
+    rows = [("a", "A"), ("\u200b\ufeff", "A"), ("\u3164 \u2800", "B"), ("b", "B")]
+    notes = read_notes(write(rows))
+    assert [note.text for note in notes.notes] == ["a", "b"]
+    assert (notes.rows, notes.without_text) == (4, 2)
+
+
+@pytest.mark.parametrize("text", ["7", ".", "é", "e\u0301", "痛", "\U0001f468", "€", "\u200b x"])
+def test_one_letter_digit_mark_or_symbol_is_visible(text):
+    assert has_visible(text)
+
+
 def test_near_empty_texts_are_counted_and_said(write):
     assert "2 shorter than 50" in str(
         read_notes(write([("x" * 49, "A"), ("x" * 50, "B"), ("y", "B")]))
@@ -93,6 +112,55 @@ def test_all_classes_can_be_asked_for(write):
 def test_a_list_of_classes_is_sorted_and_counted_once(write):
     path = write([("a", "A"), ("b", "B"), ("c", "C")])
     assert read_notes(path, classes=("C", "A", "C")).classes == ("A", "C")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Hals\u00a0Nasen\u00a0Ohren",  # no-break spaces
+        "内科\u3000外科",  # an ideographic space
+        "می\u200cخواهم",  # a zero-width non-joiner, as Persian spells it
+        "\U0001f468\u200d\u2695\ufe0f doctor",  # an emoji with a joiner and a variation selector
+        "\u2764\ufe0f\u200d\U0001f525",
+        "x" * 100,
+    ],
+)
+def test_a_class_name_of_any_script_is_kept(write, name):
+    check_class_name(name)
+    assert name in read_notes(write([("a", name), ("b", "B")])).classes
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "A\nB",
+        "A\tB",
+        "A\x1b[2J",
+        "A\x85B",
+        "A\u2028B",
+        "\u202eA",  # right-to-left override
+        "A\u2066B",
+        "A\u200fB",
+        "A\u200bB",  # zero-width space
+        "\ufeffA",
+        "A\u00adB",
+        "A\u200d",  # joiners that join nothing would make two names look the same
+        "\u200dA",
+        "A \u200cB",
+        "A\u200d\u200dB",
+        "A\U000e0041",
+        "A\ud800",
+        "\u3164",
+        "\u2800\ufe0f",
+        "",
+        "x" * 101,
+    ],
+)
+def test_a_class_name_that_cannot_be_shown_is_refused_without_quoting_it(name):
+    with pytest.raises(ValueError, match=r"^it has ") as caught:
+        check_class_name(name)
+    assert str(caught.value).isascii() and str(caught.value).isprintable()
+    assert name not in str(caught.value) or not name
 
 
 # --- sides ----------------------------------------------------------------------------------------
@@ -304,8 +372,8 @@ BAD_FILES = {
                         r"row 2 .*line 3\) has 4 fields, the header 2"),
     "too few fields": (HEADER + '"a\nb",A\nSECRET PATIENT\n',
                        r"row 2 .*line 4\) has 1 fields, the header 2"),
-    "control characters": (HEADER + "SECRET PATIENT,A\x1b[2J\n", "row 1 .*control characters"),
-    "class name of 101": (HEADER + "a,SECRET PATIENT" + 87 * "x" + "\n", "more than 100 char"),
+    "control characters": (HEADER + "SECRET PATIENT,A\x1b[2J\n", "row 1 .*U\\+001B"),
+    "class name of 101": (HEADER + "a,SECRET PATIENT" + 87 * "x" + "\n", "at most 100"),
 }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import html
 import io
 import json
 import re
@@ -213,15 +214,16 @@ def classify(client, text, session="one"):
 
 def test_a_file_has_an_answer_for_each_row_and_a_bad_row_its_error(client, classifier):
     notes = [f"{NOTE} {i * 37} {CANARY}" for i in range(160)]
-    content = table_of([[i, "" if i == 40 else note] for i, note in enumerate(notes)])
+    empty = {40: "", 41: "\u200b\ufeff \u2800"}
+    content = table_of([[i, empty.get(i, note)] for i, note in enumerate(notes)])
     content += "only one field\r\n"
     rows = classify(client, content)
     assert [int(row["row"]) for row in rows] == list(range(1, 162))
-    assert rows[40]["error"] == "The note is empty."
+    assert [rows[i]["error"] for i in empty] == ["The note is empty."] * 2
     assert rows[160]["error"] == "The row has 1 fields, the header 2."
     expected = classifier(notes)
     for i, (row, prediction) in enumerate(zip(rows, expected, strict=False)):
-        if i != 40:
+        if i not in empty:
             assert (row["predicted_class"], row["label"], row["error"]) == (
                 str(prediction.index), prediction.label, "",
             )  # fmt: skip
@@ -361,6 +363,17 @@ def test_the_card_tells_data_figures_confidence_and_limits(classifier, small_run
     )
     card = model_card(classifier, tmp_path)
     assert "```\nthis run 91%\n```" in card and "x.png" not in card
+
+
+def test_the_names_in_a_card_are_no_markdown_and_no_html(classifier, small_run, monkeypatch):
+    name = "a`b`_c_<form>[x](y)\u202e.csv"
+    notes = {"source": f"/data/{name}", "split": "**texts**", "seen": []}
+    monkeypatch.setattr(classifier, "about", {"notes": notes})
+    card = model_card(classifier, small_run)
+    (line,) = [line for line in card.splitlines() if line.startswith("Notes: ")]
+    assert not set("`_<[*\u202e") & set(line)
+    shown = html.unescape(line).replace("U+202E", "\u202e")
+    assert shown.startswith(f"Notes: {name}, split by **texts**; ")
 
 
 def test_the_bundled_card_has_intervals_and_what_is_possible_at_best():

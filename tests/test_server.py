@@ -19,7 +19,8 @@ import pytest
 import clinora
 from clinora.serving import gate
 from clinora.serving.app import create_app
-from clinora.serving.server import Limits, Server
+from clinora.serving.server import Limits
+from tests.served import running
 
 ROOT = Path(__file__).parents[1]
 # Each request is of one visit: the service takes any name for it.
@@ -52,26 +53,12 @@ EVENTS = get("/gradio_api/queue/data?session_hash=one")
 def start(small_run, tmp_path):
     """Start a server with limits of its own; gives its port."""
 
-    @contextmanager
-    def running(trusted_proxies=(), **limits):
+    def start_with(trusted_proxies=(), **limits):
         run = clinora.Classifier.load(small_run)
         app = create_app(run, tmp_path / "flagged", trusted_proxies=trusted_proxies)
-        server = Server(app, Limits(**limits))
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            port = listener.getsockname()[1]
-            thread = threading.Thread(target=server.run, args=([listener],))
-            thread.start()
-            try:
-                end = time.monotonic() + 60
-                while not server.started and time.monotonic() < end:
-                    time.sleep(0.01)
-                yield port
-            finally:
-                server.should_exit = True
-                thread.join(60)
-        assert not thread.is_alive()
+        return running(app, Limits(**limits))
 
-    return running
+    return start_with
 
 
 @contextmanager

@@ -7,13 +7,15 @@ No answer to a wrong question repeats it: it may hold a note.
 """
 
 import asyncio
+import json
 
-from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
+from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.endpoints import HTTPEndpoint
 
 from clinora.classifier import Classifier, Prediction
+from clinora.notes import has_visible
 from clinora.serving import report_error
 from clinora.serving.batcher import Batcher, BusyError
 
@@ -33,12 +35,56 @@ class Question(BaseModel):
     notes: list[str] | None = Field(None, min_length=1, max_length=MOST_NOTES)
 
 
+def read_question(content_type: str, body: bytes) -> Question:
+    """Read the body of a request.
+
+    Raises:
+        HTTPException: It is no question. The detail says what is wrong and what was expected, and
+            repeats nothing of the body.
+    """
+    if content_type.partition(";")[0].strip().lower() != "application/json":
+        raise HTTPException(415, f"The Content-Type is not application/json; {EXPECTED}")
+    try:
+        value = json.loads(body.decode("utf-8-sig"), object_pairs_hook=_unique)
+        question = Question.model_validate(value)
+    except UnicodeDecodeError:
+        wrong = "The body is not UTF-8"
+    except RecursionError:
+        wrong = "The JSON is nested too deeply"
+    except DuplicateKeyError:
+        wrong = "The JSON has a key twice"
+    except ValidationError:
+        wrong = "The JSON has a wrong key, type or number of notes"
+    except ValueError:
+        wrong = "The body is not JSON"
+    else:
+        if (question.note is None) != (question.notes is None):
+            return question
+        wrong = "The JSON does not have exactly one of note and notes"
+    raise HTTPException(422, f"{wrong}; {EXPECTED}")
+
+
+class DuplicateKeyError(ValueError):
+    """A JSON object has a key twice: which value counts would be a guess."""
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise DuplicateKeyError
+    return values
+
+
 def refuse(note: str) -> str | None:
     """Say why a note cannot be classified; None if it can."""
-    if not note.strip():
+    if not has_visible(note):
         return "The note is empty."
     if len(note) > MOST_CHARACTERS:
         return f"The note has {len(note):,} characters, more than {MOST_CHARACTERS:,}."
+    try:
+        note.encode()
+    except UnicodeEncodeError:  # "\\ud83d" in JSON: half of an emoji, as UTF-16 writes it
+        return "The note has a lone surrogate, which is no character: was it cut inside an emoji?"
     return None
 
 
@@ -56,20 +102,18 @@ def describe(prediction: Prediction, classifier: Classifier) -> dict:
 def add_routes(app: FastAPI, batcher: Batcher) -> None:
     """Add ``/health``, ``/ready`` and ``/v1/classify`` to an app."""
 
-    @app.get("/health")  # these two need no thread: a busy service still answers
-    async def health() -> dict:
-        return {"status": "ok"}
+    # Endpoints as classes: a method that they lack is 405 here, and does not go on to the page.
+    class Health(HTTPEndpoint):  # these two need no thread: a busy service still answers
+        async def get(self, _request: Request) -> JSONResponse:
+            return JSONResponse({"status": "ok"})
 
-    @app.get("/ready")
-    async def ready() -> JSONResponse:
-        if batcher.ready:
-            return JSONResponse({"status": "ready"})
-        return JSONResponse({"status": "busy"}, 503, RETRY_AFTER)
+    class Ready(HTTPEndpoint):
+        async def get(self, _request: Request) -> JSONResponse:
+            if batcher.ready:
+                return JSONResponse({"status": "ready"})
+            return JSONResponse({"status": "busy"}, 503, RETRY_AFTER)
 
-    @app.post("/v1/classify")
     async def classify(question: Question) -> JSONResponse:
-        if (question.note is None) == (question.notes is None):
-            return JSONResponse({"detail": EXPECTED}, 422)
         notes = question.notes or [question.note]
         results = [{"error": why} if (why := refuse(note)) else None for note in notes]
         good = [note for note, refused in zip(notes, results, strict=True) if not refused]
@@ -91,9 +135,20 @@ def add_routes(app: FastAPI, batcher: Batcher) -> None:
             return JSONResponse({"detail": results[0]["error"]}, 500 if good else 422)
         return JSONResponse(results[0])
 
-    @app.exception_handler(RequestValidationError)
-    async def wrong_question(_request: Request, _error: RequestValidationError) -> JSONResponse:
-        return JSONResponse({"detail": EXPECTED}, 422)
+    class Classify(HTTPEndpoint):
+        async def post(self, request: Request) -> JSONResponse:
+            content_type = request.headers.get("Content-Type", "")
+            question = read_question(content_type, await request.body())
+            return await classify(question)
+
+    app.add_route("/health", Health)
+    app.add_route("/ready", Ready)
+    app.add_route("/v1/classify", Classify)
+
+    @app.exception_handler(405)
+    async def wrong_method(_request: Request, error: HTTPException) -> JSONResponse:
+        allowed = error.headers["Allow"]
+        return JSONResponse({"detail": f"Expected the method {allowed}."}, 405, error.headers)
 
 
 def _failed(error: BaseException) -> dict:

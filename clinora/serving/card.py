@@ -1,5 +1,6 @@
 """The model card: what a run was made from, how right it is, and what it is not for."""
 
+import re
 from pathlib import Path
 
 from clinora.checkpoint import BUNDLED
@@ -25,9 +26,7 @@ demonstration, not a medical device: no decision about a person may rest on it.
 
 ## Model
 
-```
 {model}
-```
 
 ## Limits
 
@@ -50,13 +49,15 @@ def model_card(classifier: Classifier, run: str | Path) -> str:
     data = "Not recorded."
     if {"source", "split", "seen"} <= notes.keys():
         name = Path(notes["source"]).name
-        data = f"Notes: `{name}`, split by {notes['split']}; {len(notes['seen']):,} texts were "
+        split = _literal(str(notes["split"]))
+        data = f"Notes: {_literal(name)}, split by {split}; {len(notes['seen']):,} texts were "
         data += "trained and calibrated on."
     figures = "This run has no report: `eval.py` writes one."
     report = folder / "report" / "report.md"
     if report.is_file():
         _, _, rest = report.read_text(encoding="utf-8").partition("```\n")
-        figures = f"```\n{rest.partition('```')[0]}```"  # as code: class names are no Markdown
+        table, *_ = re.split(r"^```$", rest, maxsplit=1, flags=re.MULTILINE)
+        figures = _block(table.rstrip())
     confidence = "Not calibrated: no confidence is claimed, and no note is referred to a person."
     if calibration:
         confidence = (
@@ -78,7 +79,24 @@ def model_card(classifier: Classifier, run: str | Path) -> str:
         data=data,
         figures=figures,
         confidence=confidence,
-        model=model_table(classifier),
+        model=_block(model_table(classifier)),
         classes=len(classifier.labels),
         limit=classifier.token_limit,
     )
+
+
+def _literal(text: str) -> str:
+    """Write a text so that Markdown and HTML show it as it is, and invisible characters too."""
+
+    def write(found: re.Match) -> str:
+        code = ord(found[0])
+        return f"&#{code};" if found[0].isprintable() else f"U+{code:04X}"
+
+    return re.sub(r"[^\w ]|_", write, text)
+
+
+def _block(text: str) -> str:
+    """Write lines as a block of code, which no line of theirs can end."""
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}\n{text}\n{fence}"

@@ -6,6 +6,7 @@ browser, and tells failures by a reference, since a message may quote the note.
 
 import csv
 import functools
+import html
 import io
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -20,7 +21,7 @@ from clinora.classifier import Classifier, Prediction
 from clinora.explain import Sentence, explain, layer_updates
 from clinora.figures import singular_values_figure, updates_figure
 from clinora.llama import LlamaConfig
-from clinora.notes import Note
+from clinora.notes import Note, has_visible
 from clinora.serving import report_error
 from clinora.serving.api import REQUEST_SECONDS, describe, refuse
 from clinora.serving.batcher import MOST_TOGETHER, Batcher, BusyError
@@ -81,6 +82,9 @@ CSS = """
 .refer p { border-left: 4px solid var(--color-red); padding-left: 12px; font-weight: 600; }
 /* Gradio's breaks words anywhere, and is too dark to read on at −1. */
 .gradio-container .textfield { word-break: normal; overflow-wrap: anywhere; }
+/* Long class names wrap, in the answers, in the heading and beside their bars. */
+.gradio-container .output-class, .gradio-container .confidence-set .text,
+.gradio-container .json-node .content { overflow-wrap: anywhere; min-width: 0; }
 .gradio-container .score-token { --pale: color-mix(in srgb, var(--body-background-fill) 40%, #0000);
   background-image: linear-gradient(var(--pale), var(--pale)); }
 """
@@ -122,7 +126,7 @@ def build_page(batcher: Batcher, flags: Flags, storage: Storage, card: str, url:
             gr.Code(CURL.format(url=url), language="shell", label="curl", interactive=False)
             gr.Code(PYTHON.format(url=url), language="python", label="Python", interactive=False)
         with gr.Tab("Model card"):
-            gr.Markdown(card)
+            gr.Markdown(card, latex_delimiters=[])
     return page
 
 
@@ -214,7 +218,7 @@ def _classify_tab(batcher: Batcher, flags: Flags) -> None:
 
 def _checked(note: str | None) -> str:
     note = (note or "").strip()
-    if not note:
+    if not has_visible(note):
         raise _message("Enter a clinical note first.")
     if why := refuse(note):
         raise _message(f"{why} Enter a part of it.")
@@ -339,7 +343,8 @@ def _internals_tab(batcher: Batcher) -> None:
     strength = gr.Slider(0, 2, 1, step=0.05, label="Strength of the adapter")
     table = gr.Dataframe(
         headers=["class", "base (0)", "adapter (1)", "chosen strength"], interactive=False,
-        label="Probabilities; the trained head stays on",
+        label="Probabilities; the trained head stays on", wrap=True,
+        column_widths=["40%", "20%", "20%", "20%"],
     )  # fmt: skip
     compare = gr.Button("Compare strengths")
     merge = gr.Button("Merge and compare")
@@ -400,6 +405,7 @@ def _many_tab(batcher: Batcher, storage: Storage) -> None:
         f"A CSV file with a header, at most {MOST_ROWS:,} rows and 5 MB. The answer has a row for "
         "each, without the notes' text; a row that cannot be classified says why."
     )
+    # Without file_types: the browser's message about a file of another type shows its name as HTML.
     upload = gr.File(label="CSV file")
     upload.preprocess = _path_of  # Gradio's own leaves an empty file behind at each event
     column = gr.Textbox("transcription", label="Column of the notes")
@@ -459,7 +465,8 @@ def _wait(future: Future) -> object:
 
 
 def _message(text: str) -> gr.Error:
-    return gr.Error(text, print_exception=False)
+    """Make an error that the page shows as this text: Gradio shows messages as HTML."""
+    return gr.Error(html.escape(text, quote=False), print_exception=False)
 
 
 def _told_by_reference(handler: Callable) -> Callable:

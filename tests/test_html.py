@@ -1,0 +1,196 @@
+"""What others named (classes, files, columns) is shown as text, in a real browser."""
+
+import csv
+import io
+from collections import Counter
+from contextlib import contextmanager
+
+import pytest
+
+import clinora
+from clinora.notes import LONGEST_CLASS_NAME
+from clinora.serving.app import create_app
+from clinora.serving.card import model_card
+from clinora.serving.server import MOST_FILE_BYTES
+from tests.served import Person, running
+
+pytestmark = pytest.mark.slow
+
+NOTE = "Severe chest pain."
+PLAIN_CLASSES = ["Surgery", "Radiology", "Orthopedic", "Cardiology", "Neurology"]
+HOSTILE_CLASSES = [
+    "<form action=//e.example><input name=p><button>Log in</button></form>",
+    "<img src=x onerror=window.ran=1><script>window.ran=1</script>",
+    "![x](//e.example/x.png) [link](//e.example) <//e.example> www.e.example",
+    "``` <a href=//e.example>x</a> **b** ~~~",
+    "<iframe srcdoc='<script>parent.ran=1</script>'></iframe>",
+]
+# A file's name has no slash.
+HOSTILE_FILE = "<form><input name=p><button>x<img src=x onerror=window.ran=1>[a](b) `c`"
+HOSTILE_COLUMN = "<form action=//e.example><input name=p><img src=x onerror=window.ran=1></form>"
+COUNTED = "form, input, textarea, button, img, a, iframe, script, style, strong, em, video"
+
+
+@pytest.fixture(scope="module")
+def trained(small_run):
+    return clinora.Classifier.load(small_run, device="cpu", precision="fp32")
+
+
+@contextmanager
+def served(classifier, folder, card=""):
+    """Serve a classifier's page from a thread; gives its address."""
+    with running(create_app(classifier, folder / "flagged", card=card)) as port:
+        yield f"http://127.0.0.1:{port}"
+
+
+def named(trained, classes, about=None):
+    """Give the trained run with other names of its classes."""
+    return clinora.Classifier(trained.model, trained.tokenizer, classes, 128, about=about)
+
+
+def card_of(classifier, folder):
+    """Write a model card whose report has a table of the classes."""
+    report = folder / "report"
+    report.mkdir(parents=True)
+    table = "\n".join(classifier.labels)
+    (report / "report.md").write_text(f"# Report\n\n```\n{table}\n```\n")
+    return model_card(classifier, folder)
+
+
+def elements(page):
+    tags = page.locator(COUNTED).evaluate_all("found => found.map(e => e.tagName)")
+    return Counter(tags)
+
+
+def visit(chromium, trained, folder, classes, file_name, column):
+    """Use every part of the page that shows a name: count the elements after each step."""
+    from playwright.sync_api import expect
+
+    about = {"notes": {"source": f"/x/{file_name}", "split": "texts", "seen": []}}
+    classifier = named(trained, classes, about)
+    file = folder / f"{file_name}.exe"
+    text = io.StringIO()
+    csv.writer(text).writerows([["transcription"], *([f"{NOTE} {i}"] for i in range(20))])
+    file.write_text(text.getvalue())
+    steps = []
+    with served(classifier, folder, card_of(classifier, folder)) as url:
+        page = chromium.new_page(viewport={"width": 1280, "height": 900})
+        person = Person(page, url)
+        person.submit(NOTE)
+        expect(person.text).to_have_value(classifier([NOTE])[0].as_text())
+        steps.append(elements(page))
+
+        person.open("LoRA internals")
+        person.press("Compare strengths")
+        strengths = page.get_by_role("grid", name="Probabilities")
+        for name in classes:
+            expect(strengths).to_contain_text(name)
+        expect(page.locator("img")).to_have_count(2)  # the figures
+        steps.append(elements(page))
+
+        person.open("Many notes")
+        upload = page.get_by_role("button", name="Click to upload").get_by_test_id("file-upload")
+        for chosen in (column, "transcription"):
+            upload.set_input_files(file)
+            expect(page.get_by_role("cell", name=file_name[:20])).to_be_visible()
+            page.get_by_label("Column of the notes").fill(chosen)
+            person.press("Classify all")
+            if chosen == column:
+                expect(page.get_by_test_id("toast-text")).to_contain_text(column)
+            else:
+                expect(page.get_by_text("classes-")).to_be_visible()
+            steps.append(elements(page))
+
+        person.open("Model card")
+        for name in (file_name, *classes):
+            expect(page.get_by_role("tabpanel").filter(visible=True)).to_contain_text(name)
+        steps.append(elements(page))
+        assert page.evaluate("window.ran") is None
+        assert person.strangers == []
+        assert person.complaints == []
+        page.close()
+    return steps
+
+
+def test_names_add_no_element_to_the_page_and_run_nothing(chromium, trained, tmp_path):
+    plain, hostile = tmp_path / "plain", tmp_path / "hostile"
+    plain.mkdir()
+    hostile.mkdir()
+    expected = visit(chromium, trained, plain, PLAIN_CLASSES, "notes", "column")
+    found = visit(chromium, trained, hostile, HOSTILE_CLASSES, HOSTILE_FILE, HOSTILE_COLUMN)
+    assert found == expected
+
+
+def test_the_name_of_a_file_that_is_too_large_adds_no_element(chromium, trained, tmp_path):
+    from playwright.sync_api import expect
+
+    file = tmp_path / f"{HOSTILE_FILE}.csv"
+    file.write_bytes(b"x" * (MOST_FILE_BYTES + 1))
+    with served(trained, tmp_path) as url:
+        page = chromium.new_page()
+        Person(page, url).open("Many notes")
+        expect(page.get_by_role("button", name="Classify all")).to_be_visible()
+        upload = page.get_by_role("button", name="Click to upload").get_by_test_id("file-upload")
+        upload.set_input_files(file)
+        message = page.get_by_test_id("toast-text")
+        expect(message).to_be_visible()
+        assert message.locator("*").count() == 0
+        page.close()
+
+
+# --- Long names ---
+
+
+def long_names(trained):
+    """Give five names of the most characters; the predicted class is one without any space."""
+    words = "Cardiovascular and pulmonary medicine, with what belongs to it; " * 2
+    names = [f"{i} {words}"[:LONGEST_CLASS_NAME].strip().ljust(100, ".") for i in range(4)]
+    names.insert(trained([NOTE])[0].index, "W" * LONGEST_CLASS_NAME)
+    assert {len(name) for name in names} == {LONGEST_CLASS_NAME}
+    return names
+
+
+# Of the elements inside a block, those that reach beyond its left or right edge.
+BEYOND = """block => {
+  const [left, right] = [block.getBoundingClientRect().left, block.getBoundingClientRect().right];
+  return [...block.querySelectorAll('*')].filter(e => {
+    const box = e.getBoundingClientRect();
+    return e.scrollWidth > e.clientWidth + 1 && getComputedStyle(e).display != 'inline'
+      && e.clientWidth > 0 || box.left < left - 1 || box.right > right + 1;
+  }).map(e => `${e.tagName}.${e.className}`);
+}"""
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_long_class_names_wrap_and_leave_the_percentages_in_sight(
+    chromium, trained, tmp_path, width
+):
+    from playwright.sync_api import expect
+
+    names = long_names(trained)
+    classifier = named(trained, names)
+    prediction = classifier([NOTE])[0]
+    with served(classifier, tmp_path) as url:
+        page = chromium.new_page(viewport={"width": width, "height": 900})
+        person = Person(page, url)
+        person.submit(NOTE)
+        label = page.get_by_test_id("label")
+        expect(page.get_by_test_id("label-output-value")).to_have_text("W" * LONGEST_CLASS_NAME)
+        expect(person.json).to_contain_text("W" * LONGEST_CLASS_NAME)
+        for block in (label, person.json):
+            assert block.evaluate(BEYOND) == []
+        shown = sorted(float(text.strip("%")) for text in label.locator("dd").all_inner_texts())
+        assert shown == pytest.approx(sorted(100 * p for p in prediction.probabilities), abs=0.51)
+        for percentage in label.locator("dd").all():
+            percentage.scroll_into_view_if_needed()
+            expect(percentage).to_be_in_viewport(ratio=1)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        page.screenshot(path=tmp_path / "page.png", full_page=True)
+        for tab in ("LoRA internals", "Many notes", "Model card"):
+            person.open(tab)
+            if tab == "LoRA internals":
+                person.press("Compare strengths")
+                expect(page.get_by_role("grid", name="Probabilities")).to_contain_text(names[0])
+            assert page.evaluate("document.documentElement.scrollWidth") <= width, tab
+            page.screenshot(path=tmp_path / f"{tab}.png", full_page=True)
+        page.close()
