@@ -7,6 +7,8 @@ No answer to a wrong question repeats it: it may hold a note.
 """
 
 import asyncio
+from collections.abc import Sequence
+from concurrent.futures import Future
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -49,6 +51,7 @@ def describe(prediction: Prediction, classifier: Classifier) -> dict:
         "refer": prediction.refer,
         "probabilities": dict(zip(classifier.labels, prediction.probabilities, strict=True)),
         "tokens": prediction.tokens,
+        "tokens_exact": not prediction.truncated,  # or it has at least so many
         "tokens_read": min(prediction.tokens, classifier.token_limit),
     }
 
@@ -67,17 +70,14 @@ def add_routes(app: FastAPI, batcher: Batcher) -> None:
         return JSONResponse({"status": "busy"}, 503, RETRY_AFTER)
 
     @app.post("/v1/classify")
-    async def classify(question: Question) -> JSONResponse:
+    async def classify(question: Question, request: Request) -> JSONResponse:
         if (question.note is None) == (question.notes is None):
             return JSONResponse({"detail": EXPECTED}, 422)
         notes = question.notes or [question.note]
         results = [{"error": why} if (why := refuse(note)) else None for note in notes]
         good = [note for note, refused in zip(notes, results, strict=True) if not refused]
         try:
-            futures = [asyncio.wrap_future(future) for future in batcher.submit(good)]
-            # Those that are not begun when time is up are cancelled.
-            gathered = asyncio.gather(*futures, return_exceptions=True)
-            predictions = await asyncio.wait_for(gathered, REQUEST_SECONDS)
+            predictions = await _wait(batcher.submit(good), request)
         except (BusyError, TimeoutError):
             return JSONResponse({"detail": "The service is busy: try again."}, 503, RETRY_AFTER)
         answers = (
@@ -94,6 +94,30 @@ def add_routes(app: FastAPI, batcher: Batcher) -> None:
     @app.exception_handler(RequestValidationError)
     async def wrong_question(_request: Request, _error: RequestValidationError) -> JSONResponse:
         return JSONResponse({"detail": EXPECTED}, 422)
+
+
+async def _wait(futures: Sequence[Future], request: Request) -> list[Prediction | BaseException]:
+    """Wait for answers; what nobody waits for any more and is not begun is not computed.
+
+    Raises:
+        TimeoutError: Time is up, or the client has hung up.
+    """
+    answers = asyncio.gather(*map(asyncio.wrap_future, futures), return_exceptions=True)
+    hung_up = asyncio.create_task(_cancel_when_hung_up(futures, request))
+    try:
+        found = await asyncio.wait_for(answers, REQUEST_SECONDS)
+        if hung_up.done():
+            raise TimeoutError
+        return found
+    finally:
+        hung_up.cancel()
+
+
+async def _cancel_when_hung_up(futures: Sequence[Future], request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    for future in futures:
+        future.cancel()
 
 
 def _failed(error: BaseException) -> dict:
