@@ -95,10 +95,10 @@ PYTHON = """import httpx
 note = "Severe chest pain. ECG shows ST elevation."
 print(httpx.post("{url}/v1/classify", json={{"note": note}}).json())"""
 API_WORDS = """`GET /health` and `GET /ready` tell whether the service is alive and has room for a
-note. `POST /v1/classify` takes `{"note": "…"}` or `{"notes": ["…", …]}`. If `tokens_exact` is false,
-the note has more tokens than are read, at least `tokens`. A busy service answers 503 with
-`Retry-After`. Where a password file is in use, page and API ask for name and password
-(`curl -u NAME`, `httpx.post(…, auth=(name, password))`)."""
+note. `POST /v1/classify` takes `{"note": "…"}` or `{"notes": ["…", …]}`. Where `tokens_exact` is
+false, the note is longer than what is read, and has at least `tokens` tokens. A busy service
+answers 503 with `Retry-After`. Where a password file is in use, page and API ask for name and
+password (`curl -u NAME`, `httpx.post(…, auth=(name, password))`)."""
 
 
 def build_page(batcher: Batcher, flags: Flags, storage: Storage, card: str, url: str) -> gr.Blocks:
