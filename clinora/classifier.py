@@ -189,7 +189,8 @@ class Prediction:
             run was not calibrated.
         probabilities: Of all classes, by index; they sum to 1.
         refer: Whether a person should decide; None if the run has no threshold.
-        tokens: Tokens of the whole note.
+        tokens: Tokens of the note; of a truncated one those that were read and one more, since the
+            rest is not counted: it has at least so many.
         truncated: Whether the note is longer than the token limit, so that its end was not read.
     """
 
@@ -370,7 +371,7 @@ class Classifier:
         for i, text in enumerate(texts):
             if not has_visible(text):
                 raise ValueError(f"note {i + 1} of {len(texts)} is empty: it has nothing visible")
-        probabilities, tokens = self.probabilities(texts)
+        probabilities, tokens = self.probabilities(texts, self.token_limit + 1)
         confidence = self.calibration and self.calibration.confidence(probabilities).tolist()
         named = probabilities.argmax(-1).tolist() if tokens else []
         return [
@@ -386,8 +387,15 @@ class Classifier:
             for i, index in enumerate(named)
         ]
 
-    def probabilities(self, texts: Sequence[str]) -> tuple[np.ndarray, list[int]]:
+    def probabilities(
+        self, texts: Sequence[str], most_counted: int | None = None
+    ) -> tuple[np.ndarray, list[int]]:
         """Give the probabilities of all classes, (N, C) float32, and the tokens of each note.
+
+        Args:
+            texts: The notes.
+            most_counted: How many tokens of a note are counted at most, above the token limit; the
+                rest is not tokenised. None: all are counted.
 
         Raises:
             ValueError: The head was never trained, or an answer is not finite.
@@ -395,7 +403,7 @@ class Classifier:
         if not self.model.head_trained:
             raise ValueError("this model's head was never trained: its answers would be random")
         rows, tokens = [np.empty((0, len(self.labels)), np.float32)], []
-        for ids in self._encode(texts):
+        for ids in self._encode(texts, most_counted):
             rows.append(self.run([note[: self.token_limit] for note in ids]).softmax(-1).numpy())
             tokens += map(len, ids)
         probabilities = np.concatenate(rows)
@@ -411,12 +419,13 @@ class Classifier:
 
     def states(self, texts: Sequence[str]) -> Iterator[Tensor]:
         """Give the last real token's states, the head's input, in parts of (n, D), float32."""
-        for ids in self._encode(texts):
-            yield self.run([note[: self.token_limit] for note in ids], self.model.model)
+        for ids in self._encode(texts, self.token_limit):
+            yield self.run(ids, self.model.model)
 
-    def _encode(self, texts: Sequence[str]) -> Iterator[list[list[int]]]:
+    def _encode(self, texts: Sequence[str], limit: int | None) -> Iterator[list[list[int]]]:
         for start in range(0, len(texts), INFERENCE_NOTES):
-            yield [self.tokenizer.encode(text) for text in texts[start : start + INFERENCE_NOTES]]
+            part = texts[start : start + INFERENCE_NOTES]
+            yield [self.tokenizer.encode(text, limit) for text in part]
 
     @torch.inference_mode()
     def run(

@@ -11,7 +11,7 @@ from fastapi.testclient import TestClient
 import clinora
 from clinora.serving import api
 from clinora.serving.app import create_app
-from clinora.serving.batcher import MOST_WAITING
+from clinora.serving.batcher import MOST_REQUESTS
 from tests.served import running
 
 CANARY = "canary-7f3a"
@@ -48,6 +48,7 @@ def expected(classifier, note):
             dict(zip(classifier.labels, prediction.probabilities, strict=True)), abs=1e-5
         ),
         "tokens": prediction.tokens,
+        "tokens_exact": prediction.tokens <= 128,
         "tokens_read": min(prediction.tokens, 128),
     }
 
@@ -57,6 +58,15 @@ def test_a_note_has_its_class_and_all_that_is_known_of_it(client, classifier):
         answer = client.post("/v1/classify", json={"note": note})
         assert answer.status_code == 200
         assert answer.json() == expected(classifier, note.strip())
+
+
+def test_tokens_are_exact_or_at_least_so_many(client, classifier):
+    for times in (1, 200):
+        note = "fever " * times
+        tokens = len(classifier.tokenizer.encode(note))
+        told = client.post("/v1/classify", json={"note": note}).json()
+        assert told["tokens_exact"] == (told["tokens"] == tokens) == (times == 1)
+        assert told["tokens_read"] <= told["tokens"] <= tokens
 
 
 def test_many_notes_are_answered_in_order_and_a_bad_one_by_its_error(client, classifier):
@@ -230,17 +240,17 @@ def test_a_busy_service_says_when_to_come_back_and_recovers(client, classifier, 
         return run(*arguments)
 
     monkeypatch.setattr(classifier, "run", wait_and_run)
-    answers = []
+    batcher, answers = client.app.state.batcher, []
 
-    def ask(notes):
-        answers.append(client.post("/v1/classify", json={"notes": notes}))
+    def ask():
+        answers.append(client.post("/v1/classify", json={"note": NOTES[0]}))
 
-    threads = [threading.Thread(target=ask, args=([NOTES[0]],))]
+    threads = [threading.Thread(target=ask)]
     threads[0].start()
-    began.wait(30)  # it holds the model; 64 more may wait
-    for _ in range(MOST_WAITING // api.MOST_NOTES):
-        threads.append(threading.Thread(target=ask, args=([NOTES[1]] * api.MOST_NOTES,)))
-        threads[-1].start()
+    began.wait(30)  # it holds the model
+    waiting = [batcher.submit(NOTES[:1]) for _ in range(MOST_REQUESTS - 1)]
+    threads.append(threading.Thread(target=ask))
+    threads[1].start()
     end = time.monotonic() + 30
     while client.get("/ready").status_code == 200 and time.monotonic() < end:
         pass
@@ -250,7 +260,8 @@ def test_a_busy_service_says_when_to_come_back_and_recovers(client, classifier, 
     may_go_on.set()
     for thread in threads:
         thread.join()
-    assert [answer.status_code for answer in answers] == [200] * 3  # nothing taken was lost
+    assert [answer.status_code for answer in answers] == [200] * 2  # nothing taken was lost
+    assert all(future.result(30).label for (future,) in waiting)
     assert client.post("/v1/classify", json={"note": NOTES[0]}).status_code == 200
     assert client.get("/ready").status_code == 200
 

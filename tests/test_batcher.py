@@ -6,9 +6,17 @@ from concurrent.futures import CancelledError, Future, wait
 import pytest
 
 import clinora
-from clinora.serving.batcher import MOST_TOGETHER, Batcher, BusyError
+from clinora.serving.batcher import (
+    MOST_REQUESTS,
+    MOST_TOGETHER,
+    MOST_TOKENS,
+    MOST_WAITING,
+    Batcher,
+    BusyError,
+)
 
 NOTES = [f"chest pain {i}, fracture of the knee {i * 7}" for i in range(40)]
+LONG = "chest pain and a fracture of the knee, " * 60  # beyond the token limit
 
 
 @pytest.fixture(scope="module")
@@ -27,10 +35,23 @@ def batcher(classifier):
 def held(batcher):
     """The batcher's thread, busy until the event is set."""
     go_on, began = threading.Event(), threading.Event()
-    batcher.run(lambda: began.set() or go_on.wait(30))
+    batcher.submit_job(lambda: began.set() or go_on.wait(30))
     began.wait(30)
     yield go_on
     go_on.set()
+
+
+@pytest.fixture
+def batches(batcher, monkeypatch):
+    """The notes that went through the model, a list for each time."""
+    seen, probabilities = [], batcher.classifier.probabilities
+
+    def note_and_run(notes, *rest):
+        seen.append(list(notes))
+        return probabilities(notes, *rest)
+
+    monkeypatch.setattr(batcher.classifier, "probabilities", note_and_run)
+    return seen
 
 
 def test_every_caller_has_the_answer_to_its_own_note(batcher, classifier):
@@ -50,28 +71,101 @@ def test_every_caller_has_the_answer_to_its_own_note(batcher, classifier):
         assert answers[i].probabilities == pytest.approx(prediction.probabilities, abs=1e-5)
 
 
-def test_notes_that_wait_go_through_the_model_together_in_order(batcher, held, monkeypatch):
-    batches, probabilities = [], batcher.classifier.probabilities
-    monkeypatch.setattr(
-        batcher.classifier, "probabilities", lambda n: batches.append(list(n)) or probabilities(n)
-    )
-    futures = [*batcher.submit(NOTES[:30]), batcher.run(lambda: batches.append("job"))]
-    futures += batcher.submit(NOTES[30:33])
+def test_notes_that_wait_go_through_the_model_together_in_order(batcher, held, batches):
+    futures = batcher.submit(NOTES[:30])
+    futures.append(batcher.submit_job(lambda: batches.append("job")))
     held.set()
     wait(futures, 30)
-    # A job does not part them, and waits for those before it alone.
-    first, second = NOTES[:MOST_TOGETHER], NOTES[MOST_TOGETHER : 2 * MOST_TOGETHER]
-    assert batches == [first, second, "job", NOTES[2 * MOST_TOGETHER : 33]]
+    # A job waits for its turn alone.
+    assert batches == [NOTES[:MOST_TOGETHER], "job", NOTES[MOST_TOGETHER:30]]
+
+
+def test_a_job_does_not_part_the_notes_around_it_and_is_next(batcher, held, batches):
+    futures = [
+        *batcher.submit(NOTES[:1]),
+        batcher.submit_job(lambda: batches.append("first job")),
+        *batcher.submit(NOTES[1:2]),
+        batcher.submit_job(lambda: batches.append("second job")),
+        *batcher.submit(NOTES[2:3]),
+    ]
+    held.set()
+    wait(futures, 30)
+    assert batches == [NOTES[:3], "first job", "second job"]
+
+
+def test_a_note_waits_for_one_of_each_request_before_it(batcher, held, batches, monkeypatch):
+    """Three requests of 32 long notes are there first; here the model takes one note at a time."""
+    monkeypatch.setattr(batcher, "most_together", 1)
+    greedy = [batcher.submit([f"{LONG} {name}"] * 32) for name in "abc"]
+    (short,) = batcher.submit(["fever"])
+    held.set()
+    assert short.result(30)
+    assert [note[-1] for (note,) in batches[:4]] == ["a", "b", "c", "r"]
+    wait([future for futures in greedy for future in futures], 60)
+    after = [note[-1] for (note,) in batches[4:]]
+    assert after == ["a", "b", "c"] * 31
+
+
+def test_of_requests_that_come_later_none_is_before_ones_second_note(batcher, held, batches):
+    """However many notes a request has, each of the others has its turn between two of them."""
+    futures = [*batcher.submit(NOTES[:20]), *batcher.submit(NOTES[20:22]), *batcher.submit(["x"])]
+    held.set()
+    wait(futures, 30)
+    first = [NOTES[0], NOTES[20], "x", NOTES[1], NOTES[21], *NOTES[2:13]]
+    assert batches == [first, NOTES[13:20]]
+
+
+def test_a_job_has_its_turn_although_notes_never_end(batcher, held, batches):
+    batcher.submit([LONG] * 100)
+    job = batcher.submit_job(lambda: len(batches))
+    held.set()
+    assert job.result(30) == 1  # after a single batch
+
+
+def test_what_goes_through_the_model_together_is_bounded_by_its_tokens(classifier, monkeypatch):
+    batcher = Batcher(classifier)
+    shapes, run = [], classifier.run
+    monkeypatch.setattr(
+        classifier, "run", lambda ids, *rest: shapes.append(list(map(len, ids))) or run(ids, *rest)
+    )
+    monkeypatch.setattr(batcher, "most_tokens", 400)
+    go_on = threading.Event()
+    batcher.submit_job(lambda: go_on.wait(30))
+    notes = [LONG, *NOTES[:10], LONG, LONG, LONG, "fever", LONG, *["fever"] * 40]
+    futures = batcher.submit(notes)
+    go_on.set()
+    for note, future in zip(notes, futures, strict=True):
+        assert future.result(30).truncated == (note == LONG)
+    batcher.close()
+    assert max(max(lengths) * len(lengths) for lengths in shapes) <= 400
+    assert sum(map(len, shapes)) == len(notes)
+    assert max(map(len, shapes)) == MOST_TOGETHER  # short notes still go together
+    assert [128] * 3 in shapes  # as many as may
+
+
+def test_a_note_of_more_tokens_than_a_batch_may_have_goes_alone(batcher, batches, monkeypatch):
+    monkeypatch.setattr(batcher, "most_tokens", 10)
+    assert all(future.result(30) for future in batcher.submit([LONG, LONG]))
+    assert batches == [[LONG], [LONG]]
+
+
+def test_a_full_batch_of_short_notes_is_not_made_smaller():
+    """As many notes of 128 tokens as go together, which is more than most single notes have."""
+    assert MOST_TOGETHER * 128 <= MOST_TOKENS
 
 
 def test_what_finds_no_room_is_refused_whole_and_what_was_taken_is_answered(batcher, held):
-    futures = batcher.submit(NOTES)  # 40 of 64
+    futures = batcher.submit([*NOTES, *NOTES, *NOTES])  # 120 of 128
+    assert MOST_WAITING == 128
     with pytest.raises(BusyError):
-        batcher.submit(NOTES[:25])
+        batcher.submit(NOTES[:9])
+    futures += batcher.submit(NOTES[:8])
+    # Many notes of others do not keep out a single one.
     assert batcher.ready
-    futures += batcher.submit(NOTES[:24])
+    while len(futures) < MOST_WAITING + MOST_REQUESTS - 2:
+        futures += batcher.submit(NOTES[:1])
     assert not batcher.ready
-    for job in (lambda: batcher.submit(NOTES[:1]), lambda: batcher.run(int)):
+    for job in (lambda: batcher.submit(NOTES[:1]), lambda: batcher.submit_job(int)):
         with pytest.raises(BusyError):
             job()
     held.set()
@@ -80,10 +174,10 @@ def test_what_finds_no_room_is_refused_whole_and_what_was_taken_is_answered(batc
 
 
 def test_who_waits_for_room_gets_it(batcher, held):
-    batcher.submit([*NOTES, *NOTES[:24]])
+    batcher.submit(["fever"] * MOST_WAITING)
     threading.Timer(0.1, held.set).start()
-    (future,) = batcher.submit(NOTES[:1], wait=30)
-    assert future.result(30)
+    futures = batcher.submit(NOTES[:2], wait=30)
+    assert all(future.result(30) for future in futures)
 
 
 def test_one_notes_fault_is_its_own(batcher, held):
@@ -95,25 +189,34 @@ def test_one_notes_fault_is_its_own(batcher, held):
 
 
 def test_a_job_gives_its_result_or_its_error_and_the_thread_goes_on(batcher):
-    assert batcher.run(lambda: 7).result(30) == 7
+    assert batcher.submit_job(lambda: 7).result(30) == 7
     with pytest.raises(ZeroDivisionError):
-        batcher.run(lambda: 1 / 0).result(30)
+        batcher.submit_job(lambda: 1 / 0).result(30)
     assert batcher.submit(["fever"])[0].result(30)
 
 
-def test_who_has_gone_away_costs_nothing(batcher, held, monkeypatch):
-    seen, probabilities = [], batcher.classifier.probabilities
-    monkeypatch.setattr(
-        batcher.classifier, "probabilities", lambda n: seen.extend(n) or probabilities(n)
-    )
+def test_who_has_gone_away_costs_nothing(batcher, held, batches):
     futures = batcher.submit(NOTES[:3])
     assert futures[1].cancel()
     (alone,) = batcher.submit(NOTES[3:4])
     held.set()
     assert futures[2].result(30) and alone.result(30)
-    assert seen == [NOTES[0], NOTES[2], NOTES[3]]
+    assert batches == [[NOTES[0], NOTES[3], NOTES[2]]]
     with pytest.raises(CancelledError):
         futures[1].result(0)
+
+
+def test_who_has_gone_away_leaves_room_and_is_not_even_tokenised(batcher, held, monkeypatch):
+    tokenizer, read = batcher.classifier.tokenizer, []
+    encode = tokenizer.encode
+    monkeypatch.setattr(tokenizer, "encode", lambda text, *a: read.append(text) or encode(text, *a))
+    for _ in range(3 * MOST_REQUESTS):
+        for future in batcher.submit(["gone", "gone"]):
+            future.cancel()
+    (future,) = batcher.submit(["fever"])
+    held.set()
+    assert future.result(30)
+    assert set(read) == {"fever"}
 
 
 def test_closing_finishes_what_is_queued_and_takes_no_more(classifier):

@@ -75,7 +75,26 @@ def test_a_note_beyond_the_limit_is_said_to_be_truncated(classifier):
     assert not short.truncated
     assert short.tokens == len(classifier.tokenizer.encode(NOTES[1]))
     assert long.truncated
-    assert long.tokens == len(classifier.tokenizer.encode(NOTES[2])) > classifier.token_limit
+    assert long.tokens == classifier.token_limit + 1 < len(classifier.tokenizer.encode(NOTES[2]))
+
+
+def test_a_note_that_just_fits_is_not_truncated_and_is_counted_exactly(small_run):
+    classifier = clinora.Classifier.load(small_run, device="cpu", precision="fp32")
+    ids = classifier.tokenizer.encode("chest pain " * 50)
+    note = classifier.tokenizer.decode(ids[:128])
+    assert len(classifier.tokenizer.encode(note)) == 128
+    (fits,) = classifier([note])
+    assert (fits.tokens, fits.truncated) == (128, False)
+    (longer,) = classifier([f"{note}s and more"])
+    assert (longer.tokens, longer.truncated) == (129, True)
+
+
+def test_evaluation_counts_all_tokens_and_predicts_the_same(classifier):
+    probabilities, tokens = classifier.probabilities(NOTES)
+    assert tokens == [len(classifier.tokenizer.encode(note)) for note in NOTES]
+    assert max(tokens) > classifier.token_limit + 1
+    for row, prediction in zip(probabilities, classifier(NOTES), strict=True):
+        assert prediction.probabilities == tuple(row.tolist())
 
 
 def test_published_forms(classifier):
@@ -136,13 +155,14 @@ def test_answers_that_are_not_finite_are_refused(small_run):
         broken(NOTES)
 
 
-def test_a_note_of_ten_megabytes_is_cut_and_its_tokens_are_counted(small_run):
+def test_a_note_of_ten_megabytes_is_cut_and_its_tokens_can_be_counted(small_run):
     classifier = clinora.Classifier.load(small_run, device="cpu", precision="fp32")
     (one,) = classifier(["chest pain " * 50])
     (huge,) = classifier(["chest pain " * 900_000])
     assert huge.truncated
-    each = (one.tokens - 1) / 50  # less the first token
-    assert huge.tokens == 1 + 900_000 * each
+    each = len(classifier.tokenizer.encode("chest pain " * 50)) - 1  # less the first token
+    _, (tokens,) = classifier.probabilities(["chest pain " * 900_000])
+    assert tokens == 1 + 900_000 // 50 * each
     assert huge.probabilities == pytest.approx(one.probabilities, abs=1e-6)  # the same first 128
 
 

@@ -8,11 +8,12 @@ No answer to a wrong question repeats it: it may hold a note.
 
 import asyncio
 import json
+from collections.abc import Sequence
+from concurrent.futures import Future
 
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from starlette.endpoints import HTTPEndpoint
 
 from clinora.classifier import Classifier, Prediction
 from clinora.notes import has_visible
@@ -95,6 +96,7 @@ def describe(prediction: Prediction, classifier: Classifier) -> dict:
         "refer": prediction.refer,
         "probabilities": dict(zip(classifier.labels, prediction.probabilities, strict=True)),
         "tokens": prediction.tokens,
+        "tokens_exact": not prediction.truncated,  # or it has at least so many
         "tokens_read": min(prediction.tokens, classifier.token_limit),
     }
 
@@ -102,26 +104,21 @@ def describe(prediction: Prediction, classifier: Classifier) -> dict:
 def add_routes(app: FastAPI, batcher: Batcher) -> None:
     """Add ``/health``, ``/ready`` and ``/v1/classify`` to an app."""
 
-    # Endpoints as classes: a method that they lack is 405 here, and does not go on to the page.
-    class Health(HTTPEndpoint):  # these two need no thread: a busy service still answers
-        async def get(self, _request: Request) -> JSONResponse:
-            return JSONResponse({"status": "ok"})
+    async def health(_request: Request) -> JSONResponse:  # a busy service still answers
+        return JSONResponse({"status": "ok"})
 
-    class Ready(HTTPEndpoint):
-        async def get(self, _request: Request) -> JSONResponse:
-            if batcher.ready:
-                return JSONResponse({"status": "ready"})
-            return JSONResponse({"status": "busy"}, 503, RETRY_AFTER)
+    async def ready(_request: Request) -> JSONResponse:
+        if batcher.ready:
+            return JSONResponse({"status": "ready"})
+        return JSONResponse({"status": "busy"}, 503, RETRY_AFTER)
 
-    async def classify(question: Question) -> JSONResponse:
+    async def classify(request: Request) -> JSONResponse:
+        question = read_question(request.headers.get("Content-Type", ""), await request.body())
         notes = question.notes or [question.note]
         results = [{"error": why} if (why := refuse(note)) else None for note in notes]
         good = [note for note, refused in zip(notes, results, strict=True) if not refused]
         try:
-            futures = [asyncio.wrap_future(future) for future in batcher.submit(good)]
-            # Those that are not begun when time is up are cancelled.
-            gathered = asyncio.gather(*futures, return_exceptions=True)
-            predictions = await asyncio.wait_for(gathered, REQUEST_SECONDS)
+            predictions = await _wait(batcher.submit(good), request)
         except (BusyError, TimeoutError):
             return JSONResponse({"detail": "The service is busy: try again."}, 503, RETRY_AFTER)
         answers = (
@@ -135,20 +132,38 @@ def add_routes(app: FastAPI, batcher: Batcher) -> None:
             return JSONResponse({"detail": results[0]["error"]}, 500 if good else 422)
         return JSONResponse(results[0])
 
-    class Classify(HTTPEndpoint):
-        async def post(self, request: Request) -> JSONResponse:
-            content_type = request.headers.get("Content-Type", "")
-            question = read_question(content_type, await request.body())
-            return await classify(question)
-
-    app.add_route("/health", Health)
-    app.add_route("/ready", Ready)
-    app.add_route("/v1/classify", Classify)
+    app.add_route("/health", health, methods=["GET"])
+    app.add_route("/ready", ready, methods=["GET"])
+    app.add_route("/v1/classify", classify, methods=["POST"])
 
     @app.exception_handler(405)
     async def wrong_method(_request: Request, error: HTTPException) -> JSONResponse:
         allowed = error.headers["Allow"]
         return JSONResponse({"detail": f"Expected the method {allowed}."}, 405, error.headers)
+
+
+async def _wait(futures: Sequence[Future], request: Request) -> list[Prediction | BaseException]:
+    """Wait for answers; what nobody waits for any more and is not begun is not computed.
+
+    Raises:
+        TimeoutError: Time is up, or the client has hung up.
+    """
+    answers = asyncio.gather(*map(asyncio.wrap_future, futures), return_exceptions=True)
+    hung_up = asyncio.create_task(_cancel_when_hung_up(futures, request))
+    try:
+        found = await asyncio.wait_for(answers, REQUEST_SECONDS)
+        if hung_up.done():
+            raise TimeoutError
+        return found
+    finally:
+        hung_up.cancel()
+
+
+async def _cancel_when_hung_up(futures: Sequence[Future], request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    for future in futures:
+        future.cancel()
 
 
 def _failed(error: BaseException) -> dict:

@@ -1,7 +1,9 @@
 """One bounded queue before one model: page, API and files share it, and none waits for ever.
 
-A single thread works on what the queue holds. Notes that wait together go through the model
-together; anything else that needs the model (another strength, an explanation) has it for itself.
+A single thread works on what the queue holds. It takes from each request in turn, so that many
+notes of one do not hold up the few of another. Notes that wait together go through the model
+together; anything else that needs the model (another strength, an explanation) is a request too and
+has the model for itself.
 """
 
 import itertools
@@ -9,12 +11,15 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import TypeVar
 
 from clinora.classifier import Classifier, Prediction
 
-MOST_WAITING = 64  # notes and jobs in the queue
+MOST_REQUESTS = 64  # that wait
+MOST_WAITING = 128  # notes that wait; beyond them a request of one note still finds room
 MOST_TOGETHER = 16  # notes that go through the model at once
+MOST_TOKENS = 2048  # of these notes, padded to the longest; a note alone may have more
 
 T = TypeVar("T")
 
@@ -23,47 +28,66 @@ class BusyError(Exception):
     """Too much is waiting, or the service is ending: nothing was queued."""
 
 
+@dataclass(eq=False, slots=True)
+class _Work:
+    """A note or a job that waits, and the future of its answer."""
+
+    item: str | Callable
+    future: Future
+    tokens: int | None = None  # that the model reads; None: not counted yet
+
+    @property
+    def is_note(self) -> bool:
+        return isinstance(self.item, str)
+
+
 class Batcher:
     """Runs a classifier for many callers at once.
 
     Attributes:
         classifier: The run; only the batcher's own thread may use its model.
-        most_waiting: How many notes and jobs may wait.
         most_together: How many notes go through the model at once.
+        most_tokens: How many tokens they have together, padded to the longest.
     """
 
-    def __init__(self, classifier: Classifier, most_waiting: int = MOST_WAITING) -> None:
-        self.classifier, self.most_waiting = classifier, most_waiting
+    def __init__(self, classifier: Classifier) -> None:
+        self.classifier = classifier
         self.most_together = MOST_TOGETHER
-        self._waiting: deque[tuple[Future, str | Callable]] = deque()
-        self._changed, self._open = threading.Condition(), True
-        self._thread = threading.Thread(target=self._work, name="batcher", daemon=True)
+        self.most_tokens = MOST_TOKENS
+        # What waits of each request, notes or a job, never nothing; the first has the next turn.
+        self._requests: deque[deque[_Work]] = deque()
+        self._changed = threading.Condition()
+        self._open = True
+        self._thread = threading.Thread(target=self._run, name="batcher", daemon=True)
         self._thread.start()
 
     def submit(self, notes: Sequence[str], wait: float = 0) -> list[Future[Prediction]]:
-        """Queue notes, all of them or none.
+        """Queue the notes of one request, all of them or none.
+
+        A note whose future is cancelled before its turn is not computed.
 
         Args:
-            notes: At most ``most_waiting``.
+            notes: At most ``MOST_WAITING``.
             wait: Seconds to wait for room.
 
         Raises:
             BusyError: There was no room, or the service is ending.
         """
-        return self._put(notes, wait)
+        return self._queue(notes, wait)
 
-    def run(self, job: Callable[[], T]) -> Future[T]:
+    def submit_job(self, job: Callable[[], T]) -> Future[T]:
         """Queue a function that has the model for itself.
 
         Raises:
             BusyError: There is no room, or the service is ending.
         """
-        return self._put([job], 0)[0]
+        return self._queue([job], 0)[0]
 
     @property
     def ready(self) -> bool:
         """Whether a note would be queued now."""
-        return self._open and self._thread.is_alive() and len(self._waiting) < self.most_waiting
+        with self._changed:
+            return self._open and self._thread.is_alive() and self._has_room(1)
 
     def close(self) -> None:
         """Take nothing more, and finish what is queued."""
@@ -72,50 +96,107 @@ class Batcher:
             self._changed.notify_all()
         self._thread.join()
 
-    def _put(self, items: Sequence[str | Callable], wait: float) -> list[Future]:
+    def _queue(self, items: Sequence[str | Callable], wait: float) -> list[Future]:
+        waiting = deque(_Work(item, Future()) for item in items)
         with self._changed:
-            room = self.most_waiting - len(items)
-            self._changed.wait_for(lambda: not self._open or len(self._waiting) <= room, wait)
-            if not self._open or len(self._waiting) > room:
+            self._changed.wait_for(lambda: not self._open or self._has_room(len(items)), wait)
+            if not self._open or not self._has_room(len(items)):
                 raise BusyError
-            futures = [Future() for _ in items]
-            self._waiting += zip(futures, items, strict=True)
-            self._changed.notify_all()
-        return futures
+            if waiting:
+                self._requests.append(waiting)
+                self._changed.notify_all()
+        return [work.future for work in waiting]
 
-    def _work(self) -> None:
+    def _has_room(self, items: int) -> bool:
+        """Tell whether a request of so many notes finds room; those who have gone need none."""
+        counts = []
+        for request in self._requests:
+            wanted = [work for work in request if not work.future.cancelled()]
+            if wanted:
+                counts.append(len(wanted))
+        if len(counts) >= MOST_REQUESTS:
+            return False
+        return items <= 1 or sum(counts) + items <= MOST_WAITING
+
+    def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._waiting or not self._open)
-                if not self._waiting:
+                self._changed.wait_for(lambda: self._requests or not self._open)
+                if not self._requests:
                     return
-                taken = [self._waiting[0]]
-                if self._is_note(taken[0]):  # with others, also from behind a job
-                    notes = (pair for pair in self._waiting if self._is_note(pair))
-                    taken = list(itertools.islice(notes, self.most_together))
-                for pair in taken:
-                    self._waiting.remove(pair)
+                self._forget_gone()
+                candidates = self._candidates()
+            fitting = self._fitting(candidates)  # it tokenises: others may queue meanwhile
+            with self._changed:
+                taken = [work for work in fitting if self._take(work)]
                 self._changed.notify_all()  # there is room again
-            # Who has gone away meanwhile has cancelled.
-            taken = [pair for pair in taken if pair[0].set_running_or_notify_cancel()]
-            if not taken or not self._answer(taken):
-                for pair in taken:  # one note's fault is not the others'
-                    self._answer([pair])
+            if taken and not self._answer(taken):
+                for work in taken:  # one note's fault is not the others'
+                    self._answer([work])
 
-    @staticmethod
-    def _is_note(pair: tuple[Future, str | Callable]) -> bool:
-        return isinstance(pair[1], str)
+    def _forget_gone(self) -> None:
+        for request in self._requests:
+            for work in [work for work in request if work.future.cancelled()]:
+                request.remove(work)
+                work.future.set_running_or_notify_cancel()
+        self._requests = deque(request for request in self._requests if request)
 
-    def _answer(self, taken: list[tuple[Future, str | Callable]]) -> bool:
-        """Compute and hand out answers; False if several failed together and none has one."""
-        futures, items = zip(*taken, strict=True)
+    def _candidates(self) -> list[_Work]:
+        """Choose what may go next: a job, or notes, one of each request in turn.
+
+        Notes do not wait for the jobs between them; the job that comes first has the next turn.
+        """
+        if not self._requests:
+            return []
+        first = self._requests[0][0]
+        if not first.is_note:
+            return [first]
+        requests = [request for request in self._requests if request[0].is_note]
+        turns = itertools.chain.from_iterable(itertools.zip_longest(*requests))
+        notes = (work for work in turns if work is not None)
+        return list(itertools.islice(notes, self.most_together))
+
+    def _fitting(self, candidates: list[_Work]) -> list[_Work]:
+        """Give the first candidates that go through the model together, at least one."""
+        longest = 0
+        for i, work in enumerate(candidates):
+            if not work.is_note:
+                return [work]
+            if work.tokens is None:
+                work.tokens = self._count(work.item)
+            longest = max(longest, work.tokens)
+            if i > 0 and longest * (i + 1) > self.most_tokens:
+                return candidates[:i]
+        return candidates
+
+    def _count(self, note: str) -> int:
         try:
-            answers = self.classifier(items) if self._is_note(taken[0]) else [items[0]()]
+            return len(self.classifier.tokenizer.encode(note, self.classifier.token_limit))
+        except Exception:  # its caller is told when it is classified
+            return self.classifier.token_limit
+
+    def _take(self, work: _Work) -> bool:
+        """Take a note or a job out of the queue; its request's next turn is after all others'.
+
+        False if its caller has gone meanwhile.
+        """
+        request = next(request for request in self._requests if work in request)
+        self._requests.remove(request)
+        request.remove(work)
+        if request:
+            self._requests.append(request)
+        return work.future.set_running_or_notify_cancel()
+
+    def _answer(self, taken: list[_Work]) -> bool:
+        """Compute and hand out answers; False if several failed together and none has one."""
+        items = [work.item for work in taken]
+        try:
+            answers = self.classifier(items) if taken[0].is_note else [items[0]()]
         except Exception as error:
             if len(taken) > 1:
                 return False
-            futures[0].set_exception(error)
+            taken[0].future.set_exception(error)
             return True
-        for future, answer in zip(futures, answers, strict=True):
-            future.set_result(answer)
+        for work, answer in zip(taken, answers, strict=True):
+            work.future.set_result(answer)
         return True

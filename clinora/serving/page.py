@@ -8,10 +8,12 @@ import csv
 import functools
 import html
 import io
+import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 
 import gradio as gr
+from gradio.context import LocalContext
 from gradio.data_classes import FileData
 from torch.func import functional_call
 
@@ -35,6 +37,7 @@ DESCRIPTION = (
 )
 DISCLAIMER = "Demonstration only, not a medical device."
 PREVIEW_ROWS = 20
+LOOK_SECONDS = 0.2  # between looks whether the visitor is still there
 REASONS = ("The class is wrong", "The confidence is wrong", "The highlights mislead", "Other")
 
 # The published note, then three invented ones, of Orthopedic, Radiology and Surgery.
@@ -97,9 +100,10 @@ PYTHON = """import httpx
 note = "Severe chest pain. ECG shows ST elevation."
 print(httpx.post("{url}/v1/classify", json={{"note": note}}).json())"""
 API_WORDS = """`GET /health` and `GET /ready` tell whether the service is alive and has room for a
-note. `POST /v1/classify` takes `{"note": "…"}` or `{"notes": ["…", …]}`. A busy service answers 503
-with `Retry-After`. Where a password file is in use, page and API ask for name and password
-(`curl -u NAME`, `httpx.post(…, auth=(name, password))`)."""
+note. `POST /v1/classify` takes `{"note": "…"}` or `{"notes": ["…", …]}`. Where `tokens_exact` is
+false, the note is longer than what is read, and has at least `tokens` tokens. A busy service
+answers 503 with `Retry-After`. Where a password file is in use, page and API ask for name and
+password (`curl -u NAME`, `httpx.post(…, auth=(name, password))`)."""
 
 
 def build_page(batcher: Batcher, flags: Flags, storage: Storage, card: str, url: str) -> gr.Blocks:
@@ -140,11 +144,12 @@ def _classify_tab(batcher: Batcher, flags: Flags) -> None:
         note = _checked(note)
         prediction = _wait(batcher.submit([note])[0])
         # In the same event: the browser loses one that begins as the last of a chain ends.
-        sentences = _wait(batcher.run(lambda: explain(classifier, note)))
+        sentences = _wait(batcher.submit_job(lambda: explain(classifier, note)))
         record = prediction.as_json() | {
             "confidence": prediction.confidence,
             "sha256": Note(note, ()).sha256,
             "tokens": prediction.tokens,
+            "tokens_exact": not prediction.truncated,
         }
         shares = dict(zip(labels, prediction.probabilities, strict=True))
         return (
@@ -252,7 +257,7 @@ def _length(prediction: Prediction, classifier: Classifier) -> str:
     if not prediction.truncated:
         return f"The note has {prediction.tokens:,} tokens; all were read."
     limit = classifier.token_limit
-    return f"The note has {prediction.tokens:,} tokens; the first {limit:,} were read."
+    return f"The note has more than {limit:,} tokens; the first {limit:,} were read."
 
 
 # --- LoRA's inside ------------------------------------------------------------------------------
@@ -291,7 +296,7 @@ def _internals_tab(batcher: Batcher) -> None:
                     columns.append(classifier([note])[0].probabilities)
             return columns
 
-        columns = _wait(batcher.run(job))
+        columns = _wait(batcher.submit_job(job))
         return [
             [label, *(f"{column[i]:.1%}" for column in columns)] for i, label in enumerate(labels)
         ]
@@ -309,7 +314,7 @@ def _internals_tab(batcher: Batcher) -> None:
             merged = classifier.run([ids], lambda *x: functional_call(model, replaced, x))
             return classifier([note])[0].probabilities, merged.softmax(-1)[0].tolist()
 
-        beside, merged = _wait(batcher.run(job))
+        beside, merged = _wait(batcher.submit_job(job))
         apart = max(abs(a - b) for a, b in zip(beside, merged, strict=True))
         return (
             f"Largest difference of a probability: {100 * apart:.2g} points. The merged weight "
@@ -363,7 +368,8 @@ def _internals_tab(batcher: Batcher) -> None:
 
 def _many_tab(batcher: Batcher, storage: Storage) -> None:
     classifier = batcher.classifier
-    header = ["row", "predicted_class", "label", "confidence", "refer", "tokens", "error"]
+    told = ["predicted_class", "label", "confidence", "refer", "tokens", "tokens_exact"]
+    header = ["row", *told, "error"]
 
     def classify_file(
         path: str | None,
@@ -388,13 +394,17 @@ def _many_tab(batcher: Batcher, storage: Storage) -> None:
                 part = [(note, why or "The service was busy.") for note, why in part]
             answers = iter(futures)
             for _, why in part:
-                row = [len(rows) + 1, "", "", "", "", "", why or ""]
+                row = [len(rows) + 1, *("" for _ in told), why or ""]
                 if not why:
                     try:
                         found = describe(_wait(next(answers)), classifier)
-                        row[1:6] = [_cell(found[name]) for name in header[1:6]]
+                        row[1:-1] = [_cell(found[name]) for name in told]
+                    except VisitorGoneError:
+                        for future in futures:
+                            future.cancel()
+                        raise
                     except Exception as error:
-                        row[6] = f"This did not work; reference {report_error(error)}."
+                        row[-1] = f"This did not work; reference {report_error(error)}."
                 rows.append(row)
         out = io.StringIO(newline="")
         csv.writer(out).writerows([header, *rows])
@@ -455,13 +465,36 @@ def _cell(value: object) -> object:
 # --- what goes wrong ----------------------------------------------------------------------------
 
 
+class VisitorGoneError(Exception):
+    """Nobody waits for the answer any more."""
+
+
 def _wait(future: Future) -> object:
-    """Wait for an answer; what nobody waits for any more is not computed."""
+    """Wait for an answer; one that nobody waits for any more and is not begun is not computed.
+
+    Raises:
+        TimeoutError: Time is up.
+        VisitorGoneError: The visitor has closed the page or the connection.
+    """
+    end = time.monotonic() + REQUEST_SECONDS
     try:
-        return future.result(REQUEST_SECONDS)
-    except TimeoutError:
+        while not future.done() and time.monotonic() < end:
+            if _visitor_is_gone():
+                raise VisitorGoneError
+            wait([future], LOOK_SECONDS)
+        return future.result(0)
+    finally:
         future.cancel()
-        raise
+
+
+def _visitor_is_gone() -> bool:
+    """Tell whether the connection on which this handler's answer is awaited was closed.
+
+    Gradio marks the event then, but has no public name for this.
+    """
+    queue = LocalContext.blocks.get()._queue
+    event = queue.event_ids_to_events.get(LocalContext.event_id.get())
+    return event is not None and not event.alive
 
 
 def _message(text: str) -> gr.Error:
@@ -478,6 +511,8 @@ def _told_by_reference(handler: Callable) -> Callable:
             raise
         except (BusyError, TimeoutError):
             raise _message("The service is busy: try again in a moment.") from None
+        except VisitorGoneError:
+            raise _message("The page was closed.") from None
         except Exception as error:
             raise _message(f"This did not work; reference {report_error(error)}.") from None
 

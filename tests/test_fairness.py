@@ -1,0 +1,168 @@
+"""No client keeps others waiting: those who hang up, on a real port, where this can be noticed."""
+
+import http.client
+import json
+import socket
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+import uvicorn
+
+import clinora
+from clinora.serving.app import Server, create_app
+from clinora.serving.batcher import MOST_REQUESTS
+from clinora.serving.gate import VISIT_COOKIE
+
+CANARY = "canary-7f3a"
+JSON = {"Content-Type": "application/json"}
+
+
+@pytest.fixture(scope="module")
+def classifier(small_run):
+    return clinora.Classifier.load(small_run, device="cpu", precision="fp32")
+
+
+@pytest.fixture
+def served(classifier, tmp_path, monkeypatch):
+    """The address of an app on a free port, its batcher, and the notes that were computed."""
+    computed, probabilities = [], classifier.probabilities
+
+    def note_and_run(notes, *rest):
+        computed.extend(notes)
+        return probabilities(notes, *rest)
+
+    monkeypatch.setattr(classifier, "probabilities", note_and_run)
+    app = create_app(classifier, tmp_path / "flagged")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = Server(uvicorn.Config(app, log_level="warning"))
+        thread = threading.Thread(target=server.run, args=([listener],))
+        thread.start()
+        yield SimpleNamespace(
+            address=f"127.0.0.1:{listener.getsockname()[1]}",
+            batcher=app.state.batcher,
+            computed=computed,
+        )
+        server.should_exit = True
+        thread.join(60)
+
+
+@pytest.fixture
+def go_on(served):
+    """The model is held until this event is set."""
+    event, began = threading.Event(), threading.Event()
+    served.batcher.submit_job(lambda: began.set() or event.wait(60))
+    began.wait(30)
+    yield event
+    event.set()
+
+
+def ask(address, *notes):
+    connection = http.client.HTTPConnection(address, timeout=60)
+    connection.request("POST", "/v1/classify", json.dumps({"notes": notes}), JSON)
+    return connection
+
+
+def test_notes_of_clients_that_hang_up_are_not_computed(served, go_on, caplog, capfd):
+    for _ in range(2 * MOST_REQUESTS):  # more than may wait at a time
+        ask(served.address, CANARY, CANARY, CANARY).close()
+    time.sleep(1)
+    staying = ask(served.address, "fever", "cough")  # finds room again
+    time.sleep(1)
+    go_on.set()
+    results = json.loads(staying.getresponse().read())["results"]
+    assert [bool(result["label"]) for result in results] == [True, True]
+    assert served.computed == ["fever", "cough"]
+    assert (caplog.text, *capfd.readouterr()) == ("", "", "")  # nothing went wrong
+
+
+class Visitor:
+    """A browser at the page that triggers one event and waits for its answer."""
+
+    def __init__(self, address):
+        self.connection = http.client.HTTPConnection(address, timeout=60)
+        headers, config = self._ask("GET", "/config")
+        self.cookie = headers["set-cookie"].partition(";")[0]
+        assert self.cookie.startswith(VISIT_COOKIE)
+        self.events = {event["api_name"]: event["id"] for event in config["dependencies"]}
+
+    def upload(self, text):
+        boundary = "part"
+        body = (
+            f'--{boundary}\r\nContent-Disposition: form-data; name="files"; filename="a.csv"'
+            f"\r\n\r\n{text}\r\n--{boundary}--\r\n"
+        )
+        kind = {"Content-Type": f"multipart/form-data; boundary={boundary}"}
+        _, (path,) = self._ask("POST", "/gradio_api/upload", body, kind)
+        return {"path": path, "meta": {"_type": "gradio.FileData"}}
+
+    def trigger(self, event, *data):
+        """Trigger an event, and begin to read the stream of its answer."""
+        body = {"fn_index": self.events[event], "session_hash": "one", "data": data}
+        self._ask("POST", "/gradio_api/queue/join", json.dumps(body), JSON)
+        headers = {"Cookie": self.cookie}
+        self.connection.request("GET", "/gradio_api/queue/data?session_hash=one", headers=headers)
+        self.stream = self.connection.getresponse()
+
+    def leave(self):
+        self.stream.close()
+        self.connection.close()
+
+    def _ask(self, method, path, body=None, headers=None):
+        cookie = {"Cookie": self.cookie} if hasattr(self, "cookie") else {}
+        self.connection.request(method, path, body, (headers or {}) | cookie)
+        answer = self.connection.getresponse()
+        told = answer.read()
+        assert answer.status == 200, told
+        return answer.headers, json.loads(told)
+
+
+def test_a_note_whose_visitor_leaves_is_not_computed(served, go_on, monkeypatch, caplog):
+    queued, futures = threading.Semaphore(0), []
+    for name in ("submit", "submit_job"):
+        queue = getattr(served.batcher, name)
+
+        def note_and_queue(*arguments, queue=queue, **options):
+            found = queue(*arguments, **options)
+            futures.extend(found if isinstance(found, list) else [found])
+            queued.release()
+            return found
+
+        monkeypatch.setattr(served.batcher, name, note_and_queue)
+    leaving = [Visitor(served.address) for _ in range(4)]
+    for visitor in leaving[:3]:
+        visitor.trigger("predict", CANARY)
+    leaving[3].trigger("compare_strengths", CANARY, 0.5)
+    for _ in leaving:
+        assert queued.acquire(timeout=30)
+    staying = Visitor(served.address)
+    staying.trigger("predict", "fever")
+    assert queued.acquire(timeout=30)
+    for visitor in leaving:
+        visitor.leave()
+    end = time.monotonic() + 10  # long before those who stay are told that the service is busy
+    while sum(future.cancelled() for future in futures) < 4 and time.monotonic() < end:
+        time.sleep(0.05)
+    assert [future.cancelled() for future in futures] == [True] * 4 + [False]
+    go_on.set()
+    assert '"success":true' in staying.stream.read().decode()
+    staying.leave()
+    assert set(served.computed) == {"fever"}
+    assert caplog.messages == []  # leaving is no error
+
+
+def test_a_file_whose_visitor_leaves_is_given_up(served, classifier, monkeypatch):
+    run = classifier.run
+    monkeypatch.setattr(classifier, "run", lambda *a: time.sleep(0.1) or run(*a))
+    visitor = Visitor(served.address)
+    file = visitor.upload("transcription\n" + f"{CANARY}\n" * 1600)  # 100 times 16
+    visitor.trigger("classify_file", file, "transcription")
+    end = time.monotonic() + 30
+    while not served.computed and time.monotonic() < end:
+        time.sleep(0.05)
+    visitor.leave()
+    time.sleep(1)
+    computed = len(served.computed)
+    time.sleep(1)
+    assert 0 < computed == len(served.computed) < 1600
