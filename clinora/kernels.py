@@ -1,4 +1,4 @@
-"""Faster or leaner forms of four operations that ``llama.py`` and ``lora.py`` call.
+"""Faster or leaner forms of the operations that ``llama.py`` and ``lora.py`` call.
 
 Each kernel's docstring holds its textbook form: a few lines that compute the same, up to rounding.
 Read those lines first; the rest of this file only saves time or memory.
@@ -12,18 +12,24 @@ Shapes: B batch, T tokens, D width, H query heads, K key/value heads, E head wid
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 TILED_FROM = 48  # tokens; below this, PyTorch's attention is faster than tiles
 
 
-def _is_transformed() -> bool:
-    """Tell whether torch.compile or a transform of torch.func is at work."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+def _in_torch_func() -> bool:
+    """Tell whether a transform of torch.func is at work, outside torch.compile."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def _needs_plain_operations() -> bool:
+    return torch.compiler.is_compiling() or _in_torch_func()
 
 
 def _gradients_to_differentiate(
@@ -59,7 +65,7 @@ def rms_normalize(x: Tensor, eps: float) -> Tensor:
     Returns:
         (..., D), in the dtype of x.
     """
-    if x.element_size() == 2 and not _is_transformed():
+    if x.element_size() == 2 and not _needs_plain_operations():
         return HalfPrecisionNorm.apply(x, eps)
     return _plain_norm(x, eps)
 
@@ -87,7 +93,8 @@ class HalfPrecisionNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         x, scale = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True
-            (dx,) = _gradients_to_differentiate(lambda x: _plain_norm(x, ctx.eps), (x,), grad)
+            plain = partial(_plain_norm, eps=ctx.eps)
+            (dx,) = _gradients_to_differentiate(plain, (x,), grad)
             return dx, None
         n = x * scale
         g = grad.float()
@@ -99,16 +106,16 @@ class HalfPrecisionNorm(torch.autograd.Function):
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Compute causal attention, softmax(q·kᵀ / √E)·v, with H/K query heads to each key head.
+    """Compute causal attention, softmax(q·kᵀ / √E)·v; H/K query heads share each key head.
 
     Textbook form::
 
         def causal_attention(q, k, v):
             k = k.repeat_interleave(q.size(1) // k.size(1), dim=1)  # (B, H, T, E)
             v = v.repeat_interleave(q.size(1) // v.size(1), dim=1)
-            scores = q @ k.mT / math.sqrt(q.size(-1))  # (B, H, T, T)
+            scores = q @ k.mT / q.size(-1) ** 0.5  # (B, H, T, T)
             future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
-            return scores.masked_fill(future, -math.inf).softmax(-1) @ v
+            return scores.masked_fill(future, -torch.inf).softmax(-1) @ v
 
     Args:
         q: (B, H, T, E).
@@ -118,15 +125,55 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     Returns:
         (B, H, T, E). Position t has attended to positions 0 to t.
     """
-    bfloat16 = all(x.dtype == torch.bfloat16 for x in (q, k, v))
-    if q.device.type == "cpu" and bfloat16 and q.size(2) >= TILED_FROM and not _is_transformed():
+    on_cpu_in_bfloat16 = q.device.type == "cpu" and _are_bfloat16(q, k, v)
+    if on_cpu_in_bfloat16 and q.size(2) >= TILED_FROM and not _needs_plain_operations():
         return TiledAttention.apply(q, k, v)
-    return _plain_attention(q, k, v)
+    return _attend(q, k, v, is_causal=True)
 
 
-def _plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def last_token_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
+    """Compute causal attention for one query in each row, the one of its last real token.
+
+    Textbook form::
+
+        def last_token_attention(q, k, v, lengths):
+            k = k.repeat_interleave(q.size(1) // k.size(1), dim=1)  # (B, H, T, E)
+            v = v.repeat_interleave(q.size(1) // v.size(1), dim=1)
+            scores = q @ k.mT / q.size(-1) ** 0.5  # (B, H, 1, T)
+            padding = torch.arange(k.size(2)) >= lengths[:, None, None, None]
+            return scores.masked_fill(padding, -torch.inf).softmax(-1) @ v
+
+    Args:
+        q: (B, H, 1, E). The query of row b stands at position lengths[b] − 1.
+        k: (B, K, T, E).
+        v: (B, K, T, E).
+        lengths: (B,), from 1 to T.
+
+    Returns:
+        (B, H, 1, E). Row b has attended to its first lengths[b] positions.
+    """
+    # is_causal would place the single query at position 0; a mask says what it attends to.
+    positions = torch.arange(k.size(2), device=k.device)
+    mask = positions < lengths[:, None, None, None]  # (B, 1, 1, T)
+    return _attend(q, k, v, attn_mask=mask)
+
+
+def _are_bfloat16(*tensors: Tensor) -> bool:
+    return all(x.dtype == torch.bfloat16 for x in tensors)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, **mask: Any) -> Tensor:
+    """Call PyTorch's attention: q (B, H, n, E), k and v (B, K, T, E) → (B, H, n, E)."""
+    if _in_torch_func():  # PyTorch's fused attention does not support all transforms
+        return _attend_plainly(q, k, v, **mask)
     grouped = q.size(1) != k.size(1)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped, **mask)
+
+
+def _attend_plainly(q: Tensor, k: Tensor, v: Tensor, **mask: Any) -> Tensor:
+    grouped = q.size(1) != k.size(1)
+    with sdpa_kernel(SDPBackend.MATH):
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped, **mask)
 
 
 class TiledAttention(torch.autograd.Function):
@@ -160,7 +207,8 @@ class TiledAttention(torch.autograd.Function):
     @torch.amp.custom_bwd(device_type="cpu")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # create_graph=True
-            return _gradients_to_differentiate(_plain_attention, ctx.saved_tensors, grad)
+            plain = partial(_attend_plainly, is_causal=True)
+            return _gradients_to_differentiate(plain, ctx.saved_tensors, grad)
         q, k, v = ctx.saved_tensors
         key_heads = k.size(1)
         keys = k.contiguous()
@@ -224,7 +272,7 @@ def gated_silu(gate: Tensor, up: Tensor) -> Tensor:
     Returns:
         (..., I).
     """
-    if _is_transformed():
+    if _needs_plain_operations():
         return _plain_gated_silu(gate, up)
     return GatedSiLU.apply(gate, up)
 
@@ -276,7 +324,7 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
         The shape and dtype of x.
     """
     dropped = min(round(256 * p), 255)  # of a byte's 256 values
-    if not training or dropped == 0 or x.device.type != "cpu" or _is_transformed():
+    if not training or dropped == 0 or x.device.type != "cpu" or _needs_plain_operations():
         return F.dropout(x, p, training)
     # random_ needs these bounds: by default it never sets the top bit of an int64, and every
     # eighth byte would be below 128.

@@ -1,8 +1,8 @@
 """The Llama decoder: RMSNorm, rotary positions, grouped-query attention and a gated MLP.
 
 The file reads from top to bottom: configuration, norm, rotary positions, attention, MLP, layer,
-model, heads. Three operations have a faster form in ``kernels.py``, where their textbook form
-stands beside it: ``rms_normalize``, ``causal_attention`` and ``gated_silu``.
+model, heads. A few operations have a faster form in ``kernels.py``, and their textbook form stands
+there beside it: ``rms_normalize``, ``causal_attention``, ``last_token_attention``, ``gated_silu``.
 
 Parameters have the names that they have on the Hugging Face Hub, so a checkpoint loads without a
 converter. The arithmetic follows Transformers' ``LlamaModel`` operation by operation.
@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from clinora.kernels import causal_attention, gated_silu, rms_normalize
+from clinora.kernels import causal_attention, gated_silu, last_token_attention, rms_normalize
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -230,14 +230,10 @@ class Attention(nn.Module):
         """Attend from the last real token of each row alone: (B, T, D), (B,) → (B, 1, D)."""
         k = rotate(self._split_heads(self.k_proj(x)), cos, sin)  # (B, K, T, E)
         v = self._split_heads(self.v_proj(x))  # (B, K, T, E)
-        last = lengths[:, None, None] - 1  # (B, 1, 1)
         q = self._split_heads(self.q_proj(last_token(x, lengths)))  # (B, H, 1, E)
-        q = rotate(q, cos[last], sin[last])
-        # Causal attention would take the single query for position 0: a mask says what it sees.
-        positions = torch.arange(x.size(1), device=x.device)
-        seen = positions < lengths[:, None, None, None]  # (B, 1, 1, T)
-        grouped = q.size(1) != k.size(1)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=grouped)
+        position = lengths[:, None, None] - 1  # (B, 1, 1)
+        q = rotate(q, cos[position], sin[position])
+        out = last_token_attention(q, k, v, lengths)  # (B, H, 1, E)
         return self.o_proj(self._join_heads(out))
 
     def _split_heads(self, x: Tensor) -> Tensor:  # (B, T, heads·E) → (B, heads, T, E)
