@@ -240,7 +240,9 @@ def saved_activation_bytes(config: LlamaConfig, tuning: FineTuning) -> int:
     Raises:
         ValueError: As ``lora_targets``.
     """
-    B, T, D = tuning.batch, tuning.tokens, config.hidden_size
+    B = tuning.batch
+    T = tuning.tokens
+    D = config.hidden_size
     saved = tuning.computed * B * D  # the head's input
     if tuning.method == "head":  # no gradient reaches the decoder
         return saved
@@ -259,7 +261,9 @@ def saved_activation_bytes(config: LlamaConfig, tuning: FineTuning) -> int:
 
 def _layer_bytes(config: LlamaConfig, tuning: FineTuning, live: bool, last: bool) -> int:
     """Add up one decoder layer. The last one has all keys and values, but one query in each row."""
-    B, T, D = tuning.batch, tuning.tokens, config.hidden_size
+    B = tuning.batch
+    T = tuning.tokens
+    D = config.hidden_size
     N = B if last else B * T
     query_live = live or "q_proj" in tuning.adapted
     key_live = live or "k_proj" in tuning.adapted
@@ -316,7 +320,8 @@ def _last_token_bytes(tuning: FineTuning, D: int) -> int:
     tensor anyway: the norm saves x, and a trained k_proj saves a float32 norm(x). A trained q_proj
     saves what was picked.
     """
-    B, T = tuning.batch, tuning.tokens
+    B = tuning.batch
+    T = tuning.tokens
     saved = 2 * INDEX_BYTES * B
     saved += _input_bytes(tuning, B, D, readers=1)
     if not tuning.full or tuning.precision == "bf16":
@@ -352,7 +357,9 @@ def _attention_bytes(config: LlamaConfig, tuning: FineTuning, last: bool) -> int
     full training the rotary angles are float32, and so are q and k). A trained o_proj saves the
     same output. The single queries of the last layer need a mask.
     """
-    B, T, E = tuning.batch, tuning.tokens, config.head_dim
+    B = tuning.batch
+    T = tuning.tokens
+    E = config.head_dim
     query_positions = B if last else B * T
     queries = query_positions * config.num_attention_heads  # vectors of width E
     keys = B * T * config.num_key_value_heads

@@ -25,6 +25,7 @@ TILED_FROM = 48  # tokens; below this, PyTorch's attention is faster than tiles
 
 def _in_torch_func() -> bool:
     """Tell whether a transform of torch.func is at work, outside torch.compile."""
+    # PyTorch has no public name for this question.
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
@@ -35,8 +36,12 @@ def _needs_plain_operations() -> bool:
 def _gradients_to_differentiate(
     plain: Callable[..., Tensor], inputs: tuple[Tensor, ...], grad: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """Compute gradients through plain operations, so that they can be differentiated again."""
-    # Aliases: were one tensor two of the inputs, each alias would still get its own gradient.
+    """Compute gradients through plain operations, so that they can be differentiated again.
+
+    PyTorch's ``once_differentiable`` would refuse a second derivative only in part: where the
+    incoming gradient is a constant, it silently gives zero.
+    """
+    # If one tensor is passed as two inputs, its two aliases still get separate gradients.
     aliases = [x.view_as(x) for x in inputs]
     wanted = [alias for alias in aliases if alias.requires_grad]
     found = torch.autograd.grad(plain(*aliases), wanted, grad, create_graph=True)
@@ -164,13 +169,14 @@ def _are_bfloat16(*tensors: Tensor) -> bool:
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, **mask: Any) -> Tensor:
     """Call PyTorch's attention: q (B, H, n, E), k and v (B, K, T, E) → (B, H, n, E)."""
-    if _in_torch_func():  # PyTorch's fused attention does not support all transforms
-        return _attend_plainly(q, k, v, **mask)
+    if _in_torch_func():
+        return _plain_attention(q, k, v, **mask)
     grouped = q.size(1) != k.size(1)
     return F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped, **mask)
 
 
-def _attend_plainly(q: Tensor, k: Tensor, v: Tensor, **mask: Any) -> Tensor:
+def _plain_attention(q: Tensor, k: Tensor, v: Tensor, **mask: Any) -> Tensor:
+    """Attend by plain operations: PyTorch's fused attention does not support all transforms."""
     grouped = q.size(1) != k.size(1)
     with sdpa_kernel(SDPBackend.MATH):
         return F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped, **mask)
@@ -179,13 +185,15 @@ def _attend_plainly(q: Tensor, k: Tensor, v: Tensor, **mask: Any) -> Tensor:
 class TiledAttention(torch.autograd.Function):
     """Causal attention in tiles: on the CPU in bfloat16, faster than PyTorch's own.
 
-    A tile is n query rows of b notes. Its rows meet the keys up to the tile's last row and no
-    others, so most of the future is never computed. The G = H/K query heads that share a key head
-    are rows of one matrix product: a tile of queries is (b, K, G·n, E) and sees S keys.
+    A tile is n query rows of b notes. It needs the S keys up to its last row and no others, so
+    most scores of later positions are never computed. The G = H/K query heads that share a key
+    head are rows of one matrix product: a tile of queries is (b, K, G·n, E).
 
-    Scores and probabilities are float32, as bfloat16 would round a score of 8 by up to 0.016. The
-    forward pass saves q, k and v; the backward pass computes the probabilities of each tile again
-    (Dao et al. 2022, section 3.1).
+    Scores Z and probabilities P are float32, because bfloat16 would round a score of 8 by up to
+    0.016. The forward pass saves q, k and v. The backward pass computes the probabilities of each
+    tile again (Dao et al. 2022, section 3.1). With O = P·V and dX for the gradient of X:
+
+        dV = Pᵀ·dO    dP = dO·Vᵀ    dZ = P ⊙ (dP − Σ P ⊙ dP)    dQ = dZ·K/√E    dK = dZᵀ·Q/√E
     """
 
     @staticmethod
@@ -197,7 +205,7 @@ class TiledAttention(torch.autograd.Function):
         values = v.contiguous().float()
         out = torch.empty_like(q)
         for notes, rows in _tiles(q):
-            queries = _group(q[notes, :, rows], key_heads)  # (b, K, G·n, E)
+            queries = _stack_heads(q[notes, :, rows], key_heads)  # (b, K, G·n, E)
             p = _probabilities(queries, keys[notes], rows)  # (b, K, G·n, S)
             seen = values[notes, :, : rows.stop]  # (b, K, S, E)
             out[notes, :, rows] = (p @ seen).view_as(out[notes, :, rows])
@@ -207,26 +215,26 @@ class TiledAttention(torch.autograd.Function):
     @torch.amp.custom_bwd(device_type="cpu")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # create_graph=True
-            plain = partial(_attend_plainly, is_causal=True)
+            plain = partial(_plain_attention, is_causal=True)
             return _gradients_to_differentiate(plain, ctx.saved_tensors, grad)
         q, k, v = ctx.saved_tensors
         key_heads = k.size(1)
         keys = k.contiguous()
-        # The scores' factor 1/√E is applied to v here: d_p and d_s are linear in v.
+        # The factor 1/√E of dQ and dK is applied to V once: dP and dZ contain V as a factor.
         values = v.contiguous().float() * q.size(-1) ** -0.5
         dq = torch.empty_like(q)
         dk = torch.zeros_like(values)
         dv = torch.zeros_like(values)
         for notes, rows in _tiles(q):
             seen = slice(rows.stop)
-            queries = _group(q[notes, :, rows], key_heads)  # (b, K, G·n, E)
-            d_out = _group(grad[notes, :, rows], key_heads)  # (b, K, G·n, E)
+            queries = _stack_heads(q[notes, :, rows], key_heads)  # (b, K, G·n, E)
+            d_o = _stack_heads(grad[notes, :, rows], key_heads)  # (b, K, G·n, E)
             p = _probabilities(queries, keys[notes], rows)  # (b, K, G·n, S)
-            d_p = d_out.float() @ values[notes, :, seen].mT  # (b, K, G·n, S)
-            d_s = torch._softmax_backward_data(d_p, p, -1, p.dtype, grad_input=d_p).to(q.dtype)
-            dv[notes, :, seen] += p.to(q.dtype).mT @ d_out
-            dk[notes, :, seen] += d_s.mT @ queries
-            dq[notes, :, rows] = (d_s @ keys[notes, :, seen]).view_as(dq[notes, :, rows])
+            d_p = d_o.float() @ values[notes, :, seen].mT  # (b, K, G·n, S)
+            d_z = torch._softmax_backward_data(d_p, p, -1, p.dtype, grad_input=d_p).to(q.dtype)
+            dv[notes, :, seen] += p.to(q.dtype).mT @ d_o
+            dk[notes, :, seen] += d_z.mT @ queries
+            dq[notes, :, rows] = (d_z @ keys[notes, :, seen]).view_as(dq[notes, :, rows])
         return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
@@ -239,7 +247,7 @@ def _tiles(q: Tensor, rows: int = 64) -> Iterator[tuple[slice, slice]]:
             yield slice(b, b + notes), slice(t, t + rows)
 
 
-def _group(x: Tensor, key_heads: int) -> Tensor:
+def _stack_heads(x: Tensor, key_heads: int) -> Tensor:
     """Stack the rows of query heads that share a key head: (b, H, n, E) → (b, K, G·n, E)."""
     return x.reshape(x.size(0), key_heads, -1, x.size(3))
 
@@ -248,9 +256,9 @@ def _probabilities(queries: Tensor, keys: Tensor, rows: slice) -> Tensor:
     """Compute softmax(q·kᵀ / √E) of one tile: (b, K, G·n, E), (b, K, T, E) → (b, K, G·n, S)."""
     scaled = queries.float() * keys.size(-1) ** -0.5
     scores = scaled @ keys[:, :, : rows.stop].float().mT
-    n = scores.size(-1) - rows.start  # the last tile may have fewer rows than rows.stop says
-    future = torch.full((n, n), -torch.inf).triu(1)
-    scores.unflatten(2, (-1, n))[..., rows] += future  # the keys before the tile are all seen
+    n = scores.size(-1) - rows.start  # rows.stop may lie beyond the last row
+    later = torch.full((n, n), -torch.inf).triu(1)
+    scores.unflatten(2, (-1, n))[..., rows] += later  # the keys before the tile need no mask
     return torch.softmax(scores, -1, out=scores)
 
 

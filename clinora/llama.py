@@ -129,9 +129,8 @@ class LlamaConfig:
             if found != supported:
                 raise ValueError(f"{path}: {what} {found!r} is not supported, only {supported!r}")
 
-        values = {"rope_theta": theta}
-        for field in fields(cls):
-            values.setdefault(field.name, hub.get(field.name))
+        values = {field.name: hub.get(field.name) for field in fields(cls)}
+        values["rope_theta"] = theta
         known = {name: value for name, value in values.items() if value is not None}
         required = {field.name for field in fields(cls) if field.default is MISSING}
         if missing := required - known.keys():
@@ -158,16 +157,15 @@ class RMSNorm(nn.Module):
 
 
 def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> Tensor:
-    """Angles by which RoPE turns the pair of entries i and i + E/2: position · θ^(−2i/E), radians.
+    """Compute RoPE's angles: the entries i and i + E/2 rotate by position · θ^(−2i/E) radians.
 
     Args:
         positions: (T,) token positions, from 0.
         head_dim: E, even.
-        theta: The base θ; the slowest pair needs about 2πθ tokens for a turn.
+        theta: The base θ. The slowest pair makes one turn in about 2πθ tokens.
 
     Returns:
-        (T, E), float32, its two halves equal. In bfloat16, positions above 256 would collapse into
-        each other.
+        (T, E), in float32, its two halves equal. bfloat16 cannot tell positions above 256 apart.
     """
     exponents = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim
     angles = positions.float()[:, None] * (1.0 / theta**exponents)  # (T, E/2)
@@ -177,19 +175,30 @@ def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> Tensor:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the pairs (x_i, x_{i+E/2}) of each head by their angles.
 
-    (x_i, x_j) → (x_i cos − x_j sin, x_j cos + x_i sin), so that the product of a rotated query
-    and a rotated key depends on the distance of their positions alone.
+    (x_i, x_j) → (x_i cos − x_j sin, x_j cos + x_i sin). The product of a rotated query and a
+    rotated key then depends only on the distance between their positions.
 
     Args:
         x: (..., T, E).
-        cos: Cosines of the angles, (..., T, E), in x's dtype.
-        sin: Sines, likewise.
+        cos: Cosines of the angles, (..., T, E), in the dtype of x.
+        sin: Sines of the angles, (..., T, E), in the dtype of x.
 
     Returns:
         (..., T, E).
     """
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), -1) * sin
+
+
+def last_token(x: Tensor, lengths: Tensor) -> Tensor:
+    """Pick the last real position of each row: (B, T, D), (B,) → (B, 1, D).
+
+    Raises:
+        RuntimeError: A length is below 1 or above T.
+    """
+    # gather refuses an index outside 0 … T−1; with x[rows, lengths − 1] an index −1 would wrap.
+    index = (lengths - 1)[:, None, None].expand(-1, 1, x.size(-1))  # (B, 1, D)
+    return x.gather(1, index)
 
 
 class Attention(nn.Module):
@@ -295,17 +304,6 @@ class DecoderLayer(nn.Module):
         attended = self.self_attn(self.input_layernorm(x), cos, sin, lengths)  # (B, 1, D)
         x = last_token(x, lengths) + attended
         return x + self.mlp(self.post_attention_layernorm(x))
-
-
-def last_token(x: Tensor, lengths: Tensor) -> Tensor:
-    """Pick the last real position of each row: (B, T, D), (B,) → (B, 1, D).
-
-    Raises:
-        RuntimeError: A length is below 1 or above T.
-    """
-    # gather refuses an index outside 0 … T−1; with x[rows, lengths − 1] an index −1 would wrap.
-    index = (lengths - 1)[:, None, None].expand(-1, 1, x.size(-1))  # (B, 1, D)
-    return x.gather(1, index)
 
 
 class Llama(nn.Module):

@@ -112,7 +112,8 @@ class LoRALinear(nn.Module):
         master = {"device": base.weight.device, "dtype": _master_dtype(base.weight)}
         self.lora_A = nn.Parameter(torch.empty(config.rank, self.in_features, **master))
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, config.rank, **master))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # U(±1/√in), as PEFT draws it
+        # PEFT's call. With a = √5 it draws from U(−1/√in, 1/√in).
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         self.config = config
         self.strength = 1.0
         self.train(base.training)  # a new module is in training mode and would drop out
@@ -153,6 +154,7 @@ def find_modules(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]
     """Find the modules whose dotted names end in one of ``names``, comparing whole segments."""
     found = {}
     for path, module in model.named_modules(remove_duplicate=False):
+        # The leading dots keep "proj" from matching "q_proj".
         if any(f".{path}".endswith(f".{name}") for name in names):
             found[path] = module
     return found
@@ -167,9 +169,10 @@ def target_linears(model: nn.Module, targets: tuple[str, ...]) -> dict[str, nn.L
     """
     for target in targets:
         if not find_modules(model, (target,)):
-            linears = [path for path, m in model.named_modules() if type(m) is nn.Linear and path]
-            last_segments = sorted({path.split(".")[-1] for path in linears})
-            listed = ", ".join(last_segments) or "(none)"
+            linears = [path for path, m in model.named_modules() if type(m) is nn.Linear]
+            last_segments = {path.split(".")[-1] for path in linears}
+            last_segments.discard("")  # the model itself
+            listed = ", ".join(sorted(last_segments)) or "(none)"
             raise ValueError(f"no layer is named {target!r}; this model's linear layers: {listed}")
     found = find_modules(model, targets)
     for name, module in found.items():
@@ -230,7 +233,7 @@ def insert_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
     layers = {linear: LoRALinear(linear, config) for linear in linears.values()}
     for name, linear in linears.items():
         model.set_submodule(name, layers[linear])
-    for module in dict.fromkeys(trained_whole.values()):
+    for module in dict.fromkeys(trained_whole.values()):  # once, even if it stands in two places
         _train_in_float32(module)
     model.lora_config = config
     return list(linears)
