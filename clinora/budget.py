@@ -1,35 +1,39 @@
-"""Parameters and bytes of fine-tuning a Llama, in closed form: no weights, no model, no torch.
+"""Parameters and bytes of fine-tuning a Llama, in closed form: no model is built.
 
 LoRA at rank r trains r·(out + in) numbers beside a frozen weight of out·in, so it saves as long
-as r·(out + in) < out·in (Hu et al. 2021, section 4.1). What training holds in memory:
+as r·(out + in) < out·in (Hu et al. 2021, section 4.1). Training holds in memory:
 
     weights      frozen ones in the base's dtype, trained ones in float32
-    gradients    4 bytes a trained parameter
-    optimiser    8 bytes a trained parameter: AdamW's two moments
+    gradients    4 bytes for each trained parameter
+    optimiser    8 bytes for each trained parameter: AdamW's two moments
     activations  what the forward pass saves for the backward pass
 
 Three methods share the formulas: ``lora`` (A, B and the head), ``head`` (the head alone) and
 ``full`` (everything). ``bf16`` is autocast to bfloat16, on a bfloat16 base or, in full training,
-on float32 weights; ``fp32`` is float32 throughout. Left out is what lives for a moment or outside
-the model: the loss, a gradient on its way, autocast's copies of trained weights (in full training
-2 more bytes a weight), the allocator's slack.
+on float32 weights; ``fp32`` is float32 throughout. Not counted is what exists only briefly or
+outside the model: the loss, gradients of activations, autocast's copies of trained weights (in
+full training 2 more bytes for each weight), and the allocator's overhead.
 
     python -m clinora.budget config.json --rank 8 --targets q_proj v_proj
 
 Shapes: B batch, T tokens, D width, H query heads, K key/value heads, E head width, I MLP width,
-V vocabulary, C classes, L layers, r rank; N is a number of positions, B·T or in the last layer B.
-``config`` is any object with the Hub's field names, such as a ``LlamaConfig``. 1 MB is 10⁶ bytes.
+V vocabulary, C classes, L layers, r rank. N is a number of positions: B·T, or B in the last layer.
+1 MB is 10⁶ bytes.
 """
 
 import argparse
 from dataclasses import dataclass
-from typing import Any
+
+from clinora.kernels import TILED_FROM
+from clinora.llama import LlamaConfig
+from clinora.lora import LoRAConfig
 
 METHODS = ("lora", "head", "full")
 ELEMENT_BYTES = {"bf16": 2, "fp32": 4}  # of a frozen weight, and of what a product computes
-MASTER_BYTES = 4  # of a trained weight, and of its gradient: float32 always
-ADAMW_BYTES = 8  # of a trained weight's two moments
-TILED_FROM = 48  # tokens: from here a CPU computes bfloat16 attention in tiles
+FLOAT32_BYTES = 4
+MASTER_BYTES = FLOAT32_BYTES  # of a trained weight, and of its gradient
+ADAMW_BYTES = 8  # of the two moments of a trained weight
+INDEX_BYTES = 8  # of a token id or a position: int64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,11 +43,11 @@ class FineTuning:
     Attributes:
         method: "lora", "head" or "full".
         batch: B, notes in a batch.
-        tokens: T, tokens a note, padding included.
+        tokens: T, tokens of each note, padding included.
         precision: "bf16" or "fp32".
-        rank: r, for "lora" alone.
-        targets: Names of the linear layers that LoRA adapts, for "lora" alone. Its dropout is
-            taken to be on.
+        rank: r, for "lora" only.
+        targets: Names of the linear layers that LoRA adapts, for "lora" only. Its dropout is
+            assumed to be on.
 
     Raises:
         ValueError: A value is unknown or out of its range.
@@ -57,12 +61,15 @@ class FineTuning:
     targets: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, known in {"method": METHODS, "precision": tuple(ELEMENT_BYTES)}.items():
-            if (came := getattr(self, name)) not in known:
-                raise ValueError(f"{name} is {came!r}: expected one of {', '.join(known)}")
-        for name in ("batch", "tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: expected at least 1")
+        if self.method not in METHODS:
+            raise ValueError(f"method is {self.method!r}: expected one of {', '.join(METHODS)}")
+        if self.precision not in ELEMENT_BYTES:
+            known = ", ".join(ELEMENT_BYTES)
+            raise ValueError(f"precision is {self.precision!r}: expected one of {known}")
+        if self.batch < 1:
+            raise ValueError(f"batch is {self.batch}: expected at least 1")
+        if self.tokens < 1:
+            raise ValueError(f"tokens is {self.tokens}: expected at least 1")
 
     @property
     def full(self) -> bool:
@@ -71,7 +78,7 @@ class FineTuning:
 
     @property
     def adapted(self) -> tuple[str, ...]:
-        """The targets, or none where LoRA is not the method."""
+        """The targets if the method is LoRA, otherwise none."""
         return self.targets if self.method == "lora" else ()
 
     @property
@@ -81,50 +88,65 @@ class FineTuning:
 
     @property
     def residual(self) -> int:
-        """Bytes of an element of the residual stream, which keeps the embedding's dtype."""
+        """Bytes of an element of the residual stream, which has the embedding's dtype."""
         return MASTER_BYTES if self.full else self.computed
 
 
 # --- parameters ---------------------------------------------------------------------------------
 
 
-def linear_shapes(config: Any) -> dict[str, tuple[int, int]]:
-    """Name the seven linear layers of a decoder layer and give their shapes (out, in)."""
-    D, inner = config.hidden_size, config.intermediate_size
-    queries = config.num_attention_heads * config.head_dim  # H·E
-    keys = config.num_key_value_heads * config.head_dim  # K·E
-    qkv = {"q_proj": (queries, D), "k_proj": (keys, D), "v_proj": (keys, D)}
-    mlp = {"gate_proj": (inner, D), "up_proj": (inner, D), "down_proj": (D, inner)}
-    return qkv | {"o_proj": (D, queries)} | mlp
+def linear_shapes(config: LlamaConfig) -> dict[str, tuple[int, int]]:
+    """Give the names and shapes (out, in) of the seven linear layers of a decoder layer."""
+    width = config.hidden_size
+    inner = config.intermediate_size
+    query_width = config.num_attention_heads * config.head_dim  # H·E
+    key_width = config.num_key_value_heads * config.head_dim  # K·E
+    return {
+        "q_proj": (query_width, width),
+        "k_proj": (key_width, width),
+        "v_proj": (key_width, width),
+        "o_proj": (width, query_width),
+        "gate_proj": (inner, width),
+        "up_proj": (inner, width),
+        "down_proj": (width, inner),
+    }
 
 
-def base_parameters(config: Any, num_labels: int | None) -> int:
+def base_parameters(config: LlamaConfig, num_labels: int | None) -> int:
     """Count a Llama: V·D + L·(Σ out·in + 2·D) + D + head, with Σ over the seven linear layers.
 
     Args:
         config: The shape of the Llama.
-        num_labels: C, for a head of C·D; None: the language model's, V·D unless it is tied.
+        num_labels: C, for a head of C·D. None: the language-model head, V·D unless it is tied.
 
     Returns:
-        All parameters, biases included where the configuration asks for them.
+        All parameters, with biases where the configuration asks for them.
 
     Raises:
         ValueError: ``num_labels`` is below 1.
     """
     if num_labels is not None and num_labels < 1:
         raise ValueError(f"the number of labels is {num_labels}: expected at least 1")
-    D, V = config.hidden_size, config.vocab_size
-    layer = 2 * D  # the weights of its two norms
-    for name, (out, width) in linear_shapes(config).items():
-        mlp = name in ("gate_proj", "up_proj", "down_proj")
-        biased = config.mlp_bias if mlp else config.attention_bias
-        layer += out * width + out * biased
-    rows = num_labels if num_labels is not None else 0 if config.tie_word_embeddings else V
-    return V * D + config.num_hidden_layers * layer + D + rows * D
+    width = config.hidden_size
+    embedding = config.vocab_size * width
+    layer = 2 * width  # the weights of its two norms
+    for name, (out_features, in_features) in linear_shapes(config).items():
+        layer += out_features * in_features
+        in_mlp = name in ("gate_proj", "up_proj", "down_proj")
+        has_bias = config.mlp_bias if in_mlp else config.attention_bias
+        if has_bias:
+            layer += out_features
+    if num_labels is not None:
+        head = num_labels * width
+    elif config.tie_word_embeddings:
+        head = 0
+    else:
+        head = config.vocab_size * width
+    return embedding + config.num_hidden_layers * layer + width + head
 
 
 def break_even_rank(out_features: int, in_features: int) -> int:
-    """Find the largest r with r·(out + in) < out·in: above it LoRA trains no less than W has.
+    """Find the largest r with r·(out + in) < out·in: up to it, LoRA trains less than W has.
 
     >>> break_even_rank(10_000, 20_000)
     6666
@@ -133,7 +155,7 @@ def break_even_rank(out_features: int, in_features: int) -> int:
 
 
 def _held_bytes(frozen: int, trained: int, precision: str) -> tuple[int, int, int]:
-    """Bytes of the weights, of the gradients and of AdamW's moments."""
+    """Count the bytes of weights, gradients and AdamW's moments."""
     weights = ELEMENT_BYTES[precision] * frozen + MASTER_BYTES * trained
     return weights, MASTER_BYTES * trained, ADAMW_BYTES * trained
 
@@ -146,7 +168,7 @@ class Target:
         name: Its name, such as "q_proj".
         out_features: out.
         in_features: in.
-        layers: L, how many there are.
+        layers: L, the number of decoder layers.
         rank: r.
     """
 
@@ -167,17 +189,20 @@ class Target:
         return self.layers * self.rank * (self.out_features + self.in_features)
 
     def held_bytes(self, method: str, precision: str) -> tuple[int, int, int]:
-        """Bytes of weights, gradients and AdamW's moments here, a base's biases aside."""
-        trained = {"lora": self.lora, "head": 0, "full": self.full}[method]
-        return _held_bytes(0 if method == "full" else self.full, trained, precision)
+        """Count the bytes of weights, gradients and AdamW's moments here, without biases."""
+        if method == "full":
+            return _held_bytes(0, self.full, precision)
+        if method == "lora":
+            return _held_bytes(self.full, self.lora, precision)
+        return _held_bytes(self.full, 0, precision)
 
     @property
     def times_fewer(self) -> float:
-        """By how much LoRA trains less: out·in / (r·(out + in))."""
+        """How many times fewer parameters LoRA trains: out·in / (r·(out + in))."""
         return self.full / self.lora
 
 
-def lora_targets(config: Any, rank: int, targets: tuple[str, ...]) -> list[Target]:
+def lora_targets(config: LlamaConfig, rank: int, targets: tuple[str, ...]) -> list[Target]:
     """Look up what LoRA adapts; the sum of their ``lora`` is what it trains.
 
     Raises:
@@ -192,138 +217,178 @@ def lora_targets(config: Any, rank: int, targets: tuple[str, ...]) -> list[Targe
         if name not in shapes:
             raise ValueError(f"no layer is named {name!r}; there are: {', '.join(shapes)}")
         out, width = shapes[name]
-        most = min(out, width)
-        if not 1 <= rank <= most:
-            raise ValueError(f"rank {rank} does not fit {name}, {out} × {width}: 1 to {most} does")
+        largest = min(out, width)
+        if not 1 <= rank <= largest:
+            raise ValueError(f"rank {rank} does not fit {name} ({out} × {width}): 1 to {largest}")
         found.append(Target(name, out, width, config.num_hidden_layers, rank))
     return found
 
 
-# --- saved activations: one function a part -----------------------------------------------------
-# An operation saves only what the gradients that it passes on need. ``live`` says whether the
-# part's input carries a gradient: it does not below the first trained parameter.
+# --- saved activations: one function for each part ----------------------------------------------
+# An operation saves only what it needs for the gradients that it passes on. ``live`` says whether
+# the part's input carries a gradient: below the first trained parameter it does not.
 
 
-def saved_activation_bytes(config: Any, tuning: FineTuning) -> int:
+def saved_activation_bytes(config: LlamaConfig, tuning: FineTuning) -> int:
     """Count the bytes that a forward pass on (B, T) tokens saves for the backward pass.
 
-    Each tensor counts once, parameters and autocast's copies of them not at all. As in
-    ``LlamaForSequenceClassification``, the last layer asks for one position a row. In
-    bfloat16, attention is the CPU's; flash attention on a GPU keeps its output, too.
+    Each tensor counts once; parameters and autocast's copies of them do not count. As in
+    ``LlamaForSequenceClassification``, the last layer computes one position of each row.
+    bfloat16 attention is the one that runs on a CPU; on a GPU, flash attention also saves its
+    output.
 
     Raises:
         ValueError: As ``lora_targets``.
     """
+    B = tuning.batch
+    T = tuning.tokens
+    D = config.hidden_size
+    saved = tuning.computed * B * D  # the head's input
+    if tuning.method == "head":  # no gradient reaches the decoder
+        return saved
     if tuning.method == "lora":
         lora_targets(config, tuning.rank, tuning.targets)  # for its checks alone
-    B, T, D, L = tuning.batch, tuning.tokens, config.hidden_size, config.num_hidden_layers
-    above = tuning.method != "head"  # whether a gradient comes down as far as the second layer
-    saved = sum(
-        _layer_bytes(config, tuning, live=above if layer else tuning.full, last=layer == L - 1)
-        for layer in range(L if above else 0)
-    )
-    if above and (L > 1 or tuning.full or "k_proj" in tuning.adapted):
+    last = config.num_hidden_layers - 1
+    for layer in range(config.num_hidden_layers):
+        live = tuning.full or layer > 0
+        saved += _layer_bytes(config, tuning, live=live, last=layer == last)
+    if last > 0 or tuning.full or "k_proj" in tuning.adapted:
         saved += _rotation_bytes(config, tuning, T)  # one table for all layers
-    saved += 8 * B * T if tuning.full else 0  # the embedding's gradient needs the ids, int64
-    return saved + _norm_bytes(tuning, B, D, above) + tuning.computed * B * D  # the head's input
+    if tuning.full:
+        saved += INDEX_BYTES * B * T  # the embedding's gradient needs the ids
+    return saved + _norm_bytes(tuning, B, D, live=True)
 
 
-def _layer_bytes(config: Any, tuning: FineTuning, live: bool, last: bool) -> int:
-    """Add up a decoder layer; the last one has keys and values everywhere, the rest once a row."""
-    B, T, D = tuning.batch, tuning.tokens, config.hidden_size
+def _layer_bytes(config: LlamaConfig, tuning: FineTuning, live: bool, last: bool) -> int:
+    """Add up one decoder layer. The last one has all keys and values, but one query in each row."""
+    B = tuning.batch
+    T = tuning.tokens
+    D = config.hidden_size
     N = B if last else B * T
-    q, k, v, o = (live or f"{name}_proj" in tuning.adapted for name in "qkvo")
-    attended = q or k or v
-    after = attended or o  # whether x carries a gradient once attention is added
-    return (
-        _norm_bytes(tuning, B * T, D, live)
-        + _input_bytes(tuning, B * T, D, readers=2 if last else 3)
-        + (_last_token_bytes(tuning, D) if last and live else 0)
-        + _lora_bytes(config, tuning, "q_proj", N, live)
-        + _lora_bytes(config, tuning, "k_proj", B * T, live)
-        + _lora_bytes(config, tuning, "v_proj", B * T, live)
-        + (_rotation_bytes(config, tuning, B) if q and last else 0)
-        + (_attention_bytes(config, tuning, last) if attended else 0)
-        + _lora_bytes(config, tuning, "o_proj", N, attended)
-        + _norm_bytes(tuning, N, D, after)
-        + _input_bytes(tuning, N, D, readers=2)
-        + _mlp_bytes(config, tuning, N, after)
-    )
+    query_live = live or "q_proj" in tuning.adapted
+    key_live = live or "k_proj" in tuning.adapted
+    value_live = live or "v_proj" in tuning.adapted
+    attended_live = query_live or key_live or value_live
+    after_live = attended_live or "o_proj" in tuning.adapted  # x, once attention is added to it
+
+    saved = _norm_bytes(tuning, B * T, D, live)
+    saved += _input_bytes(tuning, B * T, D, readers=2 if last else 3)
+    if last and live:
+        saved += _last_token_bytes(tuning, D)
+    saved += _lora_bytes(config, tuning, "q_proj", N, live)
+    saved += _lora_bytes(config, tuning, "k_proj", B * T, live)
+    saved += _lora_bytes(config, tuning, "v_proj", B * T, live)
+    if last and query_live:
+        saved += _rotation_bytes(config, tuning, B)
+    if attended_live:
+        saved += _attention_bytes(config, tuning, last)
+    saved += _lora_bytes(config, tuning, "o_proj", N, attended_live)
+    saved += _norm_bytes(tuning, N, D, after_live)
+    saved += _input_bytes(tuning, N, D, readers=2)
+    saved += _mlp_bytes(config, tuning, N, after_live)
+    return saved
 
 
 def _norm_bytes(tuning: FineTuning, N: int, D: int, live: bool) -> int:
-    """RMSNorm, w ⊙ (x·s) with s = 1/rms, float32: x's gradient needs x and s, w's x·s."""
-    trained = 4 * N * D if tuning.full else 0
-    return tuning.residual * N * D + 4 * N + trained if live else 0
+    """RMSNorm, w ⊙ (x·s) with s = 1/rms in float32.
+
+    The gradient of x needs x and s. The gradient of w needs x·s.
+    """
+    if not live:
+        return 0
+    saved = tuning.residual * N * D + FLOAT32_BYTES * N
+    if tuning.full:
+        saved += FLOAT32_BYTES * N * D
+    return saved
 
 
 def _input_bytes(tuning: FineTuning, N: int, D: int, readers: int) -> int:
-    """A trained W's gradient needs the input; a frozen W needs none, as x's gradient is Wᵀ·dy.
+    """The input of linear layers: a trained W needs it for its gradient, a frozen W does not.
 
     Autocast casts the float32 norm(x) anew for each layer that reads it.
     """
+    if not tuning.full:
+        return 0
     copies = readers if tuning.precision == "bf16" else 1
-    return copies * tuning.computed * N * D if tuning.full else 0
+    return copies * tuning.computed * N * D
 
 
 def _last_token_bytes(tuning: FineTuning, D: int) -> int:
-    """The last layer gathers a position a row from x and norm(x): each keeps its input and index.
+    """The last layer picks one position of each row from x and from norm(x).
 
-    That costs nothing where another part keeps the same tensor: the norm x, the trained k_proj a
-    float32 norm(x). A trained q_proj keeps what was gathered.
+    Each time an index is saved, and the tensor that it picks from unless another part saves that
+    tensor anyway: the norm saves x, and a trained k_proj saves a float32 norm(x). A trained q_proj
+    saves what was picked.
     """
-    kept = not tuning.full or tuning.precision == "bf16"
-    gathered = kept * tuning.residual * tuning.batch * tuning.tokens * D
-    return gathered + 2 * 8 * tuning.batch + _input_bytes(tuning, tuning.batch, D, readers=1)
+    B = tuning.batch
+    T = tuning.tokens
+    saved = 2 * INDEX_BYTES * B
+    saved += _input_bytes(tuning, B, D, readers=1)
+    if not tuning.full or tuning.precision == "bf16":
+        saved += tuning.residual * B * T * D
+    return saved
 
 
-def _lora_bytes(config: Any, tuning: FineTuning, name: str, N: int, live: bool) -> int:
-    """LoRA, B·A·(m ⊙ x): A's gradient needs m ⊙ x, B's A·(m ⊙ x), and x's the mask m.
+def _lora_bytes(config: LlamaConfig, tuning: FineTuning, name: str, N: int, live: bool) -> int:
+    """LoRA, B·A·(m ⊙ x), where m is dropout's mask of one byte for each entry.
 
-    Each adapted layer drops out for itself, with a mask of a byte an entry.
+    The gradient of A needs m ⊙ x, that of B needs A·(m ⊙ x), and that of x needs m. Each adapted
+    layer has a mask of its own.
     """
     if name not in tuning.adapted:
         return 0
     _, width = linear_shapes(config)[name]
-    mask = (N * width // 8 + 1) * 8 if live else 0  # drawn 8 bytes at a time
-    return tuning.computed * (N * width + N * tuning.rank) + mask
+    saved = tuning.computed * (N * width + N * tuning.rank)
+    if live:
+        saved += (N * width // 8 + 1) * 8  # the mask is drawn 8 bytes at a time
+    return saved
 
 
-def _rotation_bytes(config: Any, tuning: FineTuning, rows: int) -> int:
-    """RoPE, x ⊙ cos + turned(x) ⊙ sin: x's gradient needs cos and sin, (rows, E) each."""
+def _rotation_bytes(config: LlamaConfig, tuning: FineTuning, rows: int) -> int:
+    """RoPE, x ⊙ cos + turned(x) ⊙ sin: the gradient of x needs cos and sin, each (rows, E)."""
     return 2 * tuning.residual * rows * config.head_dim
 
 
-def _attention_bytes(config: Any, tuning: FineTuning, last: bool) -> int:
-    """Attention, softmax(q·kᵀ/√E)·v: q, k, v, the output, and a log-sum-exp.
+def _attention_bytes(config: LlamaConfig, tuning: FineTuning, last: bool) -> int:
+    """Attention, softmax(q·kᵀ/√E)·v: q, k, v, the output and a float32 log-sum-exp.
 
-    From a float32 log-sum-exp for each query and head, flash attention computes the T × T scores
-    again. A CPU computes a bfloat16 model's in tiles, from q, k and v alone (in full training the
-    rotary angles are float32, and so are q and k). A trained o_proj keeps the same output. The
-    last layer's single queries need a mask.
+    From the log-sum-exp of each query and head, flash attention computes the T × T scores again. A
+    CPU computes bfloat16 attention in tiles, from q, k and v alone, if q and k are bfloat16 (in
+    full training the rotary angles are float32, and so are q and k). A trained o_proj saves the
+    same output. The single queries of the last layer need a mask.
     """
-    B, T, E = tuning.batch, tuning.tokens, config.head_dim
-    H, K = config.num_attention_heads, config.num_key_value_heads
-    queries, keys = B * H * (1 if last else T), B * K * T
+    B = tuning.batch
+    T = tuning.tokens
+    E = config.head_dim
+    query_positions = B if last else B * T
+    queries = query_positions * config.num_attention_heads  # vectors of width E
+    keys = B * T * config.num_key_value_heads
     if tuning.residual == 2 and T >= TILED_FROM and not last:
         return tuning.computed * (queries + 2 * keys) * E
-    mask = B * T if last else 0
-    return tuning.computed * ((2 * queries + 2 * keys) * E + mask) + 4 * queries
+    saved = tuning.computed * (2 * queries + 2 * keys) * E + FLOAT32_BYTES * queries
+    if last:
+        saved += tuning.computed * B * T
+    return saved
 
 
-def _mlp_bytes(config: Any, tuning: FineTuning, N: int, live: bool) -> int:
+def _mlp_bytes(config: LlamaConfig, tuning: FineTuning, N: int, live: bool) -> int:
     """The MLP, W_down(SiLU(g) ⊙ u) with g = W_gate x and u = W_up x.
 
-    g's gradient needs g and u, u's needs g, and W_down's needs the product.
+    The gradient of g needs g and u, that of u needs g, and that of W_down needs the product.
     """
-    gate, up = (live or name in tuning.adapted for name in ("gate_proj", "up_proj"))
-    kept = 2 * (gate or up) + tuning.full
-    return (
-        kept * tuning.computed * N * config.intermediate_size
-        + _lora_bytes(config, tuning, "gate_proj", N, live)
-        + _lora_bytes(config, tuning, "up_proj", N, live)
-        + _lora_bytes(config, tuning, "down_proj", N, gate or up)
-    )
+    gate_live = live or "gate_proj" in tuning.adapted
+    up_live = live or "up_proj" in tuning.adapted
+    product_live = gate_live or up_live
+    tensors = 0  # of shape (N, I)
+    if product_live:
+        tensors += 2  # g and u
+    if tuning.full:
+        tensors += 1  # the product
+    saved = tensors * tuning.computed * N * config.intermediate_size
+    saved += _lora_bytes(config, tuning, "gate_proj", N, live)
+    saved += _lora_bytes(config, tuning, "up_proj", N, live)
+    saved += _lora_bytes(config, tuning, "down_proj", N, product_live)
+    return saved
 
 
 # --- the whole ----------------------------------------------------------------------------------
@@ -335,7 +400,7 @@ class Budget:
 
     Attributes:
         method: "lora", "head" or "full".
-        parameters: All of them, LoRA's included.
+        parameters: All parameters, LoRA's included.
         trainable: Those that are trained.
         weights: Bytes of the weights.
         gradients: Bytes of the gradients.
@@ -357,7 +422,7 @@ class Budget:
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
-def budget(config: Any, tuning: FineTuning, num_labels: int) -> Budget:
+def budget(config: LlamaConfig, tuning: FineTuning, num_labels: int) -> Budget:
     """Add up parameters and bytes of fine-tuning a classifier.
 
     Raises:
@@ -366,10 +431,10 @@ def budget(config: Any, tuning: FineTuning, num_labels: int) -> Budget:
     parameters = base_parameters(config, num_labels)
     trainable = parameters if tuning.full else num_labels * config.hidden_size
     if tuning.method == "lora":
-        lora = sum(t.lora for t in lora_targets(config, tuning.rank, tuning.targets))
-        parameters, trainable = parameters + lora, trainable + lora
-    frozen = parameters - trainable
-    weights, gradients, optimizer = _held_bytes(frozen, trainable, tuning.precision)
+        adapter = sum(t.lora for t in lora_targets(config, tuning.rank, tuning.targets))
+        parameters += adapter
+        trainable += adapter
+    weights, gradients, optimizer = _held_bytes(parameters - trainable, trainable, tuning.precision)
     return Budget(
         method=tuning.method,
         parameters=parameters,
@@ -381,13 +446,14 @@ def budget(config: Any, tuning: FineTuning, num_labels: int) -> Budget:
     )
 
 
+# --- the command --------------------------------------------------------------------------------
+
+
 def main(argv: list[str] | None = None) -> None:
     """Print the budget of a model as tables: ``python -m clinora.budget --help``."""
     from clinora.checkpoint import find_config
-    from clinora.llama import LlamaConfig
-    from clinora.lora import LoRAConfig
 
-    lora = LoRAConfig()  # for its defaults
+    defaults = LoRAConfig()
     parser = argparse.ArgumentParser(
         prog="python -m clinora.budget",
         description="Parameters and bytes of fine-tuning a Llama, without loading it.",
@@ -396,63 +462,97 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("source", help="a config.json, a folder that has one, or a Hub id")
     add("--revision", help="revision of the Hub id")
-    add("--rank", type=int, default=lora.rank, help="LoRA's rank")
-    add("--targets", nargs="+", default=lora.targets, help="linear layers that LoRA adapts")
+    add("--rank", type=int, default=defaults.rank, help="LoRA's rank")
+    add("--targets", nargs="+", default=defaults.targets, help="linear layers that LoRA adapts")
     add("--labels", type=int, default=5, help="classes of the head")
     add("--batch", type=int, default=4, help="notes in a batch")
-    add("--tokens", type=int, default=512, help="tokens a note")
+    add("--tokens", type=int, default=512, help="tokens of each note")
     add("--precision", choices=ELEMENT_BYTES, default="bf16", help="precision to train in")
     flags = parser.parse_args(argv)
-    adapter = {"rank": flags.rank, "targets": tuple(flags.targets)}
-    batches = {"batch": flags.batch, "tokens": flags.tokens, "precision": flags.precision}
     try:
         config = LlamaConfig.from_json(find_config(flags.source, flags.revision))
-        targets = lora_targets(config, **adapter)
-        tunings = [FineTuning(method=method, **adapter, **batches) for method in METHODS]
-        budgets = [budget(config, tuning, flags.labels) for tuning in tunings]
+        targets = lora_targets(config, flags.rank, tuple(flags.targets))
+        budgets = []
+        for method in METHODS:
+            tuning = FineTuning(
+                method=method,
+                batch=flags.batch,
+                tokens=flags.tokens,
+                precision=flags.precision,
+                rank=flags.rank,
+                targets=tuple(flags.targets),
+            )
+            budgets.append(budget(config, tuning, flags.labels))
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
+    print(_target_table(targets))
+    print()
+    print(_bytes_table(targets, flags.precision))
+    print()
     shape = f"{flags.batch} × {flags.tokens} tokens, {flags.labels} classes, {flags.precision}"
-    print(_target_table(targets), _bytes_table(targets, flags.precision), sep="\n\n")
-    print(f"\n{shape}; MB:", _budget_table(budgets), sep="\n")
+    print(f"{shape}; MB:")
+    print(_budget_table(budgets))
 
 
 def _target_table(targets: list[Target]) -> str:
-    lora = f"LoRA r={targets[0].rank}"
-    rows = [("target", "out × in", "layers", "full", lora, "times fewer", "saves up to r")]
-    for t in targets:
-        out, width = t.out_features, t.in_features
-        counts = f"{t.layers}", f"{t.full:,}", f"{t.lora:,}", f"{t.times_fewer:,.1f}"
-        rows.append((t.name, f"{out:,} × {width:,}", *counts, f"{break_even_rank(out, width):,}"))
-    full, lora = sum(t.full for t in targets), sum(t.lora for t in targets)
+    lora_title = f"LoRA r={targets[0].rank}"
+    rows = [("target", "out × in", "layers", "full", lora_title, "times fewer", "saves up to r")]
+    for target in targets:
+        shape = f"{target.out_features:,} × {target.in_features:,}"
+        break_even = break_even_rank(target.out_features, target.in_features)
+        rows.append(
+            (
+                target.name,
+                shape,
+                f"{target.layers}",
+                f"{target.full:,}",
+                f"{target.lora:,}",
+                f"{target.times_fewer:,.1f}",
+                f"{break_even:,}",
+            )
+        )
+    full = sum(target.full for target in targets)
+    lora = sum(target.lora for target in targets)
     rows.append(("all", "", "", f"{full:,}", f"{lora:,}", f"{full / lora:,.1f}", ""))
     return _table(rows)
 
 
 def _bytes_table(targets: list[Target], precision: str) -> str:
-    held = ("weights", "gradients", "AdamW")
-    rows = [(f"MB, {precision}", *(f"{m} {what}" for m in ("LoRA", "full") for what in held))]
-    sizes = {t.name: [*t.held_bytes("lora", precision), *t.held_bytes("full", precision)]
-             for t in targets}  # fmt: skip
-    sizes["all"] = [sum(column) for column in zip(*sizes.values(), strict=True)]
-    rows += [(name, *(f"{size / 1e6:,.1f}" for size in row)) for name, row in sizes.items()]
+    title = ["LoRA weights", "LoRA gradients", "LoRA AdamW"]
+    title += ["full weights", "full gradients", "full AdamW"]
+    totals = [0] * len(title)
+    rows = [(f"MB, {precision}", *title)]
+    for target in targets:
+        sizes = [*target.held_bytes("lora", precision), *target.held_bytes("full", precision)]
+        totals = [total + size for total, size in zip(totals, sizes, strict=True)]
+        rows.append((target.name, *map(_megabytes, sizes)))
+    rows.append(("all", *map(_megabytes, totals)))
     return _table(rows)
 
 
 def _budget_table(budgets: list[Budget]) -> str:
     rows = [("", "trainable", "share", "weights", "gradients", "AdamW", "activations", "total")]
     for b in budgets:
-        sizes = b.weights, b.gradients, b.optimizer, b.activations, b.total
-        counts = f"{b.trainable:,}", f"{b.trainable / b.parameters:.3%}"
-        rows.append((b.method, *counts, *(f"{size / 1e6:,.1f}" for size in sizes)))
+        share = f"{b.trainable / b.parameters:.3%}"
+        sizes = (b.weights, b.gradients, b.optimizer, b.activations, b.total)
+        rows.append((b.method, f"{b.trainable:,}", share, *map(_megabytes, sizes)))
     return _table(rows)
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f}"
 
 
 def _table(rows: list[tuple[str, ...]]) -> str:
     """Align columns: the first to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows)
-    return "\n".join("  ".join(line).rstrip() for line in lines)
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *others in rows:
+        cells = [first.ljust(widths[0])]
+        for cell, width in zip(others, widths[1:], strict=True):
+            cells.append(cell.rjust(width))
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -26,8 +26,8 @@ from clinora.llama import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassif
 from clinora.lora import (
     LoRAConfig,
     LoRALinear,
-    apply_lora,
     find_modules,
+    insert_lora,
     lora_state_dict,
     target_linears,
 )
@@ -294,7 +294,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> LoRAConfig:
         )
         if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
             raise CheckpointError(f"{path} holds numbers that are not finite: {broken[0]}")
-        apply_lora(model, config)
+        insert_lora(model, config)
     except CheckpointError:
         raise
     except ValueError as error:  # from LoRA, which knows of no file

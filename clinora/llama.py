@@ -1,13 +1,17 @@
-"""The Llama decoder: RMSNorm, rotary positions, grouped-query attention, SiLU MLP.
+"""The Llama decoder: RMSNorm, rotary positions, grouped-query attention and a gated MLP.
 
-Parameters carry the names that they have on the Hugging Face Hub, so a checkpoint loads without a
-converter, and the arithmetic follows Transformers' ``LlamaModel`` operation by operation.
+The file reads from top to bottom: configuration, norm, rotary positions, attention, MLP, layer,
+model, heads. A few operations have a faster form in ``kernels.py``, and their textbook form stands
+there beside it: ``rms_normalize``, ``causal_attention``, ``last_token_attention``, ``gated_silu``.
+
+Parameters have the names that they have on the Hugging Face Hub, so a checkpoint loads without a
+converter. The arithmetic follows Transformers' ``LlamaModel`` operation by operation.
 
 Shapes: B batch, T tokens, D width (``hidden_size``), H query heads, K key/value heads, E head
 width, I MLP width (``intermediate_size``), V vocabulary, C classes.
 
-A batch of notes is ``ids (B, T)``, padded on the right, and ``lengths (B,)``. No position sees a
-later one, so no real token ever sees the padding: there is no attention mask to pass.
+A batch of notes is ``ids (B, T)``, padded on the right, and ``lengths (B,)``. No position attends
+to a later one, so no real token ever attends to padding, and no attention mask is needed.
 
 Sources: Llama, Touvron et al. 2023, section 2.2; RMSNorm, Zhang & Sennrich 2019, equation 4; RoPE,
 Su et al. 2021, section 3.2.2; grouped-query attention, Ainslie et al. 2023, section 2.2; the gated
@@ -15,15 +19,16 @@ MLP, Shazeer 2020, equation 6.
 """
 
 import json
-from collections.abc import Iterator
+import math
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from clinora.kernels import causal_attention, gated_silu, last_token_attention, rms_normalize
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,84 +58,87 @@ class LlamaConfig:
     initializer_range: float = 0.02
 
     def __post_init__(self) -> None:
-        for f in fields(self):
-            x, expected = getattr(self, f.name), "a whole number of at least 1"
-            fits = (type(x) is int and x >= 1) or x is f.default  # None, filled in below
-            if f.type is float:  # JSON may write 10000.0 as 10000
-                fits, expected = type(x) in (int, float) and 0 < x < torch.inf, "a positive number"
-            if f.type is bool:
-                fits, expected = type(x) is bool, "true or false"
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is None and field.default is None:
+                continue  # it is filled in below
+            if field.type is bool:
+                expected = "true or false"
+                fits = type(value) is bool
+            elif field.type is float:
+                expected = "a positive number"
+                # JSON may write 10000.0 as 10000
+                fits = type(value) in (int, float) and 0 < value < math.inf
+            else:
+                expected = "a whole number of at least 1"
+                fits = type(value) is int and value >= 1
             if not fits:
-                raise ValueError(f"{f.name} is {x!r}: expected {expected}")
-        D, H, K = self.hidden_size, self.num_attention_heads, self.num_key_value_heads
-        if self.head_dim is None and D % H:
-            raise ValueError(f"{H} num_attention_heads do not divide hidden_size {D}: set head_dim")
-        if K and H % K:  # each key head serves the same number of query heads
-            raise ValueError(f"num_key_value_heads {K} does not divide num_attention_heads {H}")
-        object.__setattr__(self, "num_key_value_heads", K or H)
-        object.__setattr__(self, "head_dim", self.head_dim or D // H)
+                raise ValueError(f"{field.name} is {value!r}: expected {expected}")
+        width = self.hidden_size
+        heads = self.num_attention_heads
+        if self.num_key_value_heads is None:
+            object.__setattr__(self, "num_key_value_heads", heads)
+        if heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads {self.num_key_value_heads} does not divide "
+                f"num_attention_heads {heads}: each key head serves the same number of query heads"
+            )
+        if self.head_dim is None and width % heads:
+            raise ValueError(
+                f"{heads} num_attention_heads do not divide hidden_size {width}: set head_dim"
+            )
+        if self.head_dim is None:
+            object.__setattr__(self, "head_dim", width // heads)
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd: RoPE rotates pairs")
 
     @classmethod
     def from_json(cls, path: str | Path) -> "LlamaConfig":
-        """Read a ``config.json``, of Transformers 5 or older.
+        """Read a ``config.json`` that Transformers 5 or an older version wrote.
 
         Raises:
             FileNotFoundError: There is no such file.
-            ValueError: It is no Llama's, or asks for something that this decoder does not do.
+            ValueError: The file does not describe a Llama, or it asks for something that this
+                decoder does not do.
         """
         try:
             hub = json.loads(Path(path).read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not JSON: {error}") from None
-        kind = hub.get("model_type") if isinstance(hub, dict) else type(hub).__name__
-        if kind != "llama":
-            raise ValueError(f"{path}: model_type is {kind!r}, expected 'llama'")
-        # Before Transformers 5, rope_theta stood alone and rope_scaling beside it. Where a file has
-        # both kinds, Transformers goes by rope_scaling.
+        if not isinstance(hub, dict):
+            raise ValueError(f"{path} holds a {type(hub).__name__}, expected a JSON object")
+        if hub.get("model_type") != "llama":
+            raise ValueError(f"{path}: model_type is {hub.get('model_type')!r}, expected 'llama'")
+
+        # Before Transformers 5, rope_theta was a key of its own, beside rope_scaling. Where a file
+        # has both rope_scaling and rope_parameters, Transformers uses rope_scaling.
         rope = hub.get("rope_scaling") or hub.get("rope_parameters") or {}
-        rope = dict(rope) if isinstance(rope, dict) else {"rope_type": rope}
-        rope_type = rope.pop("rope_type", rope.pop("type", "default"))
-        hub["rope_theta"] = rope.pop("rope_theta", hub.get("rope_theta"))
-        unsupported = {
-            "quantization_config": (hub.get("quantization_config"), None),
-            "hidden_act": (hub.get("hidden_act", "silu"), "silu"),
-            "attention_dropout": (hub.get("attention_dropout") or 0.0, 0.0),
-            "rope type": (rope_type, "default"),
-            "rope parameters": (rope, {}),
-        }
-        for what, (came, expected) in unsupported.items():
-            if came != expected:
-                raise ValueError(f"{path}: {what} {came!r} is not supported, only {expected!r}")
-        known = {f.name: hub[f.name] for f in fields(cls) if hub.get(f.name) is not None}
-        if missing := {f.name for f in fields(cls) if f.default is MISSING} - known.keys():
+        if not isinstance(rope, dict):
+            raise ValueError(f"{path}: rope type {rope!r} is not supported, only 'default'")
+        theta = rope.get("rope_theta", hub.get("rope_theta"))
+        other_rope = {key: rope[key] for key in rope.keys() - {"rope_type", "type", "rope_theta"}}
+        # Each line: what it is, the file's value, the only value that is supported.
+        requirements = [
+            ("quantization_config", hub.get("quantization_config"), None),
+            ("hidden_act", hub.get("hidden_act", "silu"), "silu"),
+            ("attention_dropout", hub.get("attention_dropout") or 0.0, 0.0),
+            ("rope type", rope.get("rope_type", rope.get("type", "default")), "default"),
+            ("rope parameters", other_rope, {}),
+        ]
+        for what, found, supported in requirements:
+            if found != supported:
+                raise ValueError(f"{path}: {what} {found!r} is not supported, only {supported!r}")
+
+        values = {field.name: hub.get(field.name) for field in fields(cls)}
+        values["rope_theta"] = theta
+        known = {name: value for name, value in values.items() if value is not None}
+        required = {field.name for field in fields(cls) if field.default is MISSING}
+        if missing := required - known.keys():
             raise ValueError(f"{path} lacks {', '.join(sorted(missing))}")
         try:
             return cls(**known)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-
-
-class HalfNorm(torch.autograd.Function):
-    """n = x / rms(x), (..., D), of a half-precision x, squared in float32.
-
-    Saved is x as it came, where autograd would save float32(x). With g the gradient of n, that
-    of x is (g − n · mean(g ⊙ n)) / rms(x).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
-        scale = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)  # (..., 1), float32
-        ctx.save_for_backward(x, scale)
-        return (x * scale).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        x, scale = ctx.saved_tensors
-        n, g = x * scale, grad.float()
-        g -= n * (g * n).mean(-1, keepdim=True)
-        return (g * scale).to(x.dtype), None
 
 
 class RMSNorm(nn.Module):
@@ -142,27 +150,22 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.element_size() == 2:  # there the mean of squares would keep 8 or 11 bits
-            return self.weight * HalfNorm.apply(x, self.eps)
-        h = x.float()
-        scale = torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * (h * scale).to(x.dtype)
+        return self.weight * rms_normalize(x, self.eps)
 
     def extra_repr(self) -> str:
         return f"{self.weight.numel()}, eps={self.eps:g}"
 
 
 def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> Tensor:
-    """Angles by which RoPE turns the pair of entries i and i + E/2: position · θ^(−2i/E), radians.
+    """Compute RoPE's angles: the entries i and i + E/2 rotate by position · θ^(−2i/E) radians.
 
     Args:
         positions: (T,) token positions, from 0.
         head_dim: E, even.
-        theta: The base θ; the slowest pair needs about 2πθ tokens for a turn.
+        theta: The base θ. The slowest pair makes one turn in about 2πθ tokens.
 
     Returns:
-        (T, E), float32, its two halves equal. In bfloat16, positions above 256 would collapse into
-        each other.
+        (T, E), in float32, its two halves equal. bfloat16 cannot tell positions above 256 apart.
     """
     exponents = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim
     angles = positions.float()[:, None] * (1.0 / theta**exponents)  # (T, E/2)
@@ -172,13 +175,13 @@ def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> Tensor:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the pairs (x_i, x_{i+E/2}) of each head by their angles.
 
-    (x_i, x_j) → (x_i cos − x_j sin, x_j cos + x_i sin), so that the product of a rotated query
-    and a rotated key depends on the distance of their positions alone.
+    (x_i, x_j) → (x_i cos − x_j sin, x_j cos + x_i sin). The product of a rotated query and a
+    rotated key then depends only on the distance between their positions.
 
     Args:
         x: (..., T, E).
-        cos: Cosines of the angles, (..., T, E), in x's dtype.
-        sin: Sines, likewise.
+        cos: Cosines of the angles, (..., T, E), in the dtype of x.
+        sin: Sines of the angles, (..., T, E), in the dtype of x.
 
     Returns:
         (..., T, E).
@@ -187,133 +190,66 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-second, first), -1) * sin
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None) -> Tensor:
-    """Grouped-query attention: softmax(q·kᵀ / √E)·v, H/K query heads to a key head.
-
-    Args:
-        q: (B, H, T, E), or (B, H, 1, E) with ``lengths``.
-        k: (B, K, T, E).
-        v: (B, K, T, E).
-        lengths: (B,). None: every position sees itself and those before it. Given: the one
-            query of row b stands at position lengths[b] − 1 and sees the first lengths[b] keys.
-
-    Returns:
-        The shape of q.
-    """
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.size(2) >= 48:  # faster there
-        return TiledAttention.apply(q, k, v)
-    grouped = q.size(1) != k.size(1)
-    if lengths is None:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-    # with one query, is_causal would let it see position 0 alone
-    seen = torch.arange(k.size(2), device=k.device) < lengths[:, None, None, None]  # (B, 1, 1, T)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=grouped)
-
-
-class TiledAttention(torch.autograd.Function):
-    """Causal attention as plain matrix products: in bfloat16 on the CPU, faster than PyTorch's.
-
-    A tile of query rows meets the keys up to its end alone: most of the future is never computed.
-    The G = H/K query heads of a key head are rows of one product. Scores and probabilities P are
-    float32: bfloat16 would round a score of 8 by up to 0.016. Saved are q, k and v; the backward
-    pass computes each tile of P again (Dao et al. 2022, section 3.1). A tile is n rows of b notes,
-    (b, K, G·n, E), and sees S keys.
-    """
-
-    @staticmethod
-    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.bfloat16)
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        ctx.save_for_backward(q, k, v)
-        keys, values = k.contiguous(), v.contiguous().float()  # (B, K, T, E)
-        out = torch.empty_like(q)
-        for note, tile in _tiles(q):
-            p = _probabilities(_rows(q[note, :, tile], k), keys[note], tile)  # (b, K, G·n, S)
-            out[note, :, tile] = (p @ values[note, :, : tile.stop]).view_as(out[note, :, tile])
-        return out
-
-    @staticmethod
-    @torch.amp.custom_bwd(device_type="cpu")
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = ctx.saved_tensors
-        # of d_p, and with it of d_s, the scale of the scores is a factor
-        keys, values = k.contiguous(), v.contiguous().float() * q.size(-1) ** -0.5
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(values), torch.zeros_like(values)
-        for note, tile in _tiles(q):
-            seen = slice(tile.stop)
-            queries, d_o = (_rows(x[note, :, tile], k) for x in (q, grad))  # (b, K, G·n, E)
-            p = _probabilities(queries, keys[note], tile)  # (b, K, G·n, S)
-            d_p = d_o.float() @ values[note, :, seen].mT
-            d_s = torch._softmax_backward_data(d_p, p, -1, p.dtype, grad_input=d_p).to(q.dtype)
-            dv[note, :, seen] += p.to(q.dtype).mT @ d_o
-            dk[note, :, seen] += d_s.mT @ queries
-            dq[note, :, tile] = (d_s @ keys[note, :, seen]).view_as(dq[note, :, tile])
-        return dq, dk.to(k.dtype), dv.to(v.dtype)
-
-
-def _tiles(q: Tensor, rows: int = 64) -> Iterator[tuple[slice, slice]]:
-    """Cut B and T so that a tile's scores, about 1 MB, stay in a core's cache."""
-    notes = max(1, 2**18 // (rows * q.size(1) * q.size(2)))
-    for b in range(0, q.size(0), notes):
-        yield from ((slice(b, b + notes), slice(t, t + rows)) for t in range(0, q.size(2), rows))
-
-
-def _rows(x: Tensor, k: Tensor) -> Tensor:  # (b, H, n, E) → (b, K, G·n, E)
-    return x.reshape(x.size(0), k.size(1), -1, x.size(3))
-
-
-def _probabilities(queries: Tensor, keys: Tensor, tile: slice) -> Tensor:  # → (b, K, G·n, S)
-    scores = (queries.float() * keys.size(-1) ** -0.5) @ keys[:, :, : tile.stop].float().mT
-    rows = scores.size(-1) - tile.start
-    scores.unflatten(2, (-1, rows))[..., tile] += torch.full((rows, rows), -torch.inf).triu(1)
-    return torch.softmax(scores, -1, out=scores)
-
-
 def last_token(x: Tensor, lengths: Tensor) -> Tensor:
-    """Pick the last real position of each row: (B, T, D), (B,) → (B, 1, D)."""
-    # gather refuses an index outside 0 … T−1, where x[rows, lengths − 1] would wrap around
-    return x.gather(1, (lengths - 1)[:, None, None].expand(-1, 1, x.size(-1)))
+    """Pick the last real position of each row: (B, T, D), (B,) → (B, 1, D).
+
+    Raises:
+        RuntimeError: A length is below 1 or above T.
+    """
+    # gather refuses an index outside 0 … T−1; with x[rows, lengths − 1] an index −1 would wrap.
+    index = (lengths - 1)[:, None, None].expand(-1, 1, x.size(-1))  # (B, 1, D)
+    return x.gather(1, index)
 
 
 class Attention(nn.Module):
-    """Causal self-attention with rotary positions and H/K query heads to a key head."""
+    """Causal self-attention with rotary positions and H/K query heads to each key head."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.head_dim = config.head_dim
-        width, bias = config.hidden_size, config.attention_bias
-        queries = config.num_attention_heads * config.head_dim
-        keys = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(width, queries, bias=bias)
-        self.k_proj = nn.Linear(width, keys, bias=bias)
-        self.v_proj = nn.Linear(width, keys, bias=bias)
-        self.o_proj = nn.Linear(queries, width, bias=bias)
+        width = config.hidden_size
+        query_width = config.num_attention_heads * config.head_dim  # H·E
+        key_width = config.num_key_value_heads * config.head_dim  # K·E
+        self.q_proj = nn.Linear(width, query_width, bias=config.attention_bias)
+        self.k_proj = nn.Linear(width, key_width, bias=config.attention_bias)
+        self.v_proj = nn.Linear(width, key_width, bias=config.attention_bias)
+        self.o_proj = nn.Linear(query_width, width, bias=config.attention_bias)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Attend: x (B, T, D), cos and sin (T, E) → (B, T, D), or (B, 1, D) with lengths."""
-        k, v = self._heads(self.k_proj(x)), self._heads(self.v_proj(x))  # (B, K, T, E)
-        k = rotate(k, cos, sin)
-        if lengths is not None:
-            x, last = last_token(x, lengths), lengths[:, None, None] - 1  # (B, 1, D), (B, 1, 1)
-            cos, sin = cos[last], sin[last]  # (B, 1, 1, E)
-        q = rotate(self._heads(self.q_proj(x)), cos, sin)  # (B, H, T or 1, E)
-        return self.o_proj(attention(q, k, v, lengths).transpose(1, 2).flatten(2))
+        """Attend from every position to itself and those before it.
 
-    def _heads(self, x: Tensor) -> Tensor:  # (B, T, heads·E) → (B, heads, T, E)
+        Args:
+            x: (B, T, D).
+            cos: Cosines of the rotary angles, (T, E).
+            sin: Sines of the rotary angles, (T, E).
+            lengths: (B,), to compute ``for_last_token`` instead.
+
+        Returns:
+            (B, T, D), or (B, 1, D) with ``lengths``.
+        """
+        if lengths is not None:
+            return self.for_last_token(x, cos, sin, lengths)
+        k = rotate(self._split_heads(self.k_proj(x)), cos, sin)  # (B, K, T, E)
+        v = self._split_heads(self.v_proj(x))  # (B, K, T, E)
+        q = rotate(self._split_heads(self.q_proj(x)), cos, sin)  # (B, H, T, E)
+        out = causal_attention(q, k, v)  # (B, H, T, E)
+        return self.o_proj(self._join_heads(out))
+
+    def for_last_token(self, x: Tensor, cos: Tensor, sin: Tensor, lengths: Tensor) -> Tensor:
+        """Attend from the last real token of each row alone: (B, T, D), (B,) → (B, 1, D)."""
+        k = rotate(self._split_heads(self.k_proj(x)), cos, sin)  # (B, K, T, E)
+        v = self._split_heads(self.v_proj(x))  # (B, K, T, E)
+        q = self._split_heads(self.q_proj(last_token(x, lengths)))  # (B, H, 1, E)
+        position = lengths[:, None, None] - 1  # (B, 1, 1)
+        q = rotate(q, cos[position], sin[position])
+        out = last_token_attention(q, k, v, lengths)  # (B, H, 1, E)
+        return self.o_proj(self._join_heads(out))
+
+    def _split_heads(self, x: Tensor) -> Tensor:  # (B, T, heads·E) → (B, heads, T, E)
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
-
-class GatedSiLU(torch.autograd.Function):
-    """SiLU(g) ⊙ u, (..., I); saves g and u and computes SiLU(g) again, where autograd saves it."""
-
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        return F.silu(gate) * up
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate) * grad
+    def _join_heads(self, x: Tensor) -> Tensor:  # (B, heads, T, E) → (B, T, heads·E)
+        return x.transpose(1, 2).flatten(2)
 
 
 class MLP(nn.Module):
@@ -321,13 +257,14 @@ class MLP(nn.Module):
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        width, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = nn.Linear(width, inner, bias=bias)
-        self.up_proj = nn.Linear(width, inner, bias=bias)
-        self.down_proj = nn.Linear(inner, width, bias=bias)
+        width = config.hidden_size
+        inner = config.intermediate_size
+        self.gate_proj = nn.Linear(width, inner, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(width, inner, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(inner, width, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(GatedSiLU.apply(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(gated_silu(self.gate_proj(x), self.up_proj(x)))
 
 
 class DecoderLayer(nn.Module):
@@ -341,17 +278,39 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """One step: x (B, T, D) → (B, T, D), or (B, 1, D) with lengths."""
-        attended = self.self_attn(self.input_layernorm(x), cos, sin, lengths)
-        x = (x if lengths is None else last_token(x, lengths)) + attended
+        """Compute the layer.
+
+        Args:
+            x: (B, T, D).
+            cos: Cosines of the rotary angles, (T, E).
+            sin: Sines of the rotary angles, (T, E).
+            lengths: (B,), to compute ``for_last_token`` instead. It is called from here, so that
+                hooks, checkpointing and ``torch.compile`` on the layer apply to it.
+
+        Returns:
+            (B, T, D), or (B, 1, D) with ``lengths``.
+        """
+        if lengths is not None:
+            return self.for_last_token(x, cos, sin, lengths)
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+    def for_last_token(self, x: Tensor, cos: Tensor, sin: Tensor, lengths: Tensor) -> Tensor:
+        """Compute the layer for the last real token of each row alone: (B, T, D) → (B, 1, D).
+
+        Keys and values come from every token. The query, the output projection and the MLP are
+        computed for one token: the same numbers for less work.
+        """
+        attended = self.self_attn(self.input_layernorm(x), cos, sin, lengths)  # (B, 1, D)
+        x = last_token(x, lengths) + attended
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Llama(nn.Module):
     """The decoder without a head.
 
-    Set ``activation_checkpointing`` to True to keep only each layer's input for the backward pass
-    and compute the rest again: less memory, about a third more time.
+    Set ``activation_checkpointing`` to True to save only each layer's input for the backward pass
+    and compute the rest again there: less memory, about a third more time.
     """
 
     def __init__(self, config: LlamaConfig) -> None:
@@ -370,35 +329,48 @@ class Llama(nn.Module):
     def forward(self, ids: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Compute hidden states.
 
-        With ``lengths`` the last layer still makes every key and value, but queries, the output
-        projection and the MLP for the last real token alone: the same numbers for less work.
+        With ``lengths`` the last layer computes the last real token of each row alone
+        (``DecoderLayer.for_last_token``).
 
         Args:
             ids: (B, T) token ids, padded on the right with any id.
-            lengths: (B,) real tokens of each row, 1 to T.
+            lengths: (B,) number of real tokens in each row, 1 to T.
 
         Returns:
             (B, T, D), or with ``lengths`` the last real token's (B, D).
 
         Raises:
-            ValueError: There are not as many lengths as rows.
+            ValueError: The number of lengths is not the number of rows.
             RuntimeError: A length is below 1 or above T.
         """
-        if lengths is not None and lengths.shape != ids.shape[:1]:  # a single one would broadcast
-            raise ValueError(f"lengths {[*lengths.shape]}, ids {[*ids.shape]}: expected one a row")
+        # A single length would be broadcast to all rows.
+        if lengths is not None and lengths.shape != ids.shape[:1]:
+            raise ValueError(
+                f"lengths {list(lengths.shape)}, ids {list(ids.shape)}: expected one length per row"
+            )
         x = self.embed_tokens(ids)  # (B, T, D)
         positions = torch.arange(ids.size(1), device=ids.device)
         angles = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
-        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)  # (T, E)
-        recompute = self.activation_checkpointing and self.training and torch.is_grad_enabled()
-        for i, layer in enumerate(self.layers, start=1):
-            inputs = (x, cos, sin, lengths if i == len(self.layers) else None)
-            x = checkpoint(layer, *inputs, use_reentrant=False) if recompute else layer(*inputs)
-        return self.norm(x if lengths is None else x.squeeze(1))  # (B, 1, D) → (B, D)
+        cos = angles.cos().to(x.dtype)  # (T, E)
+        sin = angles.sin().to(x.dtype)  # (T, E)
+        *layers, last_layer = self.layers
+        for layer in layers:
+            x = self._run(layer, x, cos, sin)
+        if lengths is None:
+            x = self._run(last_layer, x, cos, sin)
+        else:
+            x = self._run(last_layer, x, cos, sin, lengths).squeeze(1)  # (B, 1, D) → (B, D)
+        return self.norm(x)
+
+    def _run(self, layer: nn.Module, *inputs: Tensor) -> Tensor:
+        """Call a layer, under activation checkpointing where that is asked for."""
+        if self.activation_checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(layer, *inputs, use_reentrant=False)
+        return layer(*inputs)
 
 
 class LlamaForCausalLM(nn.Module):
-    """Llama with the language-model head; a tied head is the embedding itself, read backwards."""
+    """Llama with a language-model head; a tied head uses the embedding's own weight."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -414,15 +386,15 @@ class LlamaForCausalLM(nn.Module):
         if self.lm_head is not None:
             return self.lm_head(x)
         weight = self.model.embed_tokens.weight
-        return F.linear(x.to(weight.dtype), weight)  # a trained embedding is float32
+        return F.linear(x.to(weight.dtype), weight)  # an embedding that trains is float32
 
 
 class LlamaForSequenceClassification(nn.Module):
     """Llama with a linear classifier on the last real token.
 
-    ``head_trained`` is False while ``score`` holds random numbers: such a head predicts nothing and
-    is not saved. ``load_model``, ``load_adapter`` and ``clinora.training.train`` set it; whoever
-    trains with a loop of their own sets ``model.head_trained = True``.
+    ``head_trained`` is False while ``score`` holds random numbers. Such a head predicts nothing and
+    is not saved. ``load_model``, ``load_adapter`` and ``clinora.training.train`` set the flag;
+    after a training loop of your own, set ``model.head_trained = True``.
     """
 
     def __init__(self, config: LlamaConfig, num_labels: int) -> None:
@@ -435,4 +407,4 @@ class LlamaForSequenceClassification(nn.Module):
     def forward(self, ids: Tensor, lengths: Tensor) -> Tensor:
         """Classify: ids (B, T) padded on the right, lengths (B,) from 1 to T → logits (B, C)."""
         pooled = self.model(ids, lengths)  # (B, D)
-        return self.score(pooled.to(self.score.weight.dtype))  # a trained head stays float32
+        return self.score(pooled.to(self.score.weight.dtype))  # a head that trains is float32

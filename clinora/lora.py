@@ -1,17 +1,19 @@
-"""LoRA for any PyTorch model: h = W·x + s·B·A·x, with W frozen and only A and B trained.
+"""LoRA for any PyTorch model: y = W·x + s·B·A·x, where W is frozen and only A and B are trained.
 
-A (r × in) and B (out × r) are written as in Hu et al. 2021, section 4.1; s = α/r, or α/√r with
-rank-stabilised scaling (Kalajdzievski 2023, section 3). B starts at zero, so an adapted model
-starts out equal to its base, to the bit.
+A (r × in) and B (out × r) are written as in Hu et al. 2021, section 4.1. The scaling s is α/r, or
+α/√r if it is rank-stabilised (Kalajdzievski 2023, section 3). B starts at zero, so the output of a
+newly adapted model equals its base's to the bit.
 
-There is no merged state to get wrong: ``merge_lora`` puts plain ``nn.Linear`` layers back, for
-good, and the one switch, ``lora_strength``, multiplies s.
+There is no merged state that could go wrong: ``merge_lora`` replaces the adapted layers by plain
+``nn.Linear`` layers for good. The only switch, ``lora_strength``, multiplies s.
 
 Shapes: in and out are the widths of the adapted layer, r its rank.
 """
 
 import math
-from collections.abc import Iterator
+import numbers
+import warnings
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -20,20 +22,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clinora.kernels import dropout
+
+# Names that classification heads have in Transformers. A pretrained model gets such a head anew.
+HEAD_NAMES = ("classifier", "classification_head", "pre_classifier", "qa_outputs", "score")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoRAConfig:
-    """What to adapt, and how.
+    """What to adapt, and how. PEFT's name for each value stands in brackets.
 
     Attributes:
-        rank: r, the inner width of A and B.
-        alpha: α, the numerator of the scaling.
-        dropout: Probability with which an entry of LoRA's input is dropped in training.
+        rank: r, the inner width of A and B [``r``].
+        alpha: α, the numerator of the scaling [``lora_alpha``].
+        dropout: Probability of dropping an entry of LoRA's input in training [``lora_dropout``].
         targets: Names of the linear layers to adapt: the last segments of their dotted names, as
-            many as tell them apart ("q_proj", or "layers.0.self_attn.q_proj" for one of them).
-        also_train: Names, likewise, of modules to train whole, such as a new head; a name that
-            the model lacks is skipped.
-        rank_stabilized: Scale by α/√r in place of α/r.
+            many segments as tell the layers apart ("q_proj" for all of them,
+            "layers.0.self_attn.q_proj" for one) [``target_modules``].
+        also_train: Names, written likewise, of modules whose own parameters are trained, such as
+            a new head. A name that the model does not have is skipped [``modules_to_save``].
+        rank_stabilized: Whether to scale by α/√r instead of α/r [``use_rslora``].
 
     Raises:
         ValueError: A value is of another type or out of its range, or there is no target.
@@ -47,102 +55,126 @@ class LoRAConfig:
     rank_stabilized: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("targets", "also_train"):
-            came = getattr(self, name)
-            if type(came) not in (tuple, list, set) or not all(type(n) is str and n for n in came):
-                raise ValueError(f"{name} is {came!r}: expected a tuple of names")
-            object.__setattr__(self, name, tuple(came))
-        if type(self.rank) is not int or self.rank < 1:
+        if not _is_whole(self.rank) or self.rank < 1:
             raise ValueError(f"rank is {self.rank!r}: expected a whole number of at least 1")
-        if not isinstance(self.alpha, int | float) or not 0 < self.alpha < math.inf:
+        if not isinstance(self.alpha, numbers.Real) or not 0 < self.alpha < math.inf:
             raise ValueError(f"alpha is {self.alpha!r}: expected a positive number")
-        if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
+        if not isinstance(self.dropout, numbers.Real) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout!r}: expected 0 or more and less than 1")
+        for field in ("targets", "also_train"):
+            names = getattr(self, field)
+            if not _are_names(names):
+                raise ValueError(f"{field} is {names!r}: expected a tuple of names")
+            object.__setattr__(self, field, tuple(names))
         if not self.targets:
             raise ValueError("targets is empty: name at least one linear layer to adapt")
+        # A NumPy number becomes a Python number, which JSON can hold.
+        object.__setattr__(self, "rank", int(self.rank))
+        object.__setattr__(self, "alpha", _python_number(self.alpha))
+        object.__setattr__(self, "dropout", _python_number(self.dropout))
 
     @property
     def scaling(self) -> float:
         """s, the factor of the update: α/r, or α/√r."""
-        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
+        if self.rank_stabilized:
+            return self.alpha / math.sqrt(self.rank)
+        return self.alpha / self.rank
 
 
-def dropout(x: Tensor, p: float, training: bool) -> Tensor:
-    """Zero each entry with probability p and divide the others by 1 − p, in training alone.
+def _is_whole(value: object) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
-    On the CPU a random byte decides, which takes a fifth of PyTorch's time: p is rounded to
-    d/256, d at most 255, and what is kept is divided by exactly 1 − d/256. The mask is a byte an
-    entry.
-    """
-    dropped = min(round(256 * p), 255)  # of a byte's 256 values
-    if not training or dropped == 0 or x.device.type != "cpu":
-        return F.dropout(x, p, training)
-    # without its bounds random_ never sets the top bit, so that every eighth byte is below 128
-    noise = torch.empty(x.numel() // 8 + 1, dtype=torch.int64).random_(-(2**63), None)
-    lanes = noise.view(torch.int8)[: x.numel()].view(x.shape)  # −128 … 127
-    kept = lanes.clamp_(dropped - 129, dropped - 128).sub_(dropped - 129)  # 0 or 1
-    return x * kept * (256 / (256 - dropped))
+
+def _python_number(value: numbers.Real) -> int | float:
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
+
+
+def _are_names(value: object) -> bool:
+    if type(value) not in (tuple, list, set):
+        return False
+    return all(type(name) is str and name for name in value)
 
 
 class LoRALinear(nn.Module):
     """A linear layer with a low-rank update: y = W·x + b + s·B·A·dropout(x).
 
-    It shares the base layer's ``weight`` and ``bias``, so their names and storage stay what they
-    were. A is drawn from U(−1/√in, 1/√in) and B is zero, both float32 at least: a step of the
-    optimiser is too small for a bfloat16 weight to keep. ``strength`` multiplies s.
+    It shares the base layer's ``weight`` and ``bias``, so their names and storage stay the same.
+    A is drawn from U(−1/√in, 1/√in), and B is zero. Both are float32 at least: one step of an
+    optimiser is often too small to change a bfloat16 weight. ``strength`` multiplies s.
     """
 
     def __init__(self, base: nn.Linear, config: LoRAConfig) -> None:
         super().__init__()
-        self.weight, self.bias = base.weight, base.bias
+        self.in_features = base.in_features
+        self.out_features = base.out_features
+        self.weight = base.weight
+        self.bias = base.bias
         master = {"device": base.weight.device, "dtype": _master_dtype(base.weight)}
-        self.lora_A = nn.Parameter(torch.empty(config.rank, base.in_features, **master))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, config.rank, **master))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # U(±1/√in), as PEFT draws it
+        self.lora_A = nn.Parameter(torch.empty(config.rank, self.in_features, **master))
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, config.rank, **master))
+        # PEFT's call. With a = √5 it draws from U(−1/√in, 1/√in).
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         self.config = config
         self.strength = 1.0
-        self.train(base.training)  # or a model in evaluation mode would drop out
-        # PyTorch's TransformerEncoderLayer reads the weight past this forward, but for a hook
-        self.register_forward_pre_hook(_no_change)
+        self.train(base.training)  # a new module is in training mode and would drop out
+        self.register_forward_pre_hook(_keep_pytorch_from_bypassing_forward)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer: (..., in) → (..., out), in the dtype of the base layer's output."""
         y = F.linear(x, self.weight, self.bias)
         if self.strength == 0:
             return y
-        if not _autocasts(x.device.type):  # autocast chooses the dtype itself
+        if not _is_autocast(x.device.type):  # autocast chooses the dtype itself
             x = x.to(self.lora_A.dtype)
         x = dropout(x, self.config.dropout, self.training)
         update = F.linear(F.linear(x, self.lora_A), self.lora_B)  # (..., r) → (..., out)
         return (y + update * (self.config.scaling * self.strength)).to(y.dtype)
 
     def extra_repr(self) -> str:
-        c, (out, width), bias = self.config, self.weight.shape, self.bias is not None
+        config = self.config
+        trained = self.lora_A.numel() + self.lora_B.numel()
         return (
-            f"in_features={width}, out_features={out}, bias={bias}, rank={c.rank}, "
-            f"alpha={c.alpha:g}, scaling={c.scaling:g}, dropout={c.dropout:g}, "
-            f"trains {self.lora_A.numel() + self.lora_B.numel():,} beside {self.weight.numel():,}"
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, rank={config.rank}, alpha={config.alpha:g}, "
+            f"scaling={config.scaling:g}, dropout={config.dropout:g}, "
+            f"trains {trained:,} beside {self.weight.numel():,}"
         )
 
 
-def find_modules(model: nn.Module, names: tuple[str, ...]) -> dict[str, nn.Module]:
-    """Find the modules whose dotted names end in one of ``names``, whole segments compared."""
-    modules = model.named_modules(remove_duplicate=False)
-    return {p: m for p, m in modules if any(f".{p}".endswith(f".{name}") for name in names)}
+def _keep_pytorch_from_bypassing_forward(*_: object) -> None:
+    """Do nothing: that this hook is registered is what matters.
+
+    In evaluation mode ``nn.TransformerEncoderLayer`` has a fast path that reads the weights of its
+    linear layers directly and never calls them, so it would skip LoRA. PyTorch does not take that
+    path when a layer inside has a hook.
+    """
+
+
+def find_modules(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
+    """Find the modules whose dotted names end in one of ``names``, comparing whole segments."""
+    found = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        # The leading dots keep "proj" from matching "q_proj".
+        if any(f".{path}".endswith(f".{name}") for name in names):
+            found[path] = module
+    return found
 
 
 def target_linears(model: nn.Module, targets: tuple[str, ...]) -> dict[str, nn.Linear]:
-    """Find the linear layers that ``targets`` name, by their full names.
+    """Find the linear layers that ``targets`` name; the keys are their full names.
 
     Raises:
-        ValueError: A target names nothing (the message lists what there is), or no nn.Linear.
+        ValueError: A target matches no module (the message lists the linear layers that there
+            are), or it matches a module that is not an ``nn.Linear``.
     """
-    found = find_modules(model, targets)
     for target in targets:
         if not find_modules(model, (target,)):
-            linears = {n.split(".")[-1] for n, m in model.named_modules() if type(m) is nn.Linear}
-            there = ", ".join(sorted(linears - {""})) or "(none)"
-            raise ValueError(f"no layer is named {target!r}; this model's linear layers: {there}")
+            linears = [path for path, m in model.named_modules() if type(m) is nn.Linear]
+            last_segments = {path.split(".")[-1] for path in linears}
+            last_segments.discard("")  # the model itself
+            listed = ", ".join(sorted(last_segments)) or "(none)"
+            raise ValueError(f"no layer is named {target!r}; this model's linear layers: {listed}")
+    found = find_modules(model, targets)
     for name, module in found.items():
         if type(module) is not nn.Linear:  # a subclass may compute something else
             raise ValueError(f"{name} is a {type(module).__name__}: only nn.Linear can be adapted")
@@ -150,55 +182,70 @@ def target_linears(model: nn.Module, targets: tuple[str, ...]) -> dict[str, nn.L
 
 
 def apply_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
-    """Put LoRA around the target layers and freeze all the rest but ``config.also_train``.
+    """Put LoRA around the target layers and freeze everything else except ``config.also_train``.
 
-    Changes the model in place and remembers the configuration as ``model.lora_config``. On an
-    error the model is left as it was.
+    Changes the model in place and stores the configuration as ``model.lora_config``. If it raises
+    an error, the model is unchanged.
 
-    A module of ``also_train`` keeps float32 weights and computes in float32, but outside autocast
-    hands on the dtype that its weights had, which is what the frozen base around it expects. So a
-    head gives float32 logits if it is float32 already, as those of ``load_model`` are.
+    A module in ``also_train`` gets float32 weights and computes in float32. Outside autocast its
+    output is cast to the dtype that its weights had, because the frozen layers after it expect
+    that dtype. A head therefore gives float32 logits only if it was float32 before, as the heads
+    of ``load_model`` are.
+
+    Warns:
+        UserWarning: A module with the usual name of a classification head stays frozen, although
+            it may be new.
 
     Returns:
         The full names of the adapted layers.
 
     Raises:
-        ValueError: A target is not there or no nn.Linear, the rank exceeds a layer's smaller
-            side, the model is adapted already, or a module of ``also_train`` has no parameters,
-            shares weights with a frozen one or holds a target.
+        ValueError: A target does not exist or is not an ``nn.Linear``; the rank exceeds a layer's
+            smaller side; the model is adapted already; or a module in ``also_train`` has no
+            parameters, shares weights with a frozen module or contains a target.
     """
+    adapted = insert_lora(model, config)
+    if frozen := _frozen_heads(model):
+        names = ", ".join(frozen)
+        warnings.warn(
+            f"{names} stays frozen. If its weights are new, they stay random: pass "
+            f"also_train={tuple(frozen)!r} to train it. If they are trained already, ignore this.",
+            stacklevel=2,
+        )
+    return adapted
+
+
+def insert_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
+    """Do what ``apply_lora`` does, without a warning: a loaded adapter brings what it trained."""
     if adapted := [name for name, _ in _lora_layers(model)]:
         where = f"{adapted[0]} and {len(adapted) - 1} more layers"
         raise ValueError(f"adapted already, at {where}: merge_lora it, or start from a fresh model")
     linears = target_linears(model, config.targets)
     for name, linear in linears.items():
-        if config.rank > (most := min(linear.weight.shape)):
-            raise ValueError(f"rank {config.rank} is too large for {name}: at most {most}")
-    heads = find_modules(model, config.also_train)
-    _check_heads(model, heads, linears)
+        largest = min(linear.weight.shape)
+        if config.rank > largest:
+            raise ValueError(f"rank {config.rank} is too large for {name}: at most {largest}")
+    trained_whole = find_modules(model, config.also_train)
+    _check_trained_whole(model, trained_whole, linears)
 
     model.requires_grad_(False)
-    wrapped = {linear: LoRALinear(linear, config) for linear in linears.values()}
+    # A layer that stands in two places is adapted once: both places share the adapted layer.
+    layers = {linear: LoRALinear(linear, config) for linear in linears.values()}
     for name, linear in linears.items():
-        model.set_submodule(name, wrapped[linear])
-    for head in dict.fromkeys(heads.values()):
-        first = next(head.parameters())  # prepend: a hook of an earlier adapter has the last word
-        head.register_forward_hook(partial(_cast, first.dtype), prepend=True)
-        for parameter in head.requires_grad_(True).parameters():
-            parameter.data = parameter.data.to(_master_dtype(parameter))
-        cast = partial(_cast_inputs, first.dtype)  # another dtype by now
-        head.register_forward_pre_hook(cast, with_kwargs=True)
+        model.set_submodule(name, layers[linear])
+    for module in dict.fromkeys(trained_whole.values()):  # once, even if it stands in two places
+        _train_in_float32(module)
     model.lora_config = config
     return list(linears)
 
 
 @contextmanager
 def lora_strength(model: nn.Module, strength: float) -> Iterator[None]:
-    """Multiply every layer's scaling inside a ``with`` block; nests, and restores.
+    """Multiply the scaling of every layer inside a ``with`` block; blocks nest and restore.
 
-    1 is the adapter as trained, 0 the base's layers (a trained head stays on). It changes the
-    model itself: while one thread holds a strength, the others see it too. With activation
-    checkpointing the backward pass computes layers again, so it belongs inside the block.
+    1 is the adapter as trained. 0 gives the base's layers (a trained head stays on). It changes
+    the model itself, so all threads see it. With activation checkpointing the backward pass
+    computes layers again and belongs inside the block.
 
     Raises:
         ValueError: The model has no LoRA layer.
@@ -220,9 +267,9 @@ def lora_disabled(model: nn.Module) -> AbstractContextManager[None]:
 
 @torch.no_grad()
 def merged_weight(layer: LoRALinear) -> Tensor:
-    """W' = W + s·B·A, in float32, rounded once to W's dtype: a new (out, in) tensor.
+    """W' = W + s·B·A, computed in float32 and rounded once to W's dtype: a new (out, in) tensor.
 
-    It is the adapter as trained, whatever ``lora_strength`` says at the time.
+    It is the adapter as trained, whatever ``lora_strength`` is at the time.
     """
     with torch.autocast(layer.weight.device.type, enabled=False):
         update = (layer.lora_B @ layer.lora_A) * layer.config.scaling
@@ -230,10 +277,10 @@ def merged_weight(layer: LoRALinear) -> Tensor:
 
 
 def merge_lora(model: nn.Module) -> nn.Module:
-    """Replace every LoRA layer by a plain ``nn.Linear`` of its merged weight, for good.
+    """Replace every LoRA layer by a plain ``nn.Linear`` with its merged weight, for good.
 
     Changes the model, or a part of one, in place and returns it. To undo it, load the base again:
-    subtracting the update would not give W back (in bfloat16 nearly a third of it would differ).
+    subtracting the update does not restore W (in bfloat16 nearly a third of its entries differ).
 
     Raises:
         ValueError: The model has no LoRA layer.
@@ -241,8 +288,8 @@ def merge_lora(model: nn.Module) -> nn.Module:
     _require_lora(model)
     merged = {}
     for name, layer in list(_lora_layers(model)):
-        if layer not in merged:
-            linear = nn.Linear(*reversed(layer.weight.shape), bias=False, device="meta")
+        if layer not in merged:  # a layer may stand in two places
+            linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
             linear.weight = nn.Parameter(merged_weight(layer), requires_grad=False)
             linear.bias = layer.bias
             merged[layer] = linear.train(layer.training)
@@ -256,10 +303,10 @@ class ParameterCount:
     """How many parameters a model has; ``print`` shows a table.
 
     Attributes:
-        total: All of them, tied ones once.
+        total: All parameters, tied ones counted once.
         trainable: Those that require a gradient.
-        lora: The elements of all A and B.
-        other: Trainable ones outside A and B, such as the head's.
+        lora: The elements of every A and B.
+        other: Trainable ones outside A and B, such as a head's.
     """
 
     total: int
@@ -268,20 +315,34 @@ class ParameterCount:
     other: int
 
     def __str__(self) -> str:
-        names = ("parameters", "frozen", "trainable", "LoRA's A and B", "trained whole")
-        counts = (self.total, self.total - self.trainable, self.trainable, self.lora, self.other)
-        rows, total = zip(names, counts, strict=True), max(self.total, 1)
-        return "\n".join(f"{name:<15} {n:>15,} {n / total:>9.3%}" for name, n in rows)
+        rows = {
+            "parameters": self.total,
+            "frozen": self.total - self.trainable,
+            "trainable": self.trainable,
+            "LoRA's A and B": self.lora,
+            "trained whole": self.other,
+        }
+        total = max(self.total, 1)  # a model may have no parameters
+        return "\n".join(f"{name:<15} {n:>15,} {n / total:>9.3%}" for name, n in rows.items())
 
 
 def count_parameters(model: nn.Module) -> ParameterCount:
-    """Count a model's parameters, tied ones once; PEFT's adapters are counted as LoRA too."""
-    total = trainable = lora = other = 0
+    """Count a model's parameters, tied ones once; adapters of PEFT count as LoRA, too."""
+    total = 0
+    trainable = 0
+    lora = 0
+    other = 0
     for name, parameter in model.named_parameters():
-        n, trained = parameter.numel(), parameter.requires_grad
-        adapter = not {"lora_A", "lora_B"}.isdisjoint(name.split("."))
-        total, trainable, lora = total + n, trainable + n * trained, lora + n * adapter
-        other += n * (trained and not adapter)
+        size = parameter.numel()
+        segments = name.split(".")
+        in_adapter = "lora_A" in segments or "lora_B" in segments
+        total += size
+        if parameter.requires_grad:
+            trainable += size
+        if in_adapter:
+            lora += size
+        if parameter.requires_grad and not in_adapter:
+            other += size
     return ParameterCount(total, trainable, lora, other)
 
 
@@ -295,9 +356,9 @@ def lora_parameter_count(out_features: int, in_features: int, rank: int) -> int:
 
 
 def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Collect what an adapter consists of: every A and B, and the modules trained whole.
+    """Collect what an adapter consists of: every A and B, and the modules in ``also_train``.
 
-    Given a part of an adapted model, it collects that part's share.
+    For a part of an adapted model, it collects what lies in that part.
 
     Returns:
         The tensors under their names in ``model.state_dict()``, detached, not copied.
@@ -306,39 +367,19 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
         ValueError: The model has no LoRA layer.
     """
     config = _require_lora(model)[0].config
-    names = {f"{name}.{ab}" for name, _ in _lora_layers(model) for ab in ("lora_A", "lora_B")}
-    for name, head in find_modules(model, config.also_train).items():
-        names |= {f"{name}.{inner}" for inner in head.state_dict()}
+    names = set()
+    for layer_name, _ in _lora_layers(model):
+        names.add(f"{layer_name}.lora_A")
+        names.add(f"{layer_name}.lora_B")
+    for module_name, module in find_modules(model, config.also_train).items():
+        names.update(f"{module_name}.{inner}" for inner in module.state_dict())
     return {name: tensor for name, tensor in model.state_dict().items() if name in names}
 
 
-def _autocasts(kind: str) -> bool:  # the meta device knows no autocast
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-
-
-def _no_change(*_: object) -> None: ...
-
-
-def _master_dtype(weight: Tensor) -> torch.dtype:
-    return torch.promote_types(weight.dtype, torch.float32)
-
-
-def _cast_inputs(dtype: torch.dtype, module: nn.Module, args: tuple, kwargs: dict) -> tuple:
-    return _cast(dtype, module, args), {k: _cast(dtype, module, x) for k, x in kwargs.items()}
-
-
-def _cast(dtype: torch.dtype, module: nn.Module, *values: object) -> object:
-    """Cast a tensor or those in a tuple: the last value, which for a hook is what came out."""
-    x = values[-1]
-    if isinstance(x, tuple):
-        return tuple(_cast(dtype, module, inner) for inner in x)
-    floating = isinstance(x, Tensor) and x.is_floating_point()
-    return x.to(dtype) if floating and not _autocasts(x.device.type) else x
-
-
 def _lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
-    modules = model.named_modules(remove_duplicate=False)
-    return ((name, module) for name, module in modules if isinstance(module, LoRALinear))
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, LoRALinear):
+            yield name, module
 
 
 def _require_lora(model: nn.Module) -> list[LoRALinear]:
@@ -348,17 +389,94 @@ def _require_lora(model: nn.Module) -> list[LoRALinear]:
     return layers
 
 
-def _check_heads(model: nn.Module, heads: dict[str, nn.Module], linears: dict) -> None:
-    """Refuse to train whole what has no weights, is also a target, or a frozen module shares."""
-    if empty := [name for name, head in heads.items() if not list(head.parameters())]:
-        raise ValueError(f"{empty[0]} has no parameters to train: leave it out of also_train")
-    owned = {p: name for name, head in heads.items() for p in head.parameters()}
+def _frozen_heads(model: nn.Module) -> list[str]:
+    """Find what looks like a new classification head that does not train.
+
+    Random weights cannot be told from trained ones, so the name decides. A model of this package
+    knows whether its head is trained (``head_trained``).
+    """
+    if getattr(model, "head_trained", False):
+        return []
+    frozen = []
+    for name, module in find_modules(model, HEAD_NAMES).items():
+        parameters = list(module.parameters())
+        if parameters and not any(parameter.requires_grad for parameter in parameters):
+            frozen.append(name)
+    return frozen
+
+
+def _is_inside(name: str, modules: Iterable[str]) -> bool:
+    """Tell whether a dotted name is one of ``modules`` or lies inside one."""
+    return any(f"{name}.".startswith(f"{module}.") for module in modules)
+
+
+def _check_trained_whole(
+    model: nn.Module, trained_whole: dict[str, nn.Module], targets: Iterable[str]
+) -> None:
+    """Refuse a module in ``also_train`` that has no weights, shares them or contains a target."""
+    owners = {}  # parameter → the module that trains it
+    for name, module in trained_whole.items():
+        parameters = list(module.parameters())
+        if not parameters:
+            raise ValueError(f"{name} has no parameters to train: leave it out of also_train")
+        owners.update(dict.fromkeys(parameters, name))
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if parameter in owned and not any(f"{name}.".startswith(f"{head}.") for head in heads):
+        if parameter in owners and not _is_inside(name, trained_whole):
             raise ValueError(
-                f"{owned[parameter]} shares its weights with {name}: training it whole would "
+                f"{owners[parameter]} shares its weights with {name}: training it whole would "
                 "change the frozen base"
             )
-    for name in linears:
-        if any(f"{name}.".startswith(f"{head}.") for head in heads):
+    for name in targets:
+        if _is_inside(name, trained_whole):
             raise ValueError(f"{name} is in targets and in also_train: leave one of them out")
+
+
+def _train_in_float32(module: nn.Module) -> None:
+    """Train all parameters of a module in float32, inside a model of another dtype."""
+    first = next(module.parameters())
+    dtype_outside = first.dtype
+    dtype_inside = _master_dtype(first)
+    for parameter in module.requires_grad_(True).parameters():
+        parameter.data = parameter.data.to(_master_dtype(parameter))
+    cast_inputs = partial(_cast_inputs_to_dtype_inside, dtype_inside)
+    cast_output = partial(_cast_output_to_dtype_outside, dtype_outside)
+    module.register_forward_pre_hook(cast_inputs, with_kwargs=True)
+    # prepend: the hook of an earlier adapter, which knows the dtype outside, must run last
+    module.register_forward_hook(cast_output, prepend=True)
+
+
+def _cast_inputs_to_dtype_inside(
+    dtype: torch.dtype, module: nn.Module, args: tuple, kwargs: dict
+) -> tuple[tuple, dict]:
+    """Hook: the frozen layers before the module hand on their own dtype."""
+    return _cast(args, dtype), {name: _cast(value, dtype) for name, value in kwargs.items()}
+
+
+def _cast_output_to_dtype_outside(
+    dtype: torch.dtype, module: nn.Module, args: tuple, output: object
+) -> object:
+    """Hook: the frozen layers after the module expect their own dtype."""
+    return _cast(output, dtype)
+
+
+def _cast(value: object, dtype: torch.dtype) -> object:
+    """Cast a floating-point tensor, or those in a tuple; autocast chooses the dtype itself."""
+    if isinstance(value, tuple):
+        return tuple(_cast(inner, dtype) for inner in value)
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return value
+    if _is_autocast(value.device.type):
+        return value
+    return value.to(dtype)
+
+
+def _is_autocast(device_type: str) -> bool:
+    # The meta device has no autocast, and asking whether it is on raises an error.
+    if not torch.amp.is_autocast_available(device_type):
+        return False
+    return torch.is_autocast_enabled(device_type)
+
+
+def _master_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype to train a weight in: float32, or float64 for a float64 weight."""
+    return torch.promote_types(weight.dtype, torch.float32)

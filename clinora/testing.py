@@ -1,7 +1,7 @@
-"""Assertions about adapters, for unit tests: what trains, what stays, what merging moves.
+"""Assertions about adapters, for unit tests: what trains, what stays, what merging changes.
 
-They read nothing but parameters and outputs, so they hold for any ``nn.Module``, adapted by this
-package, by PEFT or by hand, and they need no test framework::
+They read parameters and outputs only, so they work with any ``nn.Module``, whether it is adapted
+by this package, by PEFT or by hand, and they need no test framework::
 
     def test_adapter():
         model = build_model()
@@ -13,11 +13,11 @@ package, by PEFT or by hand, and they need no test framework::
             step(model)
         assert_merge_moves_at_most(model, 1e-5, ids)
 
-``assert_trains_exactly`` and ``assert_trains_at_most`` need no weights: build the model under
-``torch.device("meta")``, and a 70B shape is checked in seconds.
+``assert_trains_exactly`` and ``assert_trains_at_most`` need no weights: for a model built under
+``torch.device("meta")``, even one of 70 billion parameters, they take seconds.
 
-Each of these also fails where it would show nothing: nothing trains, the step moved nothing, the
-block adapted another object, the adapter is still zero.
+Each assertion also fails where it would prove nothing: because nothing trains, because the step
+changed no parameter, because the block adapted another object, or because B is still zero.
 """
 
 import copy
@@ -36,34 +36,42 @@ def assert_trains_exactly(model: nn.Module, names: Iterable[str]) -> None:
 
     Args:
         model: Any module, on any device.
-        names: Each stands for all parameters whose dotted name holds it as whole segments:
+        names: Each stands for all parameters whose dotted name contains it as whole segments:
             "lora_A" for every A, "score" for a head, "layers.0.self_attn.q_proj.lora_A" for one.
-            A tied parameter goes by any of its names. The copy that PEFT keeps of a module
-            trained whole (``original_module``) must stay frozen. Empty: all is frozen.
+            A tied parameter goes by any of its names. The copy that PEFT keeps of a module it
+            trains (``original_module``) must stay frozen. Empty: everything is frozen.
 
     Raises:
-        AssertionError: Something else trains, something named is frozen, or a name fits nothing.
+        AssertionError: Another parameter trains, a named one is frozen, or a name matches nothing.
         ValueError: ``names`` is a string.
     """
     if isinstance(names, str):
         raise ValueError(f"names is the string {names!r}: expected a list of names")
-    names, aliases = set(names), {}  # aliases: parameter → its names
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        aliases.setdefault(parameter, []).append(name)
-    unused, unexpected, missing = names.copy(), [], []
+    names = set(names)
+    aliases = {}  # parameter → its names; a tied parameter has several
+    for alias, parameter in model.named_parameters(remove_duplicate=False):
+        aliases.setdefault(parameter, []).append(alias)
+    unexpected = []
+    missing = []
+    used = set()
     for parameter, known in aliases.items():
-        wanted = {n for n in names if any(f".{n}." in f".{alias}." for alias in known)}
-        unused -= wanted
-        expected = bool(wanted) and "original_module" not in known[0].split(".")
-        if parameter.requires_grad != expected:
-            (missing if expected else unexpected).append(known[0])
-    lines = [
-        _list("trained, but not expected to", unexpected),
-        _list("expected to train, but frozen", missing),
-        _list("expected to train, but no parameter is named so", sorted(unused)),
-    ]
-    if any(lines):
-        raise AssertionError("\n".join(filter(None, lines)))
+        matching = {name for name in names if any(f".{name}." in f".{k}." for k in known)}
+        used |= matching
+        is_pefts_copy = "original_module" in known[0].split(".")
+        expected = bool(matching) and not is_pefts_copy
+        if parameter.requires_grad and not expected:
+            unexpected.append(known[0])
+        if expected and not parameter.requires_grad:
+            missing.append(known[0])
+    lines = []
+    if unexpected:
+        lines.append(_list("trained, but not expected to", unexpected))
+    if missing:
+        lines.append(_list("expected to train, but frozen", missing))
+    if unused := sorted(names - used):
+        lines.append(_list("expected to train, but no parameter has this name", unused))
+    if lines:
+        raise AssertionError("\n".join(lines))
 
 
 def assert_trains_at_most(
@@ -78,97 +86,109 @@ def assert_trains_at_most(
     Args:
         model: Any module, on any device.
         parameters: The most elements that may train.
-        percent: Their largest share of all elements, adapter included, from 0 to 100.
-        megabytes: Their largest size in 10⁶ bytes, each in its own dtype, as an adapter's file
-            holds them; gradients and the optimiser's state come on top.
+        percent: The largest share of all elements (the adapter's included) that may train, from
+            0 to 100.
+        megabytes: The largest size that may train, in 10⁶ bytes, each parameter in its own dtype,
+            as in an adapter's file. Gradients and the optimiser's state are not counted.
 
     Raises:
         AssertionError: More trains than a limit allows, or nothing trains at all.
         ValueError: No limit is given.
     """
     limits = {"parameters": parameters, "percent": percent, "megabytes": megabytes}
-    if set(limits.values()) == {None}:
+    limits = {unit: limit for unit, limit in limits.items() if limit is not None}
+    if not limits:
         raise ValueError("no limit is given: expected parameters=, percent= or megabytes=")
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     count = count_parameters(model)
     if not trained:
         raise AssertionError(f"none of {count.total:,} parameters trains: apply the adapter first")
-    came = {
+    measured = {
         "parameters": count.trainable,
         "percent": 100 * count.trainable / count.total,
-        "megabytes": sum(p.numel() * p.element_size() for p in trained.values()) / 1e6,
+        "megabytes": sum(p.nbytes for p in trained.values()) / 1e6,
     }
-    lines = [
-        f"{came[what]:,.12g} {what} train, expected at most {limit:,.12g}"
-        for what, limit in limits.items()
-        if limit is not None and not came[what] <= limit
-    ]
+    lines = []
+    for unit, limit in limits.items():
+        if not measured[unit] <= limit:  # "not ≤", so that a NaN fails
+            lines.append(f"{measured[unit]:,.12g} {unit} train, expected at most {limit:,.12g}")
     if lines:
-        largest = sorted(trained, key=lambda name: -trained[name].numel())
-        raise AssertionError("\n".join((*lines, _list("trained, the largest first", largest))))
+        largest_first = sorted(trained, key=lambda name: trained[name].numel(), reverse=True)
+        lines.append(_list("trained, the largest first", largest_first))
+        raise AssertionError("\n".join(lines))
 
 
 @contextmanager
 def base_unchanged(model: nn.Module) -> Iterator[None]:
-    """Assert that a training step in the ``with`` block leaves the base as it is, to the bit.
+    """Assert that a training step in the ``with`` block leaves the base unchanged, to the bit.
 
-    The base is what is frozen when the block begins, and every buffer, such as BatchNorm's
-    running mean, but those of a module whose own parameters all train. A block that moved no
-    trained parameter either fails too: a base cannot change in a step that does nothing, so the
-    test would pass whatever the code did. A copy of the model is kept meanwhile.
+    The base is what is frozen when the block begins, and all buffers (such as BatchNorm's running
+    mean) except those of a module whose own parameters all train. The assertion also fails if no
+    trained parameter changed: a step that does nothing cannot change the base, so the test would
+    pass whatever the code does. It keeps a copy of the model meanwhile.
 
     Raises:
-        AssertionError: Frozen parameters or buffers changed, or no trained parameter moved.
+        AssertionError: Frozen parameters or buffers changed, or no trained parameter changed.
         ValueError: The model is on the meta device.
     """
     if any(p.is_meta for p in model.parameters()):
         raise ValueError("the model is on the meta device: its weights have no bits to compare")
-    base, trained = {}, {}
+    base = {}
+    trained = {}
     for path, module in model.named_modules():
         own = dict(module.named_parameters(path, recurse=False))
         for name, parameter in own.items():
-            (trained if parameter.requires_grad else base)[name] = parameter.detach().clone()
-        if not own or not all(p.requires_grad for p in own.values()):
-            base |= {name: b.clone() for name, b in module.named_buffers(path, recurse=False)}
+            copied = parameter.detach().clone()
+            if parameter.requires_grad:
+                trained[name] = copied
+            else:
+                base[name] = copied
+        trains_whole = bool(own) and all(p.requires_grad for p in own.values())
+        if not trains_whole:
+            for name, buffer in module.named_buffers(path, recurse=False):
+                base[name] = buffer.clone()
     yield
     now = dict(model.named_parameters(remove_duplicate=False))
-    now |= dict(model.named_buffers(remove_duplicate=False))
-    if changed := [name for name in base if not _same_bits(base[name], now.get(name))]:
+    now.update(model.named_buffers(remove_duplicate=False))
+    changed = [name for name in base if not _same_bits(base[name], now.get(name))]
+    if changed:
         raise AssertionError(
-            f"{_list(f'the base changed, of its {len(base)} tensors these', changed)}\n"
-            "Optimise trained parameters alone; put running statistics into evaluation mode."
+            _list(f"of the base's {len(base)} tensors, these changed", changed) + "\n"
+            "Give the optimiser only the trained parameters. If running statistics changed, put "
+            "their modules into evaluation mode."
         )
     if all(_same_bits(trained[name], now.get(name)) for name in trained):
         raise AssertionError(
-            f"none of the {len(trained)} trained parameters moved, so an unchanged base shows "
-            "nothing: was the optimiser given this model's parameters, a learning rate, a step?"
+            f"none of the {len(trained)} trained parameters changed, so an unchanged base proves "
+            "nothing: does the optimiser have this model's parameters, a learning rate, a step?"
         )
 
 
 @contextmanager
 def output_unchanged(model: nn.Module, /, *inputs: object, **kwargs: object) -> Iterator[None]:
-    """Assert that adapting a model in the ``with`` block leaves its output as it is, to the bit.
+    """Assert that adapting a model in the ``with`` block leaves its output unchanged, to the bit.
 
-    The output is computed in evaluation mode, without gradients, before and after; each module's
-    mode is put back. Of an output with several parts the ``logits`` are compared, or else the
-    first tensor. ``get_peft_model`` and ``inject_adapter_in_model`` of PEFT change the model that
-    they are given, as ``apply_lora`` does, so ``model`` names the same object before and after.
+    The output is computed before and after, in evaluation mode and without gradients; each
+    module's mode is restored. Of an output with several parts, ``logits`` is compared, or else
+    the first tensor. ``get_peft_model`` and ``inject_adapter_in_model`` of PEFT change the model
+    that they get, as ``apply_lora`` does, so ``model`` is the same object before and after.
 
     Args:
         model: Any module.
-        *inputs: What to call it with.
-        **kwargs: Likewise.
+        *inputs: The arguments to call it with.
+        **kwargs: The keyword arguments to call it with.
 
     Raises:
         AssertionError: The output changed, or the block put nothing into the model.
         ValueError: The model is on the meta device, or returns no tensor.
     """
-    before, parts = _output(model, inputs, kwargs), _parts(model)
+    before = _output(model, inputs, kwargs)
+    parts = _parts(model)  # kept, so that no new part can get the id of an old one
     yield
-    if list(map(id, parts)) == list(map(id, _parts(model))):
+    if [id(part) for part in parts] == [id(part) for part in _parts(model)]:
         raise AssertionError(
             "the block put no module and no parameter into this model, so an unchanged output "
-            "shows nothing: was a copy of it adapted, or another object?"
+            "proves nothing: did the block adapt a copy, or another object?"
         )
     after = _output(model, inputs, kwargs)
     if before.dtype != after.dtype or not torch.equal(before, after):
@@ -181,48 +201,55 @@ def output_unchanged(model: nn.Module, /, *inputs: object, **kwargs: object) -> 
 def assert_merge_moves_at_most(
     model: nn.Module, limit: float, /, *inputs: object, **kwargs: object
 ) -> None:
-    """Assert that merging LoRA into the weights moves no element of the output beyond ``limit``.
+    """Assert that merging LoRA into the weights moves no output element by more than ``limit``.
 
-    Merges a deep copy, by ``merge_lora`` or by PEFT, and leaves the model as it is. Outputs are
-    computed and picked as in ``output_unchanged``.
+    It merges a deep copy, with ``merge_lora`` or PEFT, and leaves the model as it is. Outputs are
+    computed and selected as in ``output_unchanged``.
 
     Args:
         model: A model adapted by ``apply_lora``, ``get_peft_model`` or
             ``inject_adapter_in_model``.
         limit: The largest absolute difference allowed, in the output's units.
-        *inputs: What to call the model with.
-        **kwargs: Likewise.
+        *inputs: The arguments to call the model with.
+        **kwargs: The keyword arguments to call the model with.
 
     Raises:
-        AssertionError: Some element moved further, or there is no B other than zero: merging an
-            adapter that adds nothing moves nothing, whatever merging does.
-        ValueError: The model is on the meta device, or has B but nothing that merges it.
+        AssertionError: An element moved further, or every B is zero: merging an adapter that adds
+            nothing moves nothing, however the merge is done.
+        ValueError: The model is on the meta device, or has B but no method that merges it.
     """
     before = _output(model, inputs, kwargs)
-    if not any(p.any() for name, p in model.named_parameters() if "lora_B" in name.split(".")):
+    matrices_b = [p for name, p in model.named_parameters() if "lora_B" in name.split(".")]
+    if not any(matrix.any() for matrix in matrices_b):
         raise AssertionError(
-            "no lora_B differs from zero, so merging shows nothing: fill B with numbers first"
+            "no lora_B differs from zero, so merging proves nothing: fill B with numbers first"
         )
-    after = _output(_merge(copy.deepcopy(model)), inputs, kwargs)
-    if not (moved := _largest_gap(before, after)) <= limit:  # a NaN is no less than a limit
+    merged = _merge(copy.deepcopy(model))
+    after = _output(merged, inputs, kwargs)
+    moved = _largest_gap(before, after)
+    if not moved <= limit:  # "not ≤", so that a NaN fails
         raise AssertionError(
             f"merging moved the output by up to {moved:.3g}, expected at most {limit:.3g} "
-            f"({_form(after)}): round once, or allow for what the weights' dtype can hold"
+            f"({_form(after)}): round once, or allow for the precision of the weights' dtype"
         )
 
 
 def _merge(model: nn.Module) -> nn.Module:
-    if hasattr(model, "merge_and_unload"):  # get_peft_model
+    if hasattr(model, "merge_and_unload"):  # from get_peft_model
         return model.merge_and_unload()
     layers = [m for m in model.modules() if hasattr(m, "get_base_layer") and hasattr(m, "merge")]
-    for layer in layers:  # inject_adapter_in_model
+    if not layers:
+        return merge_lora(model)
+    for layer in layers:  # from inject_adapter_in_model
         layer.merge()
-    return model if layers else merge_lora(model)
+    return model
 
 
 def _list(what: str, names: list[str], most: int = 8) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return f"{what} ({len(names)}): {', '.join(names[:most])}{more}" if names else ""
+    listed = ", ".join(names[:most])
+    if len(names) > most:
+        listed += f" and {len(names) - most} more"
+    return f"{what} ({len(names)}): {listed}"
 
 
 def _parts(model: nn.Module) -> list[nn.Module | nn.Parameter]:
@@ -234,20 +261,25 @@ def _form(x: Tensor) -> str:
 
 
 def _same_bits(a: Tensor, b: Tensor | None) -> bool:
-    """Compare bits: torch.equal takes −0 for 0, and no NaN for itself."""
-    if b is None or (a.dtype, a.shape) != (b.dtype, b.shape):
+    """Compare bits: to torch.equal, −0 equals 0 and NaN does not equal itself."""
+    if b is None or a.dtype != b.dtype or a.shape != b.shape:
         return False
-    a, b = (x.detach().to(a.device).contiguous().flatten().view(torch.uint8) for x in (a, b))
-    return torch.equal(a, b)
+    return torch.equal(_bytes(a), _bytes(b.to(a.device)))
+
+
+def _bytes(x: Tensor) -> Tensor:
+    return x.detach().contiguous().flatten().view(torch.uint8)
 
 
 def _largest_gap(a: Tensor, b: Tensor) -> float:
-    return (a.double() - b.double()).abs().max().item() if a.shape == b.shape else math.inf
+    if a.shape != b.shape:
+        return math.inf
+    return (a.double() - b.double()).abs().max().item()
 
 
 @torch.no_grad()
 def _output(model: nn.Module, inputs: tuple, kwargs: dict) -> Tensor:
-    """Call the model in evaluation mode, restore each module's mode, and pick the tensor."""
+    """Call the model in evaluation mode, restore each module's mode, and select one tensor."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -257,15 +289,21 @@ def _output(model: nn.Module, inputs: tuple, kwargs: dict) -> Tensor:
             module.training = training
     if tensor is None or tensor.is_meta:
         raise ValueError("nothing to compare: the model gave no tensor, or one on the meta device")
-    return tensor.clone()  # the model may own what it returned
+    return tensor.clone()  # the model may change the tensor that it returned
 
 
 def _tensor(output: object) -> Tensor | None:
-    """Pick the tensor itself, the logits among several, or else the first."""
+    """Select the tensor itself, or ``logits`` among several parts, or else the first tensor."""
     if output is None or isinstance(output, Tensor):
         return output
     if isinstance(output, Mapping):
-        parts = (output.get("logits"), *output.values())
+        parts = [output.get("logits"), *output.values()]
+    elif isinstance(output, tuple | list):
+        parts = output
     else:
-        parts = output if isinstance(output, tuple | list) else (getattr(output, "logits", None),)
-    return next((found for found in map(_tensor, parts) if found is not None), None)
+        parts = [getattr(output, "logits", None)]
+    for part in parts:
+        tensor = _tensor(part)
+        if tensor is not None:
+            return tensor
+    return None

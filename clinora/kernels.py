@@ -1,0 +1,342 @@
+"""Faster or leaner forms of the operations that ``llama.py`` and ``lora.py`` call.
+
+Each kernel's docstring holds its textbook form: a few lines that compute the same, up to rounding.
+Read those lines first; the rest of this file only saves time or memory.
+
+The special forms serve ordinary training and prediction. Under ``torch.compile``, which fuses
+plain operations itself, and under the transforms of ``torch.func`` (``grad``, ``vmap``, ``jvp``, …)
+a kernel falls back on plain PyTorch operations. A second derivative (``create_graph=True``) is
+computed from plain operations, too.
+
+Shapes: B batch, T tokens, D width, H query heads, K key/value heads, E head width, I MLP width.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+TILED_FROM = 48  # tokens; below this, PyTorch's attention is faster than tiles
+
+
+def _in_torch_func() -> bool:
+    """Tell whether a transform of torch.func is at work, outside torch.compile."""
+    # PyTorch has no public name for this question.
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def _needs_plain_operations() -> bool:
+    return torch.compiler.is_compiling() or _in_torch_func()
+
+
+def _gradients_to_differentiate(
+    plain: Callable[..., Tensor], inputs: tuple[Tensor, ...], grad: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Compute gradients through plain operations, so that they can be differentiated again.
+
+    PyTorch's ``once_differentiable`` would refuse a second derivative only in part: where the
+    incoming gradient is a constant, it silently gives zero.
+    """
+    # If one tensor is passed as two inputs, its two aliases still get separate gradients.
+    aliases = [x.view_as(x) for x in inputs]
+    wanted = [alias for alias in aliases if alias.requires_grad]
+    found = torch.autograd.grad(plain(*aliases), wanted, grad, create_graph=True)
+    gradient_of = dict(zip(wanted, found, strict=True))
+    return tuple(gradient_of.get(alias) for alias in aliases)
+
+
+# --- RMSNorm without its weight -----------------------------------------------------------------
+
+
+def rms_normalize(x: Tensor, eps: float) -> Tensor:
+    """Divide each vector by its root mean square (Zhang & Sennrich 2019, equation 4).
+
+    Textbook form::
+
+        def rms_normalize(x, eps):
+            return x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+
+    The squares are computed in float32. In half precision their mean would keep 8 or 11 bits,
+    and in float16 the square of a number above 255 would be infinite.
+
+    Args:
+        x: (..., D).
+        eps: ε, added to the mean square.
+
+    Returns:
+        (..., D), in the dtype of x.
+    """
+    if x.element_size() == 2 and not _needs_plain_operations():
+        return HalfPrecisionNorm.apply(x, eps)
+    return _plain_norm(x, eps)
+
+
+def _plain_norm(x: Tensor, eps: float) -> Tensor:
+    h = x.float()
+    scale = torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)  # (..., 1)
+    return (h * scale).to(x.dtype)
+
+
+class HalfPrecisionNorm(torch.autograd.Function):
+    """``rms_normalize`` that saves x in half precision, where autograd would save float32(x).
+
+    With n = x / rms(x) and g the gradient of n, the gradient of x is (g − n·mean(g ⊙ n)) / rms(x).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
+        scale = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)  # (..., 1), float32
+        ctx.save_for_backward(x, scale)
+        ctx.eps = eps
+        return (x * scale).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        x, scale = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True
+            plain = partial(_plain_norm, eps=ctx.eps)
+            (dx,) = _gradients_to_differentiate(plain, (x,), grad)
+            return dx, None
+        n = x * scale
+        g = grad.float()
+        g -= n * (g * n).mean(-1, keepdim=True)
+        return (g * scale).to(x.dtype), None
+
+
+# --- Attention ----------------------------------------------------------------------------------
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Compute causal attention, softmax(q·kᵀ / √E)·v; H/K query heads share each key head.
+
+    Textbook form::
+
+        def causal_attention(q, k, v):
+            k = k.repeat_interleave(q.size(1) // k.size(1), dim=1)  # (B, H, T, E)
+            v = v.repeat_interleave(q.size(1) // v.size(1), dim=1)
+            scores = q @ k.mT / q.size(-1) ** 0.5  # (B, H, T, T)
+            future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+            return scores.masked_fill(future, -torch.inf).softmax(-1) @ v
+
+    Args:
+        q: (B, H, T, E).
+        k: (B, K, T, E).
+        v: (B, K, T, E).
+
+    Returns:
+        (B, H, T, E). Position t has attended to positions 0 to t.
+    """
+    on_cpu_in_bfloat16 = q.device.type == "cpu" and _are_bfloat16(q, k, v)
+    if on_cpu_in_bfloat16 and q.size(2) >= TILED_FROM and not _needs_plain_operations():
+        return TiledAttention.apply(q, k, v)
+    return _attend(q, k, v, is_causal=True)
+
+
+def last_token_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
+    """Compute causal attention for one query in each row, the one of its last real token.
+
+    Textbook form::
+
+        def last_token_attention(q, k, v, lengths):
+            k = k.repeat_interleave(q.size(1) // k.size(1), dim=1)  # (B, H, T, E)
+            v = v.repeat_interleave(q.size(1) // v.size(1), dim=1)
+            scores = q @ k.mT / q.size(-1) ** 0.5  # (B, H, 1, T)
+            padding = torch.arange(k.size(2)) >= lengths[:, None, None, None]
+            return scores.masked_fill(padding, -torch.inf).softmax(-1) @ v
+
+    Args:
+        q: (B, H, 1, E). The query of row b stands at position lengths[b] − 1.
+        k: (B, K, T, E).
+        v: (B, K, T, E).
+        lengths: (B,), from 1 to T.
+
+    Returns:
+        (B, H, 1, E). Row b has attended to its first lengths[b] positions.
+    """
+    # is_causal would place the single query at position 0; a mask says what it attends to.
+    positions = torch.arange(k.size(2), device=k.device)
+    mask = positions < lengths[:, None, None, None]  # (B, 1, 1, T)
+    return _attend(q, k, v, attn_mask=mask)
+
+
+def _are_bfloat16(*tensors: Tensor) -> bool:
+    return all(x.dtype == torch.bfloat16 for x in tensors)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, **mask: Any) -> Tensor:
+    """Call PyTorch's attention: q (B, H, n, E), k and v (B, K, T, E) → (B, H, n, E)."""
+    if _in_torch_func():
+        return _plain_attention(q, k, v, **mask)
+    grouped = q.size(1) != k.size(1)
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped, **mask)
+
+
+def _plain_attention(q: Tensor, k: Tensor, v: Tensor, **mask: Any) -> Tensor:
+    """Attend by plain operations: PyTorch's fused attention does not support all transforms."""
+    grouped = q.size(1) != k.size(1)
+    with sdpa_kernel(SDPBackend.MATH):
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped, **mask)
+
+
+class TiledAttention(torch.autograd.Function):
+    """Causal attention in tiles: on the CPU in bfloat16, faster than PyTorch's own.
+
+    A tile is n query rows of b notes. It needs the S keys up to its last row and no others, so
+    most scores of later positions are never computed. The G = H/K query heads that share a key
+    head are rows of one matrix product: a tile of queries is (b, K, G·n, E).
+
+    Scores Z and probabilities P are float32, because bfloat16 would round a score of 8 by up to
+    0.016. The forward pass saves q, k and v. The backward pass computes the probabilities of each
+    tile again (Dao et al. 2022, section 3.1). With O = P·V and dX for the gradient of X:
+
+        dV = Pᵀ·dO    dP = dO·Vᵀ    dZ = P ⊙ (dP − Σ P ⊙ dP)    dQ = dZ·K/√E    dK = dZᵀ·Q/√E
+    """
+
+    @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.bfloat16)  # autocast is off inside
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        ctx.save_for_backward(q, k, v)
+        key_heads = k.size(1)
+        keys = k.contiguous()  # (B, K, T, E)
+        values = v.contiguous().float()
+        out = torch.empty_like(q)
+        for notes, rows in _tiles(q):
+            queries = _stack_heads(q[notes, :, rows], key_heads)  # (b, K, G·n, E)
+            p = _probabilities(queries, keys[notes], rows)  # (b, K, G·n, S)
+            seen = values[notes, :, : rows.stop]  # (b, K, S, E)
+            out[notes, :, rows] = (p @ seen).view_as(out[notes, :, rows])
+        return out
+
+    @staticmethod
+    @torch.amp.custom_bwd(device_type="cpu")
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # create_graph=True
+            plain = partial(_plain_attention, is_causal=True)
+            return _gradients_to_differentiate(plain, ctx.saved_tensors, grad)
+        q, k, v = ctx.saved_tensors
+        key_heads = k.size(1)
+        keys = k.contiguous()
+        # The factor 1/√E of dQ and dK is applied to V once: dP and dZ contain V as a factor.
+        values = v.contiguous().float() * q.size(-1) ** -0.5
+        dq = torch.empty_like(q)
+        dk = torch.zeros_like(values)
+        dv = torch.zeros_like(values)
+        for notes, rows in _tiles(q):
+            seen = slice(rows.stop)
+            queries = _stack_heads(q[notes, :, rows], key_heads)  # (b, K, G·n, E)
+            d_o = _stack_heads(grad[notes, :, rows], key_heads)  # (b, K, G·n, E)
+            p = _probabilities(queries, keys[notes], rows)  # (b, K, G·n, S)
+            d_p = d_o.float() @ values[notes, :, seen].mT  # (b, K, G·n, S)
+            d_z = torch._softmax_backward_data(d_p, p, -1, p.dtype, grad_input=d_p).to(q.dtype)
+            dv[notes, :, seen] += p.to(q.dtype).mT @ d_o
+            dk[notes, :, seen] += d_z.mT @ queries
+            dq[notes, :, rows] = (d_z @ keys[notes, :, seen]).view_as(dq[notes, :, rows])
+        return dq, dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _tiles(q: Tensor, rows: int = 64) -> Iterator[tuple[slice, slice]]:
+    """Cut B and T so that the scores of a tile, about 1 MB, stay in the cache of one core."""
+    _, heads, tokens, _ = q.shape
+    notes = max(1, 2**18 // (rows * heads * tokens))
+    for b in range(0, q.size(0), notes):
+        for t in range(0, tokens, rows):
+            yield slice(b, b + notes), slice(t, t + rows)
+
+
+def _stack_heads(x: Tensor, key_heads: int) -> Tensor:
+    """Stack the rows of query heads that share a key head: (b, H, n, E) → (b, K, G·n, E)."""
+    return x.reshape(x.size(0), key_heads, -1, x.size(3))
+
+
+def _probabilities(queries: Tensor, keys: Tensor, rows: slice) -> Tensor:
+    """Compute softmax(q·kᵀ / √E) of one tile: (b, K, G·n, E), (b, K, T, E) → (b, K, G·n, S)."""
+    scaled = queries.float() * keys.size(-1) ** -0.5
+    scores = scaled @ keys[:, :, : rows.stop].float().mT
+    n = scores.size(-1) - rows.start  # rows.stop may lie beyond the last row
+    later = torch.full((n, n), -torch.inf).triu(1)
+    scores.unflatten(2, (-1, n))[..., rows] += later  # the keys before the tile need no mask
+    return torch.softmax(scores, -1, out=scores)
+
+
+# --- The gate of the MLP ------------------------------------------------------------------------
+
+
+def gated_silu(gate: Tensor, up: Tensor) -> Tensor:
+    """Multiply ``up`` by SiLU(gate) = gate·sigmoid(gate) (Shazeer 2020, equation 5).
+
+    Textbook form::
+
+        def gated_silu(gate, up):
+            return gate * torch.sigmoid(gate) * up
+
+    Args:
+        gate: (..., I).
+        up: (..., I).
+
+    Returns:
+        (..., I).
+    """
+    if _needs_plain_operations():
+        return _plain_gated_silu(gate, up)
+    return GatedSiLU.apply(gate, up)
+
+
+def _plain_gated_silu(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
+
+
+class GatedSiLU(torch.autograd.Function):
+    """``gated_silu`` that saves gate and up; autograd would save SiLU(gate) as a third tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate) * up
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # create_graph=True
+            return _gradients_to_differentiate(_plain_gated_silu, ctx.saved_tensors, grad)
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate) * grad
+
+
+# --- Dropout ------------------------------------------------------------------------------------
+
+
+def dropout(x: Tensor, p: float, training: bool) -> Tensor:
+    """Zero each entry with probability p and divide the others by 1 − p, in training only.
+
+    Textbook form::
+
+        def dropout(x, p, training):
+            if not training:
+                return x
+            kept = torch.rand_like(x) >= p
+            return x * kept / (1 - p)
+
+    On the CPU one random byte decides each entry, in a fifth of the time of ``F.dropout``. A byte
+    has 256 values, so p is rounded to d/256 with d at most 255, and what is kept is divided by
+    exactly 1 − d/256. The mask takes one byte for each entry.
+
+    Args:
+        x: Any shape.
+        p: Probability of dropping an entry, 0 ≤ p < 1.
+        training: Whether to drop at all.
+
+    Returns:
+        The shape and dtype of x.
+    """
+    dropped = min(round(256 * p), 255)  # of a byte's 256 values
+    if not training or dropped == 0 or x.device.type != "cpu" or _needs_plain_operations():
+        return F.dropout(x, p, training)
+    # random_ needs these bounds: by default it never sets the top bit of an int64, and every
+    # eighth byte would be below 128.
+    noise = torch.empty(x.numel() // 8 + 1, dtype=torch.int64).random_(-(2**63), None)
+    lanes = noise.view(torch.int8)[: x.numel()].view(x.shape)  # uniform in −128 … 127
+    kept = lanes.clamp_(dropped - 129, dropped - 128).sub_(dropped - 129)  # 0 or 1
+    return x * kept * (256 / (256 - dropped))
