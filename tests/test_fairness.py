@@ -2,18 +2,17 @@
 
 import http.client
 import json
-import socket
 import threading
 import time
 from types import SimpleNamespace
 
 import pytest
-import uvicorn
 
 import clinora
-from clinora.serving.app import Server, create_app
+from clinora.serving.app import create_app
 from clinora.serving.batcher import MOST_REQUESTS
 from clinora.serving.gate import VISIT_COOKIE
+from tests.served import running
 
 CANARY = "canary-7f3a"
 JSON = {"Content-Type": "application/json"}
@@ -35,17 +34,10 @@ def served(classifier, tmp_path, monkeypatch):
 
     monkeypatch.setattr(classifier, "probabilities", note_and_run)
     app = create_app(classifier, tmp_path / "flagged")
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = Server(uvicorn.Config(app, log_level="warning"))
-        thread = threading.Thread(target=server.run, args=([listener],))
-        thread.start()
+    with running(app) as port:
         yield SimpleNamespace(
-            address=f"127.0.0.1:{listener.getsockname()[1]}",
-            batcher=app.state.batcher,
-            computed=computed,
+            address=f"127.0.0.1:{port}", batcher=app.state.batcher, computed=computed
         )
-        server.should_exit = True
-        thread.join(60)
 
 
 @pytest.fixture
