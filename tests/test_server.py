@@ -19,7 +19,7 @@ import pytest
 import clinora
 from clinora.serving import gate
 from clinora.serving.app import create_app
-from clinora.serving.server import Limits
+from clinora.serving.server import Connection, Limits
 from tests.served import running
 
 ROOT = Path(__file__).parents[1]
@@ -405,3 +405,19 @@ def test_what_lasts_too_long_is_dropped_at_the_end_without_a_word(
         gc.collect()  # asyncio reports errors that nobody saw when it forgets them
     assert caplog.records == []
     assert capfd.readouterr().err == ""  # uvicorn's own handler
+
+
+def test_an_answer_is_sent_at_once(start, monkeypatch):
+    """Without TCP_NODELAY its body waits until the client has acknowledged its headers."""
+    delayed = []
+    accept = Connection.connection_made
+
+    def accept_and_note(connection, transport):
+        accept(connection, transport)
+        accepted = transport.get_extra_info("socket")
+        delayed.append(accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 0)
+
+    monkeypatch.setattr(Connection, "connection_made", accept_and_note)
+    with start() as port:
+        assert ask(port) == 200
+    assert delayed == [False]

@@ -113,6 +113,8 @@ def add_page(app: FastAPI, blocks: gradio.Blocks, gradio_app: ASGIApp, storage: 
 
     async def queue_data(request: Request) -> Forward:
         session = _session(_visit(request), request.query_params.get("session_hash", ""))
+        if session not in blocks._queue.pending_messages_per_session:
+            raise HTTPException(404, "No event was triggered, or its result was read.")
         return Forward(gradio_app, query={"session_hash": session})
 
     async def heartbeat(request: Request) -> Forward:
