@@ -266,11 +266,15 @@ def test_another_sites_name_is_refused(client, path):
 
 @pytest.mark.parametrize("path", ["/", "/config", "/theme.css", "/nothing"])
 def test_every_answer_carries_the_policy(client, path):
-    for headers in [{}, {"Host": "evil.example"}]:
-        policy = client.get(path, headers=headers).headers["Content-Security-Policy"]
-        assert "default-src 'self'" in policy
-        assert "connect-src 'self'" in policy
+    for headers in [{}, {"Host": "evil.example"}, {"Origin": "https://evil.example"}]:
+        answer = client.get(path, headers=headers).headers
+        policy = answer["Content-Security-Policy"]
+        for part in ("default-src 'self'", "connect-src 'self'", "form-action 'self'"):
+            assert part in policy
         assert "unsafe-eval" not in policy
+        assert answer["X-Content-Type-Options"] == "nosniff"
+        assert answer["Referrer-Policy"] == "no-referrer"
+        assert (answer.get("Cache-Control") == "no-store") == (path != "/theme.css")
 
 
 # --- What is told of errors ---

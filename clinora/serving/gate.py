@@ -12,7 +12,6 @@ the cookie, so no other visit can name it.
 
 import hashlib
 import json
-import math
 import secrets
 from collections.abc import Callable
 from urllib.parse import urlencode
@@ -186,47 +185,52 @@ def check_input(component: gradio.blocks.Block, value: object, find_file: FindFi
     Raises:
         HTTPException: 422; it says what was expected and does not repeat the value.
     """
-    expected, read = CHECKS[type(component)]
+    check = CHECKS[type(component)]
     try:
-        return read(component, value, find_file)
-    except ValueError:
+        return check(component, value, find_file)
+    except ExpectedError as expected:
         label = getattr(component, "label", None) or "input"
         raise HTTPException(422, f"{label}: expected {expected}.") from None
 
 
-def _read_text(_component: gradio.Textbox, value: object, _find: FindFile) -> str | None:
+class ExpectedError(ValueError):
+    """An input holds something else than what the message names."""
+
+
+def _check_text(_component: gradio.Textbox, value: object, _find: FindFile) -> str | None:
     if value is None:
         return None
     if not isinstance(value, str) or len(value) > MOST_TEXT_CHARACTERS:
-        raise ValueError
+        raise ExpectedError(f"a text of at most {MOST_TEXT_CHARACTERS:,} characters")
     return value
 
 
-def _read_truth(_component: gradio.Checkbox, value: object, _find: FindFile) -> bool:
+def _check_truth(_component: gradio.Checkbox, value: object, _find: FindFile) -> bool:
     if not isinstance(value, bool):
-        raise ValueError
+        raise ExpectedError("true or false")
     return value
 
 
-def _read_number(component: gradio.Slider, value: object, _find: FindFile) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError
-    if not component.minimum <= value <= component.maximum:
-        raise ValueError
+def _check_number(component: gradio.Slider, value: object, _find: FindFile) -> float:
+    low, high = component.minimum, component.maximum
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not low <= value <= high:  # nothing compares with NaN
+        raise ExpectedError(f"a number from {low:g} to {high:g}")
     return value
 
 
-def _read_choice(component: gradio.Radio, value: object, _find: FindFile) -> str | None:
+def _check_choice(component: gradio.Radio, value: object, _find: FindFile) -> str | None:
     if value is not None and value not in _choices(component):
-        raise ValueError
+        raise ExpectedError("one of the choices")
     return value
 
 
-def _read_choices(component: gradio.CheckboxGroup, value: object, _find: FindFile) -> list[str]:
-    if not isinstance(value, list):
-        raise ValueError
-    if not all(choice in _choices(component) for choice in value) or len(set(value)) < len(value):
-        raise ValueError
+def _check_choices(component: gradio.CheckboxGroup, value: object, _find: FindFile) -> list[str]:
+    choices = _choices(component)
+    if not isinstance(value, list) or any(choice not in choices for choice in value):
+        raise ExpectedError("some of the choices")
+    if len(set(value)) < len(value):
+        raise ExpectedError("each choice once")
     return value
 
 
@@ -234,12 +238,12 @@ def _choices(component: gradio.Radio | gradio.CheckboxGroup) -> list[str]:
     return [value for _name, value in component.choices]
 
 
-def _read_file(_component: gradio.File, value: object, find: FindFile) -> dict | None:
+def _check_file(_component: gradio.File, value: object, find: FindFile) -> dict | None:
     if value is None:
         return None
     stored = find(value.get("path")) if isinstance(value, dict) else None
     if stored is None:
-        raise ValueError
+        raise ExpectedError("a file that was uploaded here and is still kept")
     return {
         "path": str(stored.path),
         "orig_name": stored.path.name,
@@ -248,26 +252,25 @@ def _read_file(_component: gradio.File, value: object, find: FindFile) -> dict |
     }
 
 
-def _read_sample(component: gradio.Dataset, value: object, _find: FindFile) -> int:
+def _check_example(component: gradio.Dataset, value: object, _find: FindFile) -> int:
     if type(value) is not int or not 0 <= value < len(component.samples):
-        raise ValueError
+        raise ExpectedError("the number of an example")
     return value
 
 
-def _read_state(_component: gradio.State, _value: object, _find: FindFile) -> None:
+def _ignore_state(_component: gradio.State, _value: object, _find: FindFile) -> None:
     return None  # it is kept here and never comes from the browser
 
 
-# What each component expects, in words, and what reads it.
 CHECKS = {
-    gradio.Textbox: (f"a text of at most {MOST_TEXT_CHARACTERS:,} characters", _read_text),
-    gradio.Checkbox: ("true or false", _read_truth),
-    gradio.Slider: ("a number within its range", _read_number),
-    gradio.Radio: ("one of the choices", _read_choice),
-    gradio.CheckboxGroup: ("some of the choices", _read_choices),
-    gradio.File: ("a file that was uploaded here and is still kept", _read_file),
-    gradio.Dataset: ("the number of an example", _read_sample),
-    gradio.State: ("nothing", _read_state),
+    gradio.Textbox: _check_text,
+    gradio.Checkbox: _check_truth,
+    gradio.Slider: _check_number,
+    gradio.Radio: _check_choice,
+    gradio.CheckboxGroup: _check_choices,
+    gradio.File: _check_file,
+    gradio.Dataset: _check_example,
+    gradio.State: _ignore_state,
 }
 
 
