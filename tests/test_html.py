@@ -98,7 +98,7 @@ def visit(chromium, trained, folder, classes, file_name, column):
             if chosen == column:
                 expect(page.get_by_test_id("toast-text")).to_contain_text(column)
             else:
-                expect(page.get_by_text("classes-")).to_be_visible()
+                expect(page.get_by_role("cell", name="classes.csv")).to_be_visible()
             steps.append(elements(page))
 
         person.open("Model card")
