@@ -5,7 +5,7 @@
 >>> _ = clinora.apply_lora(model, clinora.LoRAConfig(rank=8, alpha=16))
 >>> count = clinora.count_parameters(model)
 >>> print(f"{count.trainable:,} of {count.total:,} parameters are trained")
-55,360 of 8,376,000 parameters are trained
+55,360 of 8,374,400 parameters are trained
 >>> classifier = clinora.Classifier.load("bundled")  # or a run's folder
 >>> prediction = classifier(["Severe chest pain. ECG shows ST elevation."])[0]
 >>> print(prediction.as_text())

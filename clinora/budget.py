@@ -14,14 +14,13 @@ on float32 weights; ``fp32`` is float32 throughout. Not counted is what exists o
 outside the model: the loss, gradients of activations, autocast's copies of trained weights (in
 full training 2 more bytes for each weight), and the allocator's overhead.
 
-    python -m clinora.budget config.json --rank 8 --targets q_proj v_proj
+    clinora budget config.json --rank 8 --targets q_proj v_proj
 
 Shapes: B batch, T tokens, D width, H query heads, K key/value heads, E head width, I MLP width,
 V vocabulary, C classes, L layers, r rank. N is a number of positions: B·T, or B in the last layer.
 1 MB is 10⁶ bytes.
 """
 
-import sys
 from dataclasses import dataclass
 
 from clinora.kernels import TILED_FROM
@@ -446,6 +445,8 @@ def budget(config: LlamaConfig, tuning: FineTuning, num_labels: int) -> Budget:
 
 
 if __name__ == "__main__":
+    import sys
+
     from clinora.commands.budget import main
 
     sys.exit(main(prog="python -m clinora.budget"))

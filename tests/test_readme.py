@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import clinora
-from clinora import budget
 from clinora.checkpoint import BUNDLED
+from clinora.commands import budget
 from tools import compare
 
 ROOT = Path(__file__).parents[1]

@@ -32,11 +32,13 @@ def build_parser(prog: str = "clinora eval") -> argparse.ArgumentParser:
     add(
         "--include-seen",
         action="store_true",
-        help="measure on training notes, too; the result is no test (default: off)",
+        help="measure on training notes, too; then the result is not a test (default: off)",
     )
     add("--report", type=Path, help="folder to write (default: report/ in the run's folder)")
     add(
-        "--show-text", action="store_true", help="quote mistaken notes in the report (default: off)"
+        "--show-text",
+        action="store_true",
+        help="quote wrongly predicted notes in the report (default: off)",
     )
     add_machine_options(parser)
     return parser
