@@ -339,13 +339,30 @@ def test_ctrl_c_ends_with_status_130_and_one_line(monkeypatch, capsys, name, slo
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     monkeypatch.setattr(slow_part, press_ctrl_c)
     try:
-        with pytest.raises(SystemExit) as caught:
+        with pytest.raises((SystemExit, KeyboardInterrupt)) as caught:
             clinora_command([name, *words])
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+    assert caught.type is SystemExit
     assert caught.value.code == 130
     assert capsys.readouterr().err.count("\n") <= 1
+
+
+@pytest.mark.slow
+def test_ctrl_c_after_training_says_how_to_go_on(notes, tmp_path, monkeypatch, capsys):
+    def press_ctrl_c(*_, **__):
+        signal.raise_signal(signal.SIGINT)
+
+    options = ["--notes", str(notes), "--run", str(tmp_path / "run"), "--steps", "1"]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as caught:
+        patch.setattr("clinora.evaluation.assess", press_ctrl_c)
+        clinora_command(["train", *options])
+    assert caught.value.code == 130
+    command = capsys.readouterr().err.splitlines()[-1].partition(": ")[2].split()
+    assert command[0] == "clinora"
+    assert clinora_command(command[1:]) == 0
+    assert (tmp_path / "run" / "report" / "report.md").is_file()
 
 
 def assert_refused(command, options, capsys, message):
