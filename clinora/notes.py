@@ -33,6 +33,8 @@ PUBLISHED_CLASSES = (
 
 MTSAMPLES = {"repo_id": "harishnair04/mtsamples", "filename": "mtsamples.csv", "rows": 4999}
 
+TEXT_COLUMN = "transcription"
+LABEL_COLUMN = "medical_specialty"
 SPLITS = ("texts", "rows")
 SIDES = ("training", "validation", "test")
 SHORT = 50  # characters; a shorter text hardly says what it is about
@@ -175,8 +177,8 @@ class Notes:
 def read_notes(
     source: str | Path,
     *,
-    text_column: str = "transcription",
-    label_column: str = "medical_specialty",
+    text_column: str = TEXT_COLUMN,
+    label_column: str = LABEL_COLUMN,
     classes: Sequence[str] | int | str | None = None,
     split: str = "texts",
 ) -> Notes:

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-import eval as eval_script
-import train as train_script
+from clinora.commands import eval as eval_command
+from clinora.commands import train as train_command
 from clinora.notes import (
     PUBLISHED_CLASSES,
     check_class_name,
@@ -390,14 +390,14 @@ def test_bad_file_is_one_clear_line_without_text_of_a_note(tmp_path, kind):
     assert type(caught.value) is ValueError  # a UnicodeDecodeError would carry the bytes
 
 
-@pytest.mark.parametrize("script", [train_script, eval_script], ids=["train", "eval"])
+@pytest.mark.parametrize("command", [train_command, eval_command], ids=["train", "eval"])
 @pytest.mark.parametrize("kind", BAD_FILES)
-def test_scripts_say_no_text_of_a_bad_file(tmp_path, monkeypatch, capsys, script, kind):
+def test_commands_say_no_text_of_a_bad_file(tmp_path, monkeypatch, capsys, command, kind):
     monkeypatch.chdir(tmp_path)
     content, _ = BAD_FILES[kind]
     (tmp_path / "bad.csv").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(SystemExit) as caught:
-        script.main(["--notes", "bad.csv", "--device", "cpu"])
+        command.main(["--notes", "bad.csv", "--device", "cpu"])
     assert caught.value.code == 2
     said = capsys.readouterr()
     assert "bad.csv" in said.err

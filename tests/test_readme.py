@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import clinora
-from clinora import budget
 from clinora.checkpoint import BUNDLED
+from clinora.commands import budget
 from tools import compare
 
 ROOT = Path(__file__).parents[1]
@@ -23,11 +23,15 @@ def blocks(language, text=README):
 
 
 def commands():
-    """Every ``python …`` of a shell block or between backquotes; torchrun's as Python's."""
+    """Every ``python …`` or ``clinora …`` of a shell block or between backquotes.
+
+    torchrun's are taken as Python's.
+    """
     text = README + SERVING
     lines = "\n".join(blocks("sh", text)).splitlines() + re.findall(r"`([^`\n]+)`", text)
     lines = [re.sub(r"^torchrun .*-- ", "python ", line) for line in lines]
-    found = {re.search(r"python (?!-m venv)[^&#>]+", line) for line in lines}
+    command = re.compile(r"(?:python (?!-m venv)|clinora (?:train|eval|serve|budget))[^&#>]*")
+    found = {command.search(line) for line in lines}
     return sorted({match[0].strip() for match in found if match})
 
 
@@ -53,6 +57,9 @@ def test_the_commands_have_the_options_that_they_are_given():
     for command in commands():
         words = command.split()
         script = words[1:3] if words[1] == "-m" else words[1:2]
+        if words[0] == "clinora" or script == ["-m", "clinora"]:
+            name = words[words.index("clinora") + 1]
+            script = ["-m", "clinora", name]
         if script[-1] == "pip":
             continue
         options = {word.partition("=")[0] for word in words if word.startswith("--")}

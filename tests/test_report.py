@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import clinora
-import eval as eval_script
 from clinora.classifier import Calibration, Classifier
+from clinora.commands import eval as eval_command
 from clinora.evaluation import (
     Answers,
     Baseline,
@@ -318,7 +318,7 @@ def test_steps_are_read_and_may_be_absent(tmp_path):
     assert read_steps(tmp_path / "nothing") == []
 
 
-# --- eval.py --------------------------------------------------------------------------------------
+# --- clinora eval ---------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -345,7 +345,7 @@ def evaluated(small_run, tmp_path, monkeypatch, capsys):
         }  # fmt: skip
         classifier.save(tmp_path / "run")
         capsys.readouterr()
-        assert eval_script.main(["--run", "run", "--device", "cpu", *options]) == 0
+        assert eval_command.main(["--run", "run", "--device", "cpu", *options]) == 0
         said = capsys.readouterr()
         folder = tmp_path / "run" / ("report-seen" if "--include-seen" in options else "report")
         return notes, json.loads((folder / "metrics.json").read_text()), said, folder
@@ -384,7 +384,7 @@ def test_eval_refuses_a_run_that_does_not_say_what_it_has_seen(small_run, tmp_pa
         + "".join(f"{name},{name}\n" for name in clinora.PUBLISHED_CLASSES)
     )
     with pytest.raises(SystemExit) as caught:
-        eval_script.main(["--run", str(small_run), "--notes", str(tmp_path / "notes.csv")])
+        eval_command.main(["--run", str(small_run), "--notes", str(tmp_path / "notes.csv")])
     assert caught.value.code == 2
     assert "does not record which notes it has seen" in capsys.readouterr().err
 

@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file, save
 
 import clinora
-import train as train_script
 from clinora import training
 from clinora.checkpoint import BUNDLED, CheckpointError
+from clinora.commands import train as train_command
 from clinora.notes import Note
 from clinora.resume import read_state, world
 from clinora.training import METRICS, InterruptedTraining, TrainingConfig, train
@@ -301,7 +301,7 @@ def test_an_error_does_not_stand_behind_a_progress_bar(tmp_path, capsys):
 
 FULL = """
 import resource, sys
-import train
+from clinora.commands import train
 import safetensors.torch  # its file is larger than any that the imports write
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
 train.main(sys.argv[2:])
@@ -327,7 +327,7 @@ def test_a_full_disk_ends_with_one_line_and_the_old_checkpoint_whole(tmp_path):
     )
     assert done.returncode == 2, done.stderr
     error = done.stderr.splitlines()[-1]
-    assert error.startswith("train.py: ") and "File too large" in error
+    assert error.startswith("clinora train: ") and "File too large" in error
     assert error.endswith("step-000002.safetensors.")
     assert "Traceback" not in done.stderr
     assert steps(tmp_path / "run") == [2]
@@ -352,12 +352,12 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, capsys):
     options = [str(option) for option in options]
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as caught:
         stop_at(3, patch, signal.SIGINT)
-        train_script.main(options)
+        train_command.main(options)
     assert caught.value.code == 130
     error = capsys.readouterr().err
     assert "stopped after step 3" in error
-    go_on = error.splitlines()[-1].removeprefix("To go on: python train.py ").split()
-    assert train_script.main(go_on) == 0
+    go_on = error.splitlines()[-1].removeprefix("To go on: clinora train ").split()
+    assert train_command.main(go_on) == 0
     assert len((tmp_path / "run" / METRICS).read_text().splitlines()) == kill_and_resume.STEPS
 
 
@@ -386,7 +386,7 @@ def test_two_processes_train_what_one_does_on_the_same_global_batches(tmp_path):
     output, error = two.communicate()
     assert two.returncode == 0, error
     one = [*options, "--run", tmp_path / "one", "--accumulate", "4"]
-    assert train_script.main(list(map(str, one))) == 0
+    assert train_command.main(list(map(str, one))) == 0
 
     adapters = [load_file(tmp_path / run / "adapter_model.safetensors") for run in ("one", "two")]
     for name, tensor in adapters[0].items():

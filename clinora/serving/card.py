@@ -52,7 +52,7 @@ def model_card(classifier: Classifier, run: str | Path) -> str:
         split = _literal(str(notes["split"]))
         data = f"Notes: {_literal(name)}, split by {split}; {len(notes['seen']):,} texts were "
         data += "trained and calibrated on."
-    figures = "This run has no report: `eval.py` writes one."
+    figures = "This run has no report: `clinora eval` writes one."
     report = folder / "report" / "report.md"
     if report.is_file():
         _, _, rest = report.read_text(encoding="utf-8").partition("```\n")
