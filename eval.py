@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import clinora
-from clinora.classifier import keep_freed_memory
+from clinora.device import keep_freed_memory
 from clinora.evaluation import assess
 from clinora.report import read_steps, results_table, write_report
 from clinora.training import METRICS

@@ -88,7 +88,7 @@ def run_job(args: argparse.Namespace) -> None:
     with listener:
         # They take seconds, in which a signal already finds its handler.
         import clinora
-        from clinora.classifier import keep_freed_memory
+        from clinora.device import keep_freed_memory
         from clinora.serving.app import create_app
         from clinora.serving.card import model_card
         from clinora.serving.passwords import read_passwords

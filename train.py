@@ -20,11 +20,12 @@ import torch
 import torch.distributed as dist
 
 import clinora
-from clinora.classifier import base_hashes, choose_device, choose_dtype, keep_freed_memory
-from clinora.evaluation import PROMISE, assess, calibrate, check_promise
-from clinora.notes import NAMED_NOTES, SPLITS
+from clinora.calibration import PROMISE, check_promise
+from clinora.device import choose_device, choose_dtype, gathered, keep_freed_memory, world
+from clinora.evaluation import assess, calibrate
+from clinora.notes import NAMED_NOTES, SPLITS, choose_classes
 from clinora.report import model_table, read_steps, results_table, write_report
-from clinora.resume import gathered, world
+from clinora.run import base_hashes
 from clinora.training import METRICS, InterruptedTraining, TrainingConfig, train
 
 
@@ -192,14 +193,6 @@ def check_run(run: Path, resume: bool) -> None:
         raise ValueError(
             f"{run} exists and is not empty: choose another --run, remove it, or --resume it"
         )
-
-
-def choose_classes(words: list[str] | None) -> list[str] | int | str | None:
-    """Read ``--classes``: names, k, or "all"."""
-    if words and len(words) == 1:
-        (word,) = words
-        return int(word) if word.isdigit() else word if word == "all" else words
-    return words
 
 
 if __name__ == "__main__":

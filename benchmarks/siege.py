@@ -7,11 +7,9 @@ sends short notes, one after the other, before each attack and during it. Takes 
 On systems where 127.0.0.2 is not an address of the machine (macOS), this does not run.
 """
 
-import argparse
 import base64
 import http.client
 import json
-import signal
 import socket
 import subprocess
 import sys
@@ -20,13 +18,10 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-
-import clinora
-from clinora.serving.passwords import scrypt
 
 ROOT = Path(__file__).parents[1]
 ATTACKER = "127.0.0.1"

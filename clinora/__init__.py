@@ -2,7 +2,8 @@
 
 from importlib.metadata import version
 
-from clinora.checkpoint import load_adapter, load_model, save_adapter
+from clinora.adapter import load_adapter, save_adapter
+from clinora.checkpoint import load_model
 from clinora.classifier import Classifier, Prediction
 from clinora.llama import Llama, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 from clinora.lora import (

@@ -3,13 +3,10 @@
 Shapes: N notes, B batch, T tokens, D width, C classes.
 """
 
-import ctypes
 import dataclasses
-import hashlib
 import json
-import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,87 +14,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clinora.adapter import load_adapter, save_adapter
+from clinora.calibration import Calibration
 from clinora.checkpoint import (
     BUNDLED,
     CheckpointError,
-    Source,
     find_base,
-    load_adapter,
     load_model,
     read_json,
-    save_adapter,
-    weights_sha256,
     write_atomically,
 )
-from clinora.llama import LlamaConfig, LlamaForSequenceClassification
+from clinora.device import choose_device, choose_dtype
+from clinora.llama import LlamaForSequenceClassification
 from clinora.notes import check_class_name, has_visible
+from clinora.run import BOUND, RUN_FILE, SCHEMA, base_hashes
 from clinora.tokenizer import Tokenizer
 
-RUN_FILE = "clinora.json"
-SCHEMA = 1
-# What of a base a run is bound to, by the key of its hash in the run's file.
-BOUND = {"sha256": "weights", "tokenizer_sha256": "tokenizer.model", "config_sha256": "config.json"}
 INFERENCE_TOKENS = 8192  # of a padded batch
 INFERENCE_NOTES = 1024  # tokenised at a time: the memory for ids does not grow with the notes
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep the memory of freed tensors for the next ones; a script calls it first.
-
-    By default it hands large ones back to the kernel and maps them anew at every step, which slows
-    small models. Tensors above 32 MiB are mapped all the same. The process does not shrink. Threads
-    share its one heap: a thread's own is in parts of 64 MiB, handed back whatever is asked for,
-    which made the page slower with batches than without. Under another C library this does nothing.
-    """
-    with suppress(OSError, AttributeError):
-        # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_ARENA_MAX
-        for option, value in ((-3, 2**25), (-1, 2**31 - 1), (-8, 1)):
-            ctypes.CDLL("libc.so.6").mallopt(option, value)
-
-
-def choose_device(device: str = "auto") -> torch.device:
-    """Choose where to compute: "auto" is CUDA or MPS if there is one, else the CPU.
-
-    Raises:
-        ValueError: This machine has no such device.
-    """
-    available = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    if device == "auto":
-        device = next(name for name, there in available.items() if there)
-    if not available.get(device.partition(":")[0], False):
-        there = ", ".join(name for name, there in available.items() if there)
-        raise ValueError(f"device {device!r} is not available here: choose auto or one of {there}")
-    try:
-        return torch.empty(0, device=device).device
-    except RuntimeError:  # no such number
-        raise ValueError(f"device {device!r} is not there: expected cuda:0 or the like") from None
-
-
-def choose_dtype(device: torch.device, precision: str = "auto") -> torch.dtype:
-    """Choose the compute dtype: bfloat16 where the hardware has it, else float16 or float32.
-
-    Args:
-        device: Where the model will be.
-        precision: "auto", "bf16", "fp16" or "fp32".
-
-    Raises:
-        ValueError: It is none of these.
-    """
-    named = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    if precision in named:
-        return named[precision]
-    if precision != "auto":
-        raise ValueError(f"precision {precision!r}: expected auto, {', '.join(named)}")
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if native else torch.float16
-    if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
-        return torch.bfloat16
-    return torch.float32
 
 
 def group_by_length(lengths: Sequence[int], tokens: int) -> list[list[int]]:
@@ -126,56 +60,6 @@ def pad(notes: Sequence[Sequence[int] | Tensor], device: torch.device) -> tuple[
     for row, note in zip(ids, notes, strict=True):
         row[: len(note)] = torch.as_tensor(note)
     return ids.to(device), lengths.to(device)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Calibration:
-    """From probabilities to the confidence that the named label is one of the note's labels.
-
-    logit(confidence) = w₁ · logit(p₁ + p₂) + w₂ · log(p₁ / p₂) + b, with p₁ ≥ p₂ the two largest
-    probabilities. A note under two classes has 1/2 for each as its target, so the largest
-    probability alone would call a perfect answer unsure.
-
-    Attributes:
-        weights: w₁ and w₂.
-        bias: b.
-        promise: The share of the answered notes that should be right.
-        threshold: The confidence below which a note is referred to a person, so that on the
-            validation notes the promise held; above 1 if it never did.
-        notes: How many validation notes it was fitted on.
-        coverage: The share of them that was answered.
-        accuracy: The share of those answered that was right; None if there were none.
-
-    Raises:
-        ValueError: A number that decides is not finite, or there are not two weights.
-    """
-
-    weights: tuple[float, float]
-    bias: float
-    promise: float
-    threshold: float
-    notes: int
-    coverage: float
-    accuracy: float | None
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "weights", tuple(self.weights))  # JSON has lists
-        numbers = (*self.weights, self.bias, self.promise, self.threshold)
-        if len(self.weights) != 2 or not all(map(math.isfinite, numbers)):
-            raise ValueError(f"a calibration has two weights and finite numbers: {numbers}")
-
-    def confidence(self, probabilities: np.ndarray) -> np.ndarray:
-        """Give the confidence in the most probable class: (N, C) → (N,)."""
-        logit = calibration_features(probabilities) @ np.asarray(self.weights) + self.bias
-        return 1 / (1 + np.exp(-logit))
-
-
-def calibration_features(probabilities: np.ndarray) -> np.ndarray:
-    """Give logit(p₁ + p₂) and log(p₁ / p₂) of each note: (N, C) → (N, 2), float64."""
-    tiny = 1e-6  # beyond it float32 probabilities say nothing
-    second, first = np.sort(probabilities.astype(np.float64))[:, -2:].clip(tiny).T  # (N,) each
-    both = (first + second).clip(max=1 - tiny)
-    return np.stack((np.log(both / (1 - both)), np.log(first / second)), 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,24 +93,6 @@ class Prediction:
     def as_text(self) -> str:
         """Give the published form: ``Predicted Label: …``."""
         return f"Predicted Label: {self.label}"
-
-
-def base_hashes(source: Source) -> dict[str, str]:
-    """Give the sha256 of a base's weights, tokenizer and configuration: what a run is bound to.
-
-    Of the configuration, it is that of the values: a file written in another way is the same.
-
-    Raises:
-        CheckpointError: The folder holds no weights.
-        FileNotFoundError: It holds no tokenizer or no configuration.
-        ValueError: The configuration is not a Llama's.
-    """
-    weights = weights_sha256(source.folder)
-    tokenizer = (source.folder / "tokenizer.model").read_bytes()
-    config = LlamaConfig.from_json(source.folder / "config.json")
-    values = json.dumps(dataclasses.asdict(config), sort_keys=True).encode()
-    hashes = (hashlib.sha256(data).hexdigest() for data in (tokenizer, values))
-    return dict(zip(BOUND, (weights, *hashes), strict=True))
 
 
 class Classifier:

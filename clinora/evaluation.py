@@ -23,14 +23,19 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.svm import LinearSVC
 
-from clinora.classifier import Calibration, Classifier, calibration_features
+from clinora.calibration import (
+    FEWEST_VALIDATION,
+    PROMISE,
+    Calibration,
+    check_promise,
+    fit_calibration,
+)
+from clinora.classifier import Classifier
 from clinora.lora import lora_disabled
-from clinora.notes import Note, Notes
+from clinora.notes import Note, Notes, soft_targets
 
 REPLICATES = 1000  # of the bootstrap
 BINS = 10  # of the calibration error
-PROMISE = 0.95  # share right of what is answered
-FEWEST_VALIDATION = 50  # notes; fewer can choose neither a threshold nor the best step
 
 
 class Estimate(NamedTuple):
@@ -392,14 +397,6 @@ def measure(
 # --- the run, before and after --------------------------------------------------------------------
 
 
-def targets(notes: Sequence[Note], classes: int) -> np.ndarray:
-    """Give a note under k classes the target 1/k for each of them: (N, C) float32."""
-    shares = np.zeros((len(notes), classes), np.float32)
-    for row, note in zip(shares, notes, strict=True):
-        row[list(note.labels)] = 1 / len(note.labels)
-    return shares
-
-
 def classify(classifier: Classifier, notes: Sequence[Note]) -> Answers:
     """Classify notes whose labels are known.
 
@@ -415,7 +412,7 @@ def classify(classifier: Classifier, notes: Sequence[Note]) -> Answers:
         named=named,
         right=np.array([n in note.labels for n, note in zip(named, notes, strict=True)]),
         top=probabilities.max(-1).astype(float),
-        loss=-(targets(notes, probabilities.shape[1]) * log_p).sum(-1).astype(float),
+        loss=-(soft_targets(notes, probabilities.shape[1]) * log_p).sum(-1).astype(float),
         confidence=calibration and calibration.confidence(probabilities),
         tokens=np.array(tokens),
     )
@@ -440,7 +437,7 @@ def evaluate_random_heads(
     with lora_disabled(model):
         for states in classifier.states([note.text for note in notes]):  # (n, D)
             logits = torch.einsum("hcd,nd->hnc", weights, states)
-            wanted = torch.from_numpy(targets(notes[start : start + len(states)], classes))
+            wanted = torch.from_numpy(soft_targets(notes[start : start + len(states)], classes))
             losses.append(-(logits.log_softmax(-1) * wanted).sum(-1))  # (heads, n)
             named.append(logits.argmax(-1))
             start += len(states)
@@ -481,43 +478,6 @@ def calibrate(
     named = probabilities.argmax(-1)
     right = np.array([n in note.labels for n, note in zip(named, notes, strict=True)])
     return fit_calibration(probabilities, right, promise)
-
-
-def check_promise(promise: float) -> None:
-    """Refuse a promise that is no share.
-
-    Raises:
-        ValueError: It is not.
-    """
-    if not 0 < promise < 1:
-        raise ValueError(f"the promised share is {promise}: expected more than 0 and less than 1")
-
-
-def fit_calibration(probabilities: np.ndarray, right: np.ndarray, promise: float) -> Calibration:
-    """Fit to probabilities (N, C) and to whether the most probable class is right (N,) bool."""
-    features, n = calibration_features(probabilities), len(right)
-    hits = int(right.sum())
-    target = np.where(right, (hits + 1) / (hits + 2), 1 / (n - hits + 2))
-    model = LogisticRegression(C=10.0, max_iter=1000)  # each note stands twice: right and wrong
-    model.fit(
-        np.concatenate((features, features)),
-        np.repeat((1, 0), n),
-        sample_weight=np.concatenate((target, 1 - target)),
-    )
-    fitted = {"weights": tuple(model.coef_[0].tolist()), "bias": float(model.intercept_[0])}
-    confidence = 1 / (1 + np.exp(-(features @ model.coef_[0] + fitted["bias"])))
-    order = np.argsort(-confidence, kind="stable")
-    last = np.append(np.diff(confidence[order]) < 0, True)  # of equally confident notes
-    kept = np.flatnonzero(last & (np.cumsum(right[order]) / np.arange(1, n + 1) >= promise))
-    answered = int(kept[-1]) + 1 if len(kept) else 0
-    return Calibration(
-        **fitted,
-        promise=promise,
-        threshold=float(confidence[order[answered - 1]]) if answered else 1.1,
-        notes=n,
-        coverage=answered / n,
-        accuracy=float(right[order[:answered]].mean()) if answered else None,
-    )
 
 
 def ceiling(notes: Sequence[Note]) -> float:

@@ -222,7 +222,7 @@ def read_notes(
             f"{path} has {len(counts):,} classes for {len(filed):,} texts: is {text_column!r} the "
             f"column of the notes, and {label_column!r} that of their classes?"
         )
-    chosen = _choose_classes(counts, classes, path)
+    chosen = _select_classes(counts, classes, path)
     index = {name: i for i, name in enumerate(chosen)}
     notes, order = [], []
     for text, places in filed.items():
@@ -246,6 +246,22 @@ def read_notes(
         without_text=without_text,
         other_classes=sum(n for name, n in counts.items() if name not in index),
     )
+
+
+def choose_classes(words: list[str] | None) -> list[str] | int | str | None:
+    """Read ``--classes``: names, k, or "all"."""
+    if words and len(words) == 1:
+        (word,) = words
+        return int(word) if word.isdigit() else word if word == "all" else words
+    return words
+
+
+def soft_targets(notes: Sequence[Note], classes: int) -> np.ndarray:
+    """Give a note under k classes the target 1/k for each of them: (N, C) float32."""
+    shares = np.zeros((len(notes), classes), np.float32)
+    for row, note in zip(shares, notes, strict=True):
+        row[list(note.labels)] = 1 / len(note.labels)
+    return shares
 
 
 def row_sides(rows: int) -> list[str]:
@@ -359,7 +375,7 @@ def _check_encoding(path: Path) -> None:
                 ) from None
 
 
-def _choose_classes(
+def _select_classes(
     counts: Counter, classes: Sequence[str] | int | str | None, path: Path
 ) -> tuple[str, ...]:
     if not counts:

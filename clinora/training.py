@@ -28,11 +28,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from clinora.calibration import FEWEST_VALIDATION
 from clinora.checkpoint import write_atomically
 from clinora.classifier import Classifier, group_by_length, pad
-from clinora.evaluation import FEWEST_VALIDATION, targets
-from clinora.notes import Note, text_sha256
-from clinora.resume import State, summed, world
+from clinora.device import summed, world
+from clinora.notes import Note, soft_targets, text_sha256
+from clinora.resume import State
 
 METRICS = "metrics.jsonl"
 
@@ -157,7 +158,7 @@ def train(
     model, device = classifier.model, classifier.model.score.weight.device
     model.model.activation_checkpointing = config.activation_checkpointing
     ids, held_out = encode(classifier, notes), encode(classifier, validation)
-    wanted = torch.from_numpy(targets(notes, len(classifier.labels))).to(device)  # (N, C)
+    wanted = torch.from_numpy(soft_targets(notes, len(classifier.labels))).to(device)  # (N, C)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), weight_decay=config.weight_decay)
     # float16 gradients underflow without it
@@ -246,7 +247,7 @@ def validate(classifier: Classifier, notes: Sequence[Note], ids: Sequence[Tensor
     loss = right = 0.0
     if notes:
         log_p = classifier.run(ids).log_softmax(-1)  # (n, C)
-        wanted = torch.from_numpy(targets(notes, log_p.size(1)))
+        wanted = torch.from_numpy(soft_targets(notes, log_p.size(1)))
         loss = -(log_p * wanted).sum().item()
         named = log_p.argmax(-1).tolist()
         right = sum(n in note.labels for n, note in zip(named, notes, strict=True))

@@ -19,8 +19,10 @@ import transformers
 from hypothesis import strategies
 
 import clinora
+from clinora.calibration import Calibration
 from clinora.checkpoint import BUNDLED, CheckpointError
-from clinora.classifier import Calibration, choose_device, choose_dtype, group_by_length, pad
+from clinora.classifier import group_by_length, pad
+from clinora.device import choose_device, choose_dtype
 
 NOTES = [
     "The patient reports severe chest pain and shortness of breath. ECG shows ST elevation. "
@@ -210,7 +212,7 @@ def test_memory_of_freed_tensors_is_kept():
     """By glibc's own account: a tensor of 24 MB is not mapped, and its memory stays when freed."""
     code = """
 import ctypes, sys, torch
-from clinora.classifier import keep_freed_memory
+from clinora.device import keep_freed_memory
 
 class Account(ctypes.Structure):
     names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
@@ -238,7 +240,7 @@ def test_memory_of_freed_tensors_is_kept_in_a_thread_too():
     """The page's model runs in one: what was used before is used again, without a page fault."""
     code = """
 import resource, threading, torch
-from clinora.classifier import keep_freed_memory
+from clinora.device import keep_freed_memory
 
 def faults():
     return resource.getrusage(resource.RUSAGE_THREAD).ru_minflt

@@ -26,8 +26,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.svm import LinearSVC
 
 import clinora
+from clinora.calibration import Calibration, fit_calibration
 from clinora.checkpoint import BUNDLED
-from clinora.classifier import Calibration
 from clinora.evaluation import (
     Answers,
     assess,
@@ -38,12 +38,10 @@ from clinora.evaluation import (
     classify,
     evaluate_random_heads,
     expected_calibration_error,
-    fit_calibration,
     measure,
-    targets,
     wilson,
 )
-from clinora.notes import Note, read_notes
+from clinora.notes import Note, read_notes, soft_targets
 
 # Texts filed under: A · B · A and B · A twice and C · B and C. Named: A · A · B · C · A.
 NOTES = [
@@ -152,7 +150,7 @@ def test_measures_of_one_note():
 
 def test_targets_share_among_the_labels():
     notes = [Note("a", (2, 2, 0)), Note("b", (1,))]
-    assert targets(notes, 4).tolist() == [[0.5, 0, 0.5, 0], [0, 1, 0, 0]]
+    assert soft_targets(notes, 4).tolist() == [[0.5, 0, 0.5, 0], [0, 1, 0, 0]]
 
 
 def test_log_loss_is_torchs_cross_entropy(classifier):

@@ -15,7 +15,7 @@ import torch
 from fastapi.testclient import TestClient
 
 import clinora
-from clinora.classifier import Calibration
+from clinora.calibration import Calibration
 from clinora.explain import explain
 from clinora.serving.app import create_app
 from clinora.serving.batcher import BusyError

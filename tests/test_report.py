@@ -12,7 +12,8 @@ import pytest
 
 import clinora
 import eval as eval_script
-from clinora.classifier import Calibration, Classifier
+from clinora.calibration import Calibration
+from clinora.classifier import Classifier
 from clinora.evaluation import (
     Answers,
     Baseline,

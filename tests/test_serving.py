@@ -27,7 +27,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 import clinora
-from clinora.classifier import Calibration
+from clinora.calibration import Calibration
 from clinora.serving.api import MOST_CHARACTERS
 from clinora.serving.app import AT_ONCE, MOST_EVENTS, create_app
 from clinora.serving.flags import Flags, FlagsFullError

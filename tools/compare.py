@@ -27,14 +27,14 @@ from torch import nn
 
 import clinora
 from clinora.checkpoint import find_base, write_atomically
-from clinora.classifier import base_hashes, choose_device, choose_dtype, keep_freed_memory
+from clinora.device import choose_device, choose_dtype, keep_freed_memory
 from clinora.evaluation import baselines, bootstrap, classify, share_of
 from clinora.figures import BLACK
-from clinora.notes import SPLITS
+from clinora.notes import SPLITS, choose_classes
 from clinora.report import png, read_steps
 from clinora.resume import unlike
+from clinora.run import base_hashes
 from clinora.training import METRICS, InterruptedTraining, TrainingConfig, train
-from train import choose_classes
 
 TUNES = ("head", "lora", "full")
 # Peaks: the fewer parameters, the larger. Starting points, not the result of a search.

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 import clinora
-from clinora.classifier import choose_device, choose_dtype, keep_freed_memory
+from clinora.device import choose_device, choose_dtype, keep_freed_memory
 from clinora.evaluation import baselines, bootstrap, classify, evaluate_random_heads, share_of
 from clinora.training import InterruptedTraining, TrainingConfig, train
 

@@ -42,7 +42,7 @@ from tqdm import tqdm
 
 import clinora
 from clinora.checkpoint import write_atomically
-from clinora.classifier import choose_device, keep_freed_memory
+from clinora.device import choose_device, keep_freed_memory
 from clinora.figures import BLACK, LIGHT
 from clinora.llama import LlamaConfig, LlamaForCausalLM
 from clinora.notes import find_notes, text_sha256
