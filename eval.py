@@ -46,27 +46,30 @@ def run_job(args: argparse.Namespace) -> None:
     classifier = clinora.Classifier.load(
         args.run, base=args.base, device=args.device, precision=args.precision
     )
-    recorded = classifier.about.get("notes", {})
-    source = args.notes or ("bundled" if args.run == "bundled" else recorded.get("source"))
+    data = classifier.data
+    if data is None:
+        raise ValueError(
+            f"{args.run} does not record which notes it has seen: nothing would be a test"
+        )
+    source = args.notes or ("bundled" if args.run == "bundled" else data.source)
     if source is None:
         raise ValueError(f"{args.run} does not record its notes: name a file with --notes")
     notes = clinora.read_notes(
         source,
-        text_column=args.text_column or recorded.get("text_column", "transcription"),
-        label_column=args.label_column or recorded.get("label_column", "medical_specialty"),
+        text_column=args.text_column or data.text_column or "transcription",
+        label_column=args.label_column or data.label_column or "medical_specialty",
         classes=classifier.labels,
-        split=recorded.get("split", "texts"),
+        split=data.split or "texts",
     )
-    fingerprints = {"notes": notes.fingerprint, "split": notes.split_fingerprint}
-    own = recorded.get("fingerprints") == fingerprints
-    if "seen" not in recorded:
-        raise ValueError(
-            f"{args.run} does not record which notes it has seen: nothing would be a test"
-        )
-    seen = set(recorded["seen"])
-    unseen = notes.on("test") if own else [n for n in notes.notes if n.sha256[:16] not in seen]
-    measured = list(notes.notes) if args.include_seen else unseen
-    trained_on = sum(n.sha256[:16] in seen for n in measured) if args.include_seen else 0
+    own = data.is_split_of(notes)
+    trained_on = 0
+    if args.include_seen:
+        measured = list(notes.notes)
+        trained_on = sum(data.has_seen(note) for note in measured)
+    elif own:
+        measured = notes.on("test")
+    else:
+        measured = [note for note in notes.notes if not data.has_seen(note)]
     if not measured:
         raise ValueError(
             f"the run was trained on all {len(notes.notes):,} notes: --include-seen measures on "

@@ -21,7 +21,8 @@ import torch.distributed as dist
 
 import clinora
 from clinora.calibration import PROMISE, check_promise
-from clinora.device import choose_device, choose_dtype, gathered, keep_freed_memory, world
+from clinora.classifier import TOKEN_LIMIT
+from clinora.device import choose_device, gathered, keep_freed_memory, world
 from clinora.evaluation import assess, calibrate
 from clinora.notes import NAMED_NOTES, SPLITS, choose_classes
 from clinora.report import model_table, read_steps, results_table, write_report
@@ -46,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--resume", action="store_true", help="go on from the last checkpoint of --run")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--precision", default="auto", help="auto, bf16, fp16 or fp32")
-    add("--token-limit", type=int, default=512, help="tokens read of a note")
+    add("--token-limit", type=int, default=TOKEN_LIMIT, help="tokens read of a note")
     add("--promise", type=float, default=PROMISE, help="share right of what the run will answer")
     add("--show-text", action="store_true", help="quote mistaken notes in the report")
     lora = clinora.LoRAConfig()
@@ -125,43 +126,28 @@ def run_job(args: argparse.Namespace) -> None:
     if not training or not test:
         raise ValueError(f"{len(training)} training and {len(test)} test notes: both must be there")
 
-    torch.manual_seed(config.seed)
     device = choose_device(args.device)
     if device.type == "cuda" and processes > 1:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dtype = choose_dtype(device, args.precision)
-    model = clinora.load_model(
+    classifier = clinora.Classifier.new(
         args.base,
-        num_labels=len(notes.classes),
+        notes.classes,
+        lora,
+        config.seed,
         revision=args.revision,
-        dtype=dtype,
-        device=device,
+        token_limit=args.token_limit,
+        device=str(device),
+        precision=args.precision,
     )
-    clinora.apply_lora(model, lora)
-    tokenizer = clinora.Tokenizer(model.source.folder / "tokenizer.model")
-    fingerprints = {"notes": notes.fingerprint, "split": notes.split_fingerprint}
-    precision = str(dtype).removeprefix("torch.")
-    about = {
-        "notes": {
-            "source": args.notes if args.notes in NAMED_NOTES else str(Path(args.notes).resolve()),
-            "text_column": args.text_column,
-            "label_column": args.label_column,
-            "split": args.split,
-            "fingerprints": fingerprints,
-            "seen": sorted({note.sha256[:16] for note in training + validation}),
-        },
-        "training": dataclasses.asdict(config) | {"precision": precision},
-        "versions": {"clinora": clinora.__version__, "torch": torch.__version__},
-    }
-    classifier = clinora.Classifier(model, tokenizer, notes.classes, args.token_limit, about=about)
+    precision = str(classifier.dtype).removeprefix("torch.")
     if first:
         print(f"Run: {args.run}\nNotes: {notes}\nModel:\n{model_table(classifier)}", flush=True)
         args.run.mkdir(parents=True, exist_ok=True)
 
     identity = {
-        "data": fingerprints,
-        "base": base_hashes(model.source),
+        "data": {"notes": notes.fingerprint, "split": notes.split_fingerprint},
+        "base": base_hashes(classifier.model.source),
         "lora": dataclasses.asdict(lora),
         "token_limit": args.token_limit,
         "precision": precision,
@@ -172,6 +158,15 @@ def run_job(args: argparse.Namespace) -> None:
         return
     steps = read_steps(args.run / METRICS)
     print(f"Trained {len(steps)} steps in {steps[-1]['seconds']:.0f} s on {device}, {precision}.")
+    classifier.data = dataclasses.replace(
+        classifier.data,
+        source=args.notes if args.notes in NAMED_NOTES else str(Path(args.notes).resolve()),
+        text_column=args.text_column,
+        label_column=args.label_column,
+        split=args.split,
+        fingerprint=notes.fingerprint,
+        split_fingerprint=notes.split_fingerprint,
+    )
     classifier.calibration = calibrate(classifier, validation, args.promise)
     classifier.save(args.run)
     results, answers = assess(classifier, notes, test, seed=config.seed)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from clinora.classifier import Classifier
 from clinora.lora import LoRALinear
-from clinora.notes import has_visible
+from clinora.notes import clean_text, has_visible
 
 # After a full stop and what follows it, or after a line; a full stop inside a number ends nothing.
 _SENTENCE_END = re.compile(r"[.!?](?=[\s,])[\s,]*|\n\s*")
@@ -55,7 +55,7 @@ def explain(classifier: Classifier, text: str) -> list[Sentence]:
     Raises:
         ValueError: The note is empty.
     """
-    text = text.strip()
+    text = clean_text(text)
     if not has_visible(text):
         raise ValueError("the note is empty: it has nothing visible")
     tokenizer, limit = classifier.tokenizer, classifier.token_limit

@@ -157,7 +157,7 @@ def test_log_loss_is_torchs_cross_entropy(classifier):
     notes = [Note("chest pain " * 9, (0, 4)), Note("knee", (2,)), Note("CT scan", (3, 1, 0))]
     answers = classify(classifier, notes)
     ids = [classifier.tokenizer.encode(note.text) for note in notes]
-    logits = torch.stack([classifier.run([i])[0] for i in ids])
+    logits = torch.stack([classifier.logits([i])[0] for i in ids])
     wanted = torch.zeros(3, 5)
     wanted[0, [0, 4]], wanted[1, 2], wanted[2, [0, 1, 3]] = 1 / 2, 1, 1 / 3
     expected = torch.nn.functional.cross_entropy(logits, wanted, reduction="none")

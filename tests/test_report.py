@@ -25,6 +25,7 @@ from clinora.evaluation import (
 )
 from clinora.notes import Note, read_notes
 from clinora.report import find_mistakes, model_table, read_steps, results_table, write_report
+from clinora.run import DataRecord
 
 LABELS = ("A", "B", "C")
 CALIBRATION = Calibration(
@@ -328,7 +329,7 @@ def evaluated(small_run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(bootstrap, "__defaults__", (20,))
 
-    def run(*options, split="texts", lines=(), **about):
+    def run(*options, split="texts", lines=()):
         names = clinora.PUBLISHED_CLASSES
         rows = [f"SECRET PATIENT {i % 45} with pain,{names[i % 5]}" for i in range(90)]
         (tmp_path / "notes.csv").write_text(
@@ -337,13 +338,13 @@ def evaluated(small_run, tmp_path, monkeypatch, capsys):
         notes = read_notes(tmp_path / "notes.csv", classes=names, split=split)
         seen = notes.on("training") + notes.on("validation")
         classifier = Classifier.load(small_run, device="cpu", precision="fp32")
-        classifier.about = {
-            "notes": {
-                "source": str(tmp_path / "notes.csv"), "split": split,
-                "fingerprints": {"notes": notes.fingerprint, "split": notes.split_fingerprint},
-                "seen": sorted({note.sha256[:16] for note in seen}),
-            } | about
-        }  # fmt: skip
+        classifier.data = DataRecord(
+            source=str(tmp_path / "notes.csv"),
+            split=split,
+            fingerprint=notes.fingerprint,
+            split_fingerprint=notes.split_fingerprint,
+            seen=frozenset(note.sha256[:16] for note in seen),
+        )
         classifier.save(tmp_path / "run")
         capsys.readouterr()
         assert eval_script.main(["--run", "run", "--device", "cpu", *options]) == 0
