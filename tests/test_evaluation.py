@@ -56,8 +56,8 @@ def answer(named, notes, top=None, confidence=None, loss=None):
     named = np.asarray(named)
     n = len(notes)
     return Answers(
-        named=named,
-        right=np.array([a in note.labels for a, note in zip(named, notes, strict=True)]),
+        predicted=named,
+        correct=np.array([a in note.labels for a, note in zip(named, notes, strict=True)]),
         top=np.full(n, 0.5) if top is None else np.asarray(top),
         loss=np.zeros(n) if loss is None else np.asarray(loss),
         confidence=confidence,
@@ -474,7 +474,7 @@ def test_lora_is_compared_pairwise_with_the_better_baseline(tmp_path, classifier
     named["TF-IDF + a"][::3] = (filed[::3] + 1) % 5
     monkeypatch.setattr("clinora.evaluation.baselines", lambda *_: named)
     results, answers = assess(classifier, notes, test)
-    gain = answers.right.astype(int) - (np.arange(len(test)) % 3 > 0)  # against the better, a
+    gain = answers.correct.astype(int) - (np.arange(len(test)) % 3 > 0)  # against the better, a
     assert results.against.value == pytest.approx(gain.mean())
     theirs = scipy.stats.bootstrap(
         (gain,), np.mean, n_resamples=4000, method="percentile", rng=np.random.default_rng(1)
@@ -492,7 +492,7 @@ def test_a_run_that_agrees_with_its_baseline_on_few_notes_may_yet_differ(
         file.write("spare a,Radiology\nspare b,Surgery\n")
     notes = read_notes(path)
     test = notes.on("test")[:12]
-    named = classify(classifier, test).named
+    named = classify(classifier, test).predicted
     monkeypatch.setattr("clinora.evaluation.baselines", lambda *_: {"TF-IDF": named})
     results, _ = assess(classifier, notes, test)
     none = scipy.stats.binomtest(0, 12).proportion_ci(method="wilson").high
