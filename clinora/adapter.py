@@ -1,4 +1,4 @@
-"""Adapters on disk in PEFT's layout: what is written here, PEFT reads, and the other way round."""
+"""Adapters on disk in PEFT's layout: PEFT reads the adapters written here, and the reverse."""
 
 import json
 import re
@@ -32,7 +32,8 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # PEFT names every tensor as if the model stood two wrappers deep.
 PEFT_PREFIX = "base_model.model."
 
-# What PEFT writes that says nothing of the arithmetic, and the values that ask for nothing.
+# Options of PEFT that are used here or do not change what is computed, and the values with which
+# other options are off.
 PEFT_INFORMATION = {
     "peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "r",
     "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "modules_to_save",
@@ -40,9 +41,9 @@ PEFT_INFORMATION = {
     "megatron_core", "qalora_group_size",
 }  # fmt: skip
 PEFT_NEUTRAL = (None, False, [], {}, "none")
-# Other initialisations change the base's weights too, and these names do not say how.
+# Other initialisations also change the base's weights.
 PEFT_INITIALISATIONS = (True, False, None, "gaussian", "orthogonal")
-# What is used must be of these types, or null.
+# The types of the options that are used here; null is allowed too.
 PEFT_TYPES = {
     "r": (int,),
     "lora_alpha": (int, float),
@@ -59,9 +60,9 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
     Writes ``adapter_model.safetensors`` (float32) and ``adapter_config.json`` into ``folder``,
     which is made if need be; each file is replaced as a whole.
 
-    A classifier's head must have been trained, as whoever loads the adapter takes it to be.
-    ``clinora.training.train`` notes that it was; after a training loop of your own, set
-    ``model.head_trained = True``.
+    A classifier's head must have been trained: whoever loads the adapter assumes that it was.
+    ``clinora.training.train`` sets ``model.head_trained``; after your own training loop, set it
+    to True.
 
     Raises:
         ValueError: ``apply_lora`` has not adapted this model, or its head was never trained or
@@ -73,25 +74,25 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
         raise ValueError("only a whole model that apply_lora adapted can be saved as an adapter")
     config: LoRAConfig = model.lora_config
     if isinstance(model, LlamaForSequenceClassification):
-        if isinstance(model.score, LoRALinear):  # no one could load it: a head comes whole
+        if isinstance(model.score, LoRALinear):  # PEFT and load_adapter expect a whole head
             raise ValueError("score is in targets, which a head cannot be: put it into also_train")
         if not model.head_trained:
             raise ValueError(
                 "this model's head was never trained: train it, or set model.head_trained = True "
                 "if a training loop of your own did"
             )
-        state["score.weight"] = model.score.weight  # the head travels even where it did not train
+        state["score.weight"] = model.score.weight  # saved even if it was not trained here
     source: Source | None = getattr(model, "source", None)
     whole = list(find_modules(model, config.also_train))
     if "score.weight" in state and "score" not in whole:
         whole.append("score")
     kinds = {LlamaForSequenceClassification: "SEQ_CLS", LlamaForCausalLM: "CAUSAL_LM"}
-    # The keys that decide, no more: an older PEFT warns of keys that it does not know.
+    # Only the keys that matter: an older PEFT warns of keys that it does not know.
     peft = {
         "peft_type": "LORA",
         "task_type": kinds.get(type(model)),
-        "base_model_name_or_path": source and source.name,
-        "revision": source and source.revision,
+        "base_model_name_or_path": source.name if source else None,
+        "revision": source.revision if source else None,
         "inference_mode": True,
         "r": config.rank,
         "lora_alpha": config.alpha,
@@ -103,9 +104,11 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
         "use_rslora": config.rank_stabilized,
         "modules_to_save": whole or None,
     }
-    # Copies, as a layer at two places has two names and safetensors refuses shared memory.
-    as_written = {"memory_format": torch.contiguous_format}
-    tensors = {_to_peft(name): t.detach().cpu().clone(**as_written) for name, t in state.items()}
+    tensors = {}
+    for name, tensor in state.items():
+        # A copy: a layer in two places has two names, and safetensors refuses shared memory.
+        copied = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        tensors[_to_peft(name)] = copied
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / ADAPTER_WEIGHTS, save(tensors, metadata={"format": "pt"}))
@@ -119,8 +122,8 @@ def load_adapter(model: nn.Module, folder: str | Path) -> LoRAConfig:
         The adapter's configuration, also ``model.lora_config``.
 
     Raises:
-        CheckpointError: A file is missing or damaged, does not belong to this model, or asks for
-            what this library does not do. The model is left as it was.
+        CheckpointError: A file is missing or damaged, does not belong to this model, or has an
+            option that is not supported. The model is left as it was.
         ValueError: The model is adapted already.
     """
     if any(isinstance(module, LoRALinear) for module in model.modules()):
@@ -134,20 +137,18 @@ def load_adapter(model: nn.Module, folder: str | Path) -> LoRAConfig:
         if _from_peft(name) in tensors:
             raise CheckpointError(f"{path} holds {_from_peft(name)} under two names")
         tensors[_from_peft(name)] = tensor
-    source = getattr(model, "source", None)
-    made_for = f"made for the base {peft.get('base_model_name_or_path')}"
+    source: Source | None = getattr(model, "source", None)
+    base = source.name if source else None
+    what = f"{path} (made for the base {peft.get('base_model_name_or_path')}; this model is {base})"
     try:
-        check_tensors(
-            tensors,
-            _adapter_tensors(model, config),
-            f"{path} ({made_for}; this model is {source and source.name})",
-        )
-        if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
-            raise CheckpointError(f"{path} holds numbers that are not finite: {broken[0]}")
+        check_tensors(tensors, _adapter_tensors(model, config), what)
+        for name, tensor in tensors.items():
+            if not tensor.isfinite().all():
+                raise CheckpointError(f"{path} holds numbers that are not finite: {name}")
         insert_lora(model, config)
     except CheckpointError:
         raise
-    except ValueError as error:  # from LoRA, which knows of no file
+    except ValueError as error:  # from lora.py, which does not know the file
         raise CheckpointError(f"{about}: {error}") from None
     model.load_state_dict(tensors, strict=False)  # checked above; strict would ask for the base
     if isinstance(model, LlamaForSequenceClassification) and "score.weight" in tensors:
@@ -156,14 +157,15 @@ def load_adapter(model: nn.Module, folder: str | Path) -> LoRAConfig:
 
 
 def _adapter_tensors(model: nn.Module, config: LoRAConfig) -> dict[str, Tensor]:
-    """Name what an adapter for this model consists of: meta tensors of the right shapes."""
+    """List the tensors of an adapter for this model, as meta tensors of their shapes."""
     expected = {}
     for name, linear in target_linears(model, config.targets).items():
         out, width = linear.weight.shape
         expected[f"{name}.lora_A"] = torch.empty(config.rank, width, device="meta")
         expected[f"{name}.lora_B"] = torch.empty(out, config.rank, device="meta")
     for name, head in find_modules(model, config.also_train).items():
-        expected |= {f"{name}.{inner}": tensor for inner, tensor in head.state_dict().items()}
+        for inner, tensor in head.state_dict().items():
+            expected[f"{name}.{inner}"] = tensor
     return expected
 
 
@@ -173,13 +175,13 @@ def _to_peft(name: str) -> str:
 
 
 def _from_peft(name: str) -> str:
-    """Undo ``_to_peft``; an adapter's name ("default") may stand in files saved by hand."""
+    """Undo ``_to_peft``; names in files saved by hand may have the adapter's name, "default"."""
     name = re.sub(r"\.(lora_[AB])(\.default)?\.weight$", r".\1", name)
     return name.removeprefix(PEFT_PREFIX).replace(".modules_to_save.default.", ".")
 
 
 def _lora_config(peft: dict, model: nn.Module, path: Path) -> LoRAConfig:
-    """Translate PEFT's adapter_config.json, refusing by name what is not done here."""
+    """Translate PEFT's adapter_config.json; unsupported options raise an error that names them."""
     if peft.get("peft_type") != "LORA":
         raise CheckpointError(f"{path}: peft_type is {peft.get('peft_type')!r}, expected 'LORA'")
     for key, value in peft.items():
@@ -187,8 +189,8 @@ def _lora_config(peft: dict, model: nn.Module, path: Path) -> LoRAConfig:
             raise CheckpointError(f"{path}: {key} = {value!r} is not supported")
     if not _is_one_of(peft.get("init_lora_weights", True), PEFT_INITIALISATIONS):
         raise CheckpointError(
-            f"{path}: init_lora_weights = {peft['init_lora_weights']!r} changes the base, too: "
-            "not supported"
+            f"{path}: init_lora_weights = {peft['init_lora_weights']!r} is not supported: it also "
+            "changes the base"
         )
     for key, types in PEFT_TYPES.items():
         value = peft.get(key)
@@ -198,8 +200,9 @@ def _lora_config(peft: dict, model: nn.Module, path: Path) -> LoRAConfig:
         if value is not None and not fits:
             expected = " or ".join(kind.__name__ for kind in types).replace("list", "list of str")
             raise CheckpointError(f"{path}: {key} is {value!r}, expected {expected}")
-    # PEFT falls back on defaults for these, and would scale by another factor without a word.
-    if lacking := [key for key in ("r", "lora_alpha", "target_modules") if not peft.get(key)]:
+    # PEFT silently uses its defaults for these, and would scale by another factor.
+    lacking = [key for key in ("r", "lora_alpha", "target_modules") if not peft.get(key)]
+    if lacking:
         raise CheckpointError(f"{path} lacks {', '.join(lacking)}")
     targets = peft["target_modules"]
     try:

@@ -1,6 +1,6 @@
 """Base weights from a folder or the Hub, and files that appear whole.
 
-Whatever is loaded is checked whole: a missing, extra or wrongly shaped tensor is an error that
+Whatever is loaded is checked completely: a missing, unexpected or misshapen tensor is an error that
 names it. Files are safetensors and JSON, never pickle, and appear whole or not at all.
 """
 
@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,12 +27,12 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 
-# What a floating tensor may be held in: eight bits would need a scale that no plain file has.
+# The dtypes of a floating tensor: eight bits would need a scale, which a plain file does not have.
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class CheckpointError(ValueError):
-    """A file of weights, or the configuration beside it, is not what it has to be."""
+    """A file of weights, or the configuration beside it, is not what it should be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +42,7 @@ class Source:
     Attributes:
         name: "bundled", a folder or a Hub id.
         revision: The Hub's revision; None for a folder.
-        folder: Where its files lie on this machine.
+        folder: The folder with its files on this machine.
     """
 
     name: str
@@ -52,14 +51,14 @@ class Source:
 
 
 def find_base(source: str | Path, revision: str | None = None) -> Source:
-    """Find a base model, downloading it from the Hub if ``source`` is no folder.
+    """Find a base model, downloading it from the Hub if ``source`` is not a folder.
 
     Args:
         source: "bundled", a folder, or a Hub id such as "TinyLlama/TinyLlama-1.1B-Chat-v1.0".
         revision: A commit, branch or tag of the Hub; None is its main branch.
 
     Raises:
-        CheckpointError: It is no folder and cannot be had from the Hub.
+        CheckpointError: It is not a folder and cannot be downloaded from the Hub.
     """
     if str(source) == "bundled":
         return Source("bundled", None, BUNDLED / "base")
@@ -130,13 +129,13 @@ def load_model(
         source: "bundled", a folder, or a Hub id, which is downloaded.
         num_labels: C, the number of classes.
         revision: The Hub's revision.
-        dtype: What to hold the weights in; None is the file's.
-        device: Where to.
+        dtype: Dtype of the weights; None is the file's.
+        device: Where to load them.
 
     Raises:
-        CheckpointError: The files are missing, damaged or not this model's.
-        ValueError: ``config.json`` asks for what ``LlamaConfig`` does not do, or ``num_labels`` is
-            no number of classes.
+        CheckpointError: The files are missing, damaged or of another model.
+        ValueError: ``config.json`` has an option that ``LlamaConfig`` does not support, or
+            ``num_labels`` is not a number of classes.
     """
     if num_labels is not None and (type(num_labels) is not int or num_labels < 1):
         raise ValueError(
@@ -150,20 +149,14 @@ def load_model(
             model = LlamaForCausalLM(config)
         else:
             model = LlamaForSequenceClassification(config, num_labels)
-    tensors = {}
-    for file, names in _weight_files(found.folder).items():
-        came = read_tensors(file)
-        if names is not None and (differing := came.keys() ^ names):
-            raise CheckpointError(
-                f"{file} and the index beside it disagree about {min(differing)}: copy both again"
-            )
-        tensors |= came
-    # Left out on purpose: old files' rotary buffers, which the model computes; a tied head, which
-    # is the embedding; the language-model head, for a classifier.
-    ignored = {n for n in tensors if n.endswith(".rotary_emb.inv_freq")}
+    tensors = _read_weights(found.folder)
+    # Not used: rotary buffers of old files, which the model computes; a tied head, which is the
+    # embedding; the language-model head, for a classifier.
+    for name in list(tensors):
+        if name.endswith(".rotary_emb.inv_freq"):
+            del tensors[name]
     if num_labels is not None or config.tie_word_embeddings:
-        ignored.add("lm_head.weight")
-    tensors = {name: tensor for name, tensor in tensors.items() if name not in ignored}
+        tensors.pop("lm_head.weight", None)
     expected = model.state_dict()
     if num_labels is not None and "score.weight" not in tensors:
         tensors["score.weight"] = nn.init.normal_(
@@ -181,12 +174,28 @@ def load_model(
     return model
 
 
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    """Map a base's weights into memory, from one file or from those that its index lists."""
+    tensors = {}
+    for file, listed in _weight_files(folder).items():
+        found = read_tensors(file)
+        if listed is not None and found.keys() != listed:
+            differing = min(found.keys() ^ listed)
+            raise CheckpointError(
+                f"{file} and the index beside it disagree about {differing}: copy both again"
+            )
+        tensors |= found
+    return tensors
+
+
 class _DrawsNothing(TorchFunctionMode):
     """Skips normal_: on the meta device it fills nothing, yet imports PyTorch's compiler."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        named = kwargs or {}
-        return named.get("tensor", *args[:1]) if func is nn.init.normal_ else func(*args, **named)
+        kwargs = kwargs or {}
+        if func is not nn.init.normal_:
+            return func(*args, **kwargs)
+        return kwargs["tensor"] if "tensor" in kwargs else args[0]
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -243,15 +252,21 @@ def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
         raise CheckpointError(
             f"{folder} holds neither {WEIGHTS} nor {INDEX}: expected weights in safetensors"
         )
-    where = read_json(folder / INDEX).get("weight_map")  # tensor → file
-    files = set(where.values()) if isinstance(where, dict) and _are_names(where.values()) else ()
-    if not files or any(Path(file).name != file for file in files):
+    file_of = read_json(folder / INDEX).get("weight_map")
+    if (
+        not isinstance(file_of, dict)
+        or not file_of
+        or not all(map(_is_file_name, file_of.values()))
+    ):
         raise CheckpointError(f"{folder / INDEX} has no usable weight_map")
-    return {folder / file: {n for n, f in where.items() if f == file} for file in sorted(files)}
+    listed = {folder / file: set() for file in sorted(set(file_of.values()))}
+    for name, file in file_of.items():
+        listed[folder / file].add(name)
+    return listed
 
 
-def _are_names(values: Iterable) -> bool:
-    return all(isinstance(value, str) for value in values)
+def _is_file_name(value: object) -> bool:
+    return isinstance(value, str) and Path(value).name == value
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -263,25 +278,29 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"there is no {path}") from None
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{path} is no safetensors file or is damaged ({error}): copy it again"
+            f"{path} is not a safetensors file or is damaged ({error}): copy it again"
         ) from None
 
 
-def check_tensors(came: dict[str, Tensor], expected: dict[str, Tensor], what: str) -> None:
-    """Refuse a set of tensors that is not exactly the expected one, naming the first few."""
-    both = sorted(expected.keys() & came.keys())
+def check_tensors(found: dict[str, Tensor], expected: dict[str, Tensor], what: str) -> None:
+    """Check that a set of tensors is exactly the expected one.
+
+    Raises:
+        CheckpointError: It is not; the message names the first few that differ.
+    """
+    both = sorted(expected.keys() & found.keys())
     wrong = {
-        "missing": sorted(expected.keys() - came.keys()),
-        "unexpected": sorted(came.keys() - expected.keys()),
+        "missing": sorted(expected.keys() - found.keys()),
+        "unexpected": sorted(found.keys() - expected.keys()),
         "of another shape": [
-            f"{name} ({_shape(came[name])}, expected {_shape(expected[name])})"
+            f"{name} ({_shape(found[name])}, expected {_shape(expected[name])})"
             for name in both
-            if came[name].shape != expected[name].shape
+            if found[name].shape != expected[name].shape
         ],
         "of another dtype": [
-            f"{name} ({_list(came[name].dtype)}, expected {_list(*_allowed(expected[name]))})"
+            f"{name} ({_list(found[name].dtype)}, expected {_list(*_allowed(expected[name]))})"
             for name in both
-            if came[name].dtype not in _allowed(expected[name])
+            if found[name].dtype not in _allowed(expected[name])
         ],
     }
     parts = []

@@ -1,4 +1,4 @@
-"""Where to compute: device, dtype, the memory of freed tensors, the processes of one training."""
+"""Where to compute: device, dtype, memory allocator, and the processes of one training."""
 
 import ctypes
 from contextlib import suppress
@@ -6,19 +6,23 @@ from contextlib import suppress
 import torch
 import torch.distributed as dist
 
+# Numbers and values of M_MMAP_THRESHOLD, M_TRIM_THRESHOLD and M_ARENA_MAX in glibc's malloc.h.
+MALLOC_OPTIONS = ((-3, 2**25), (-1, 2**31 - 1), (-8, 1))
+
 
 def keep_freed_memory() -> None:
-    """Have glibc keep the memory of freed tensors for the next ones; a script calls it first.
+    """Make glibc keep the memory of freed tensors for new ones; a script calls this first.
 
-    By default it hands large ones back to the kernel and maps them anew at every step, which slows
-    small models. Tensors above 32 MiB are mapped all the same. The process does not shrink. Threads
-    share its one heap: a thread's own is in parts of 64 MiB, handed back whatever is asked for,
-    which made the page slower with batches than without. Under another C library this does nothing.
+    By default glibc returns the memory of large tensors to the kernel and asks for it again at
+    every step, which slows small models. Tensors above 32 MiB are still mapped one by one. The
+    process does not shrink. All threads share one heap: glibc returns the memory of a thread's own
+    heaps, of 64 MiB each, despite these options, which made the page slower with batches than
+    without. With another C library this does nothing.
     """
     with suppress(OSError, AttributeError):
-        # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_ARENA_MAX
-        for option, value in ((-3, 2**25), (-1, 2**31 - 1), (-8, 1)):
-            ctypes.CDLL("libc.so.6").mallopt(option, value)
+        glibc = ctypes.CDLL("libc.so.6")
+        for option, value in MALLOC_OPTIONS:
+            glibc.mallopt(option, value)
 
 
 def choose_device(device: str = "auto") -> torch.device:
@@ -40,7 +44,9 @@ def choose_device(device: str = "auto") -> torch.device:
     try:
         return torch.empty(0, device=device).device
     except RuntimeError:  # no such number
-        raise ValueError(f"device {device!r} is not there: expected cuda:0 or the like") from None
+        raise ValueError(
+            f"device {device!r} is not there: expected a number that exists, such as cuda:0"
+        ) from None
 
 
 def choose_dtype(device: torch.device, precision: str = "auto") -> torch.dtype:
@@ -53,11 +59,11 @@ def choose_dtype(device: torch.device, precision: str = "auto") -> torch.dtype:
     Raises:
         ValueError: It is none of these.
     """
-    named = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    if precision in named:
-        return named[precision]
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    if precision in dtypes:
+        return dtypes[precision]
     if precision != "auto":
-        raise ValueError(f"precision {precision!r}: expected auto, {', '.join(named)}")
+        raise ValueError(f"precision {precision!r}: expected auto, {', '.join(dtypes)}")
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if native else torch.float16
@@ -67,7 +73,7 @@ def choose_dtype(device: torch.device, precision: str = "auto") -> torch.dtype:
 
 
 def world() -> tuple[int, int]:
-    """Give this process' rank and how many there are: (0, 1) without torchrun."""
+    """Give this process's rank and the number of processes: (0, 1) without torchrun."""
     if dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
