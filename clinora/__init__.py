@@ -24,7 +24,8 @@ __version__ = "0.1.0"
 
 # The public names by their module. __init__.pyi tells editors and type checkers of the same.
 _NAMES = {
-    "checkpoint": ("load_adapter", "load_model", "save_adapter"),
+    "adapter": ("load_adapter", "save_adapter"),
+    "checkpoint": ("load_model",),
     "classifier": ("Classifier", "Prediction"),
     "llama": ("Llama", "LlamaConfig", "LlamaForCausalLM", "LlamaForSequenceClassification"),
     "lora": (

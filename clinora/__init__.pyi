@@ -2,9 +2,9 @@
 
 from clinora import budget as budget
 from clinora import testing as testing
-from clinora.checkpoint import load_adapter as load_adapter
+from clinora.adapter import load_adapter as load_adapter
+from clinora.adapter import save_adapter as save_adapter
 from clinora.checkpoint import load_model as load_model
-from clinora.checkpoint import save_adapter as save_adapter
 from clinora.classifier import Classifier as Classifier
 from clinora.classifier import Prediction as Prediction
 from clinora.llama import Llama as Llama

@@ -8,31 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from clinora.checkpoint import CheckpointError, write_atomically
+from clinora.device import gathered, world
 
 CHECKPOINTS_KEPT = 2
-
-
-def world() -> tuple[int, int]:
-    """Give this process' rank and how many there are: (0, 1) without torchrun."""
-    if dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
-
-
-def summed(values: list[float], device: torch.device) -> list[float]:
-    """Sum each number over all processes."""
-    if world()[1] == 1:
-        return values
-    total = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(total)
-    return total.tolist()
 
 
 class State:
@@ -222,15 +206,6 @@ def unlike(was: dict, now: dict, inside: str = "") -> list[str]:
         elif a != b:
             found.append(f"{name}: {_short(a)} then, {_short(b)} now")
     return found
-
-
-def gathered(value: object) -> list:
-    """Collect a value of every process, in the order of their ranks."""
-    if world()[1] == 1:
-        return [value]
-    values = [None] * world()[1]
-    dist.all_gather_object(values, value)
-    return values
 
 
 def _short(value: object) -> str:

@@ -28,11 +28,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from clinora.calibration import FEWEST_VALIDATION
 from clinora.checkpoint import write_atomically
 from clinora.classifier import Classifier, group_by_length, pad
-from clinora.evaluation import FEWEST_VALIDATION, targets
-from clinora.notes import Note, text_sha256
-from clinora.resume import State, summed, world
+from clinora.device import summed, world
+from clinora.notes import Note, are_correct, soft_targets, text_sha256
+from clinora.resume import State
 
 METRICS = "metrics.jsonl"
 
@@ -153,11 +154,13 @@ def train(
     """
     if not notes:
         raise ValueError("there are no notes to train on")
+    run.mkdir(parents=True, exist_ok=True)
+    classifier.record_training([*notes, *validation], dataclasses.asdict(config))
     rank, processes = world()
     model, device = classifier.model, classifier.model.score.weight.device
     model.model.activation_checkpointing = config.activation_checkpointing
     ids, held_out = encode(classifier, notes), encode(classifier, validation)
-    wanted = torch.from_numpy(targets(notes, len(classifier.labels))).to(device)  # (N, C)
+    wanted = torch.from_numpy(soft_targets(notes, len(classifier.labels))).to(device)  # (N, C)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), weight_decay=config.weight_decay)
     # float16 gradients underflow without it
@@ -245,11 +248,11 @@ def validate(classifier: Classifier, notes: Sequence[Note], ids: Sequence[Tensor
     notes, ids = notes[rank::processes], ids[rank::processes]
     loss = right = 0.0
     if notes:
-        log_p = classifier.run(ids).log_softmax(-1)  # (n, C)
-        wanted = torch.from_numpy(targets(notes, log_p.size(1)))
+        log_p = classifier.logits(ids).log_softmax(-1)  # (n, C)
+        wanted = torch.from_numpy(soft_targets(notes, log_p.size(1)))
         loss = -(log_p * wanted).sum().item()
         named = log_p.argmax(-1).tolist()
-        right = sum(n in note.labels for n, note in zip(named, notes, strict=True))
+        right = int(are_correct(notes, named).sum())
     loss, right, count = summed([loss, right, len(notes)], classifier.model.score.weight.device)
     return {"validation_loss": loss / count, "validation_accuracy": right / count}
 

@@ -18,8 +18,9 @@ import clinora
 from clinora import training
 from clinora.checkpoint import BUNDLED, CheckpointError
 from clinora.commands import train as train_command
+from clinora.device import world
 from clinora.notes import Note
-from clinora.resume import read_state, world
+from clinora.resume import read_state
 from clinora.training import METRICS, InterruptedTraining, TrainingConfig, train
 from tests import kill_and_resume
 

@@ -114,7 +114,7 @@ def test_notes_that_the_run_has_seen_are_not_measured(notes, tmp_path, capsys):
     capsys.readouterr()
     assert eval_command.main(["--run", str(run), "--notes", str(more)]) == 0
     test = len(clinora.read_notes(notes).on("test"))
-    assert f"\n{test + 1} notes, filed in {test + 1} rows\n" in capsys.readouterr().out
+    assert f"\n{test + 1} notes in {test + 1} rows\n" in capsys.readouterr().out
     assert json.loads((run / "report-more" / "metrics.json").read_text())["trained_on"] == 0
 
 
@@ -144,7 +144,7 @@ def test_eval_with_no_option_measures_the_bundled_adapter(capsys):
     assert eval_command.main([]) == 0
     with open(BUNDLED / "notes.csv", encoding="utf-8", newline="") as file:
         texts = [row["transcription"] for row in csv.DictReader(file)]
-    expected = f"\n{len(set(texts))} notes, filed in {len(texts)} rows"
+    expected = f"\n{len(set(texts))} notes in {len(texts)} rows"
     assert expected in capsys.readouterr().out
 
 

@@ -26,7 +26,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 import clinora
-from clinora.classifier import Calibration
+from clinora.calibration import Calibration
 from clinora.commands import serve as serve_command
 from clinora.serving.api import MOST_CHARACTERS
 from clinora.serving.app import AT_ONCE, MOST_EVENTS, create_app
@@ -142,8 +142,8 @@ def test_an_uncalibrated_run_claims_no_confidence_and_refers_nobody(client):
 
 
 def test_a_full_queue_refuses_at_once(client, classifier, monkeypatch):
-    may_go_on, run = threading.Event(), classifier.run
-    monkeypatch.setattr(classifier, "run", lambda *a: may_go_on.wait(30) and run(*a))
+    may_go_on, run = threading.Event(), classifier.logits
+    monkeypatch.setattr(classifier, "logits", lambda *a: may_go_on.wait(30) and run(*a))
     codes = [
         join(client, "predict", "fever", session=f"s{i}").status_code
         for i in range(MOST_EVENTS + AT_ONCE + 1)
@@ -286,7 +286,7 @@ def test_an_error_is_told_by_a_reference_that_the_log_explains(
     def run(*_):
         raise RuntimeError(f"could not do {CANARY}")
 
-    monkeypatch.setattr(classifier, "run", run)
+    monkeypatch.setattr(classifier, "logits", run)
     event, told = call(client, "predict", CANARY)
     reference = re.fullmatch(r"This did not work; reference (\w{8})\.", told["error"])[1]
     (line,) = caplog.messages

@@ -14,8 +14,8 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 ORDER = [
     ["kernels"],
     ["lora", "llama"],
-    ["budget", "testing", "tokenizer", "notes", "checkpoint"],
-    ["classifier"],
+    ["budget", "testing", "checkpoint", "adapter", "tokenizer", "notes", "device"],
+    ["calibration", "run", "classifier"],
     ["explain", "evaluation"],
     ["resume", "training"],
     ["figures", "report"],

@@ -12,8 +12,7 @@ from hypothesis import strategies
 
 import clinora
 from clinora.checkpoint import BUNDLED
-from clinora.evaluation import targets
-from clinora.notes import Note
+from clinora.notes import Note, soft_targets
 from clinora.training import (
     METRICS,
     TrainingConfig,
@@ -263,7 +262,7 @@ def test_the_learning_rate_warms_up_linearly_and_falls_as_a_cosine():
 
 
 def test_several_labels_share_the_target():
-    assert targets([Note("a", (2, 2, 0)), Note("b", (1,))], 4).tolist() == [
+    assert soft_targets([Note("a", (2, 2, 0)), Note("b", (1,))], 4).tolist() == [
         [0.5, 0, 0.5, 0],
         [0, 1, 0, 0],
     ]

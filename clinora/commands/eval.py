@@ -56,7 +56,8 @@ def main(argv: list[str] | None = None, prog: str = "clinora eval") -> int:
 def evaluate_run(args: argparse.Namespace, prog: str) -> None:
     """Load the run, read notes, leave out those it has seen, measure and write the report."""
     check_run(args.run, prog)
-    from clinora.classifier import Classifier, keep_freed_memory
+    from clinora.classifier import Classifier
+    from clinora.device import keep_freed_memory
     from clinora.evaluation import assess
     from clinora.notes import LABEL_COLUMN, TEXT_COLUMN, read_notes
     from clinora.report import read_steps, results_table, write_report
@@ -66,33 +67,32 @@ def evaluate_run(args: argparse.Namespace, prog: str) -> None:
     classifier = Classifier.load(
         args.run, base=args.base, device=args.device, precision=args.precision
     )
-    recorded = classifier.about.get("notes", {})
-    if "seen" not in recorded:
+    data = classifier.data
+    if data is None:
         raise ValueError(
             f"{args.run} does not record which notes it has seen: nothing would be a test"
         )
     bundled = args.run == "bundled"
-    source = args.notes or ("bundled" if bundled else recorded.get("source"))
+    source = args.notes or ("bundled" if bundled else data.source)
     if source is None:
         raise ValueError(f"{args.run} does not record its notes: name a file with --notes")
     notes = read_notes(
         source,
-        text_column=args.text_column or recorded.get("text_column", TEXT_COLUMN),
-        label_column=args.label_column or recorded.get("label_column", LABEL_COLUMN),
+        text_column=args.text_column or data.text_column or TEXT_COLUMN,
+        label_column=args.label_column or data.label_column or LABEL_COLUMN,
         classes=classifier.labels,
-        split=recorded.get("split", "texts"),
+        split=data.split or "texts",
     )
 
-    fingerprints = {"notes": notes.fingerprint, "split": notes.split_fingerprint}
-    own_split = recorded.get("fingerprints") == fingerprints
-    hashes = set(recorded["seen"])
-    seen = [note for note in notes.notes if note.sha256[:16] in hashes]
+    own_split = data.is_split_of(notes)
+    trained_on = 0
     if args.include_seen:
         measured = list(notes.notes)
+        trained_on = sum(data.has_seen(note) for note in measured)
     elif own_split:
         measured = notes.on("test")
     else:
-        measured = [note for note in notes.notes if note.sha256[:16] not in hashes]
+        measured = [note for note in notes.notes if not data.has_seen(note)]
     if not measured:
         raise ValueError(
             f"the run was trained on all {len(notes.notes):,} notes: --include-seen measures on "
@@ -112,7 +112,7 @@ def evaluate_run(args: argparse.Namespace, prog: str) -> None:
         classifier,
         notes,
         measured,
-        trained_on=len(seen) if args.include_seen else 0,
+        trained_on=trained_on,
         own_split=own_split,
     )
     write_report(

@@ -75,7 +75,8 @@ def serve_run(args: argparse.Namespace, prog: str) -> None:
     check_addresses(args)
     with take_port(args.host, args.port) as listener:
         check_run(args.run, prog)
-        from clinora.classifier import Classifier, keep_freed_memory
+        from clinora.classifier import Classifier
+        from clinora.device import keep_freed_memory
         from clinora.serving.app import create_app, serve
         from clinora.serving.card import model_card
         from clinora.serving.passwords import read_passwords

@@ -33,7 +33,8 @@ from clinora.commands import (
 
 def build_parser(prog: str = "clinora train") -> argparse.ArgumentParser:
     """Describe the options; those of training and LoRA are made from their configurations."""
-    from clinora.evaluation import PROMISE
+    from clinora.calibration import PROMISE
+    from clinora.classifier import TOKEN_LIMIT
     from clinora.lora import LoRAConfig
     from clinora.notes import LABEL_COLUMN, SPLITS, TEXT_COLUMN
     from clinora.training import TrainingConfig
@@ -75,7 +76,7 @@ def build_parser(prog: str = "clinora train") -> argparse.ArgumentParser:
     add(
         "--token-limit",
         type=int,
-        default=512,
+        default=TOKEN_LIMIT,
         help="tokens read of a note (default: %(default)s)",
     )
     add(
@@ -150,21 +151,14 @@ def train_and_report(args: argparse.Namespace, prog: str) -> None:
     """Read the notes, train and calibrate a classifier, save it, measure it before and after."""
     import torch
 
-    from clinora import __version__
-    from clinora.checkpoint import load_model
-    from clinora.classifier import (
-        Classifier,
-        base_hashes,
-        choose_device,
-        choose_dtype,
-        keep_freed_memory,
-    )
-    from clinora.evaluation import assess, calibrate, check_promise
-    from clinora.lora import LoRAConfig, apply_lora
-    from clinora.notes import NAMED_NOTES, read_notes
+    from clinora.calibration import check_promise
+    from clinora.classifier import Classifier
+    from clinora.device import choose_device, keep_freed_memory, world
+    from clinora.evaluation import assess, calibrate
+    from clinora.lora import LoRAConfig
+    from clinora.notes import NAMED_NOTES, choose_classes, read_notes
     from clinora.report import model_table, read_steps, results_table, write_report
-    from clinora.resume import world
-    from clinora.tokenizer import Tokenizer
+    from clinora.run import base_hashes
     from clinora.training import METRICS, TrainingConfig, train
 
     keep_freed_memory()
@@ -191,44 +185,28 @@ def train_and_report(args: argparse.Namespace, prog: str) -> None:
     if not training or not test:
         raise ValueError(f"{len(training)} training and {len(test)} test notes: both must be there")
 
-    torch.manual_seed(config.seed)
     device = choose_device(args.device)
     if device.type == "cuda" and processes > 1:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dtype = choose_dtype(device, args.precision)
-    precision = str(dtype).removeprefix("torch.")
-    model = load_model(
+    classifier = Classifier.new(
         args.base,
-        num_labels=len(notes.classes),
+        notes.classes,
+        lora,
+        config.seed,
         revision=args.revision,
-        dtype=dtype,
-        device=device,
+        token_limit=args.token_limit,
+        device=str(device),
+        precision=args.precision,
     )
-    apply_lora(model, lora)
-    tokenizer = Tokenizer(model.source.folder / "tokenizer.model")
-    source = args.notes if args.notes in NAMED_NOTES else str(Path(args.notes).resolve())
-    fingerprints = {"notes": notes.fingerprint, "split": notes.split_fingerprint}
-    about = {
-        "notes": {
-            "source": source,
-            "text_column": args.text_column,
-            "label_column": args.label_column,
-            "split": args.split,
-            "fingerprints": fingerprints,
-            "seen": sorted({note.sha256[:16] for note in training + validation}),
-        },
-        "training": dataclasses.asdict(config) | {"precision": precision},
-        "versions": {"clinora": __version__, "torch": torch.__version__},
-    }
-    classifier = Classifier(model, tokenizer, notes.classes, args.token_limit, about=about)
+    precision = str(classifier.dtype).removeprefix("torch.")
     if first:
         make_folder(args.run, "--run")
         print(f"Run: {args.run}\nNotes: {notes}\nModel:\n{model_table(classifier)}", flush=True)
 
     identity = {
-        "data": fingerprints,
-        "base": base_hashes(model.source),
+        "data": {"notes": notes.fingerprint, "split": notes.split_fingerprint},
+        "base": base_hashes(classifier.model.source),
         "lora": dataclasses.asdict(lora),
         "token_limit": args.token_limit,
         "precision": precision,
@@ -239,6 +217,15 @@ def train_and_report(args: argparse.Namespace, prog: str) -> None:
         return
     steps = read_steps(args.run / METRICS)
     print(f"Trained {len(steps)} steps in {steps[-1]['seconds']:.0f} s on {device}, {precision}.")
+    classifier.data = dataclasses.replace(
+        classifier.data,
+        source=args.notes if args.notes in NAMED_NOTES else str(Path(args.notes).resolve()),
+        text_column=args.text_column,
+        label_column=args.label_column,
+        split=args.split,
+        fingerprint=notes.fingerprint,
+        split_fingerprint=notes.split_fingerprint,
+    )
     classifier.calibration = calibrate(classifier, validation, args.promise)
     classifier.save(args.run)
     results, answers = assess(classifier, notes, test, seed=config.seed)
@@ -280,18 +267,6 @@ def check_run_folder(run: Path, resume: bool) -> None:
     )
 
 
-def choose_classes(words: list[str] | None) -> list[str] | int | str | None:
-    """Read ``--classes``: names, k, or "all"."""
-    if words is None or len(words) > 1:
-        return words
-    (word,) = words
-    if word.isdigit():
-        return int(word)
-    if word == "all":
-        return word
-    return words
-
-
 # --- one process or several, errors and how to go on --------------------------------------------
 
 
@@ -315,7 +290,7 @@ def process_group() -> Iterator[None]:
 
 def new_run() -> Path:
     """Name a folder in ``runs/`` by the time; all processes take the first one's."""
-    from clinora.resume import gathered
+    from clinora.device import gathered
 
     return gathered(Path("runs", datetime.now().strftime("%Y-%m-%d-%H%M%S")))[0]
 
@@ -323,7 +298,7 @@ def new_run() -> Path:
 @contextmanager
 def training_errors(prog: str, run: Path, how_to_resume: str) -> Iterator[None]:
     """Turn what may end training early into a message that says how to go on."""
-    from clinora.resume import world
+    from clinora.device import world
     from clinora.training import METRICS, InterruptedTraining
 
     try:
