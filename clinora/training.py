@@ -180,7 +180,7 @@ def train(
             log.write(metrics)
             if checkpoint_is_due(state, config):
                 save(state, log)
-        if interruption.came():  # perhaps in the last step: evaluation should not start then
+        if interruption.came():  # also in the last step: what follows training may take long
             save(state, log)
             message = f"stopped after step {state.step}. {state.last_checkpoint()}"
             raise InterruptedTraining(message, interruption.number)
