@@ -253,11 +253,8 @@ def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
             f"{folder} holds neither {WEIGHTS} nor {INDEX}: expected weights in safetensors"
         )
     file_of = read_json(folder / INDEX).get("weight_map")
-    if (
-        not isinstance(file_of, dict)
-        or not file_of
-        or not all(map(_is_file_name, file_of.values()))
-    ):
+    usable = isinstance(file_of, dict) and len(file_of) > 0
+    if not usable or not all(_is_file_name(file) for file in file_of.values()):
         raise CheckpointError(f"{folder / INDEX} has no usable weight_map")
     listed = {folder / file: set() for file in sorted(set(file_of.values()))}
     for name, file in file_of.items():

@@ -163,9 +163,8 @@ def mix(sources: Sequence[Source], seed: int) -> list[str]:
         whole, part = divmod(source.repeats, 1)
         for reading in range(int(whole)):
             cut = reading % 2 == 1
-            texts += [
-                _with_title(text, source.titles.get(text), cut, draw) for text in source.texts
-            ]
+            for text in source.texts:
+                texts.append(_with_title(text, source.titles.get(text), cut, draw))
         texts += draw.sample(source.texts, round(len(source.texts) * part))
     draw.shuffle(texts)
     return texts
