@@ -161,16 +161,45 @@ def test_what_finds_no_room_is_refused_whole_and_what_was_taken_is_answered(batc
         batcher.submit(NOTES[:9])
     futures += batcher.submit(NOTES[:8])
     # Many notes of others do not keep out a single one.
-    assert batcher.ready
+    assert batcher.ready()
     while len(futures) < MOST_WAITING + MOST_REQUESTS - 2:
         futures += batcher.submit(NOTES[:1])
-    assert not batcher.ready
+    assert not batcher.ready()
     for job in (lambda: batcher.submit(NOTES[:1]), lambda: batcher.submit_job(int)):
         with pytest.raises(BusyError):
             job()
     held.set()
     assert all(future.result(30).label for future in futures)
     assert batcher.submit(NOTES[:1])[0].result(30)
+
+
+def test_one_client_leaves_room_for_another(batcher, held):
+    with pytest.raises(BusyError):
+        while True:
+            batcher.submit(NOTES[:1], client="greedy")
+    assert not batcher.ready("greedy")
+    assert batcher.ready("quiet")
+    future = batcher.submit_job(lambda: "done", client="quiet")
+    held.set()
+    assert future.result(30) == "done"
+
+
+def test_a_client_waits_for_one_batch_of_another_with_many_requests(batcher, held, batches):
+    futures = [batcher.submit([f"greedy {i}"], client="greedy")[0] for i in range(60)]
+    futures += batcher.submit(["quiet"], client="quiet")
+    held.set()
+    assert all(future.result(30) for future in futures)
+    assert any("quiet" in batch for batch in batches[:2])
+
+
+def test_a_client_waits_for_one_job_of_another_with_many(batcher, held):
+    done = []
+    futures = [batcher.submit_job(lambda: done.append("greedy"), client="g") for _ in range(30)]
+    futures += [batcher.submit_job(lambda: done.append("quiet"), client="q") for _ in range(2)]
+    held.set()
+    for future in futures:
+        future.result(30)
+    assert [i for i, who in enumerate(done) if who == "quiet"] == [1, 3]
 
 
 def test_who_waits_for_room_gets_it(batcher, held):
@@ -224,7 +253,7 @@ def test_closing_finishes_what_is_queued_and_takes_no_more(classifier):
     futures: list[Future] = batcher.submit(NOTES)
     batcher.close()
     assert all(future.done() and future.result().label for future in futures)
-    assert not batcher.ready
+    assert not batcher.ready()
     with pytest.raises(BusyError):
         batcher.submit(["fever"])
     batcher.close()  # again: nothing

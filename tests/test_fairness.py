@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -36,7 +37,10 @@ def served(classifier, tmp_path, monkeypatch):
     app = create_app(classifier, tmp_path / "flagged")
     with running(app) as port:
         yield SimpleNamespace(
-            address=f"127.0.0.1:{port}", batcher=app.state.batcher, computed=computed
+            address=f"127.0.0.1:{port}",
+            batcher=app.state.batcher,
+            computed=computed,
+            queue=app.state.gradio.get_blocks()._queue,
         )
 
 
@@ -72,8 +76,10 @@ def test_notes_of_clients_that_hang_up_are_not_computed(served, go_on, caplog, c
 class Visitor:
     """A browser at the page that triggers one event and waits for its answer."""
 
-    def __init__(self, address):
-        self.connection = http.client.HTTPConnection(address, timeout=60)
+    def __init__(self, address, source="127.0.0.1"):
+        self.connection = http.client.HTTPConnection(
+            address, timeout=60, source_address=(source, 0)
+        )
         headers, config = self._ask("GET", "/config")
         self.cookie = headers["set-cookie"].partition(";")[0]
         assert self.cookie.startswith(VISIT_COOKIE)
@@ -89,10 +95,22 @@ class Visitor:
         _, (path,) = self._ask("POST", "/gradio_api/upload", body, kind)
         return {"path": path, "meta": {"_type": "gradio.FileData"}}
 
+    def join(self, event, *data, session="one"):
+        """Trigger an event; give the status."""
+        body = {"fn_index": self.events[event], "session_hash": session, "data": data}
+        headers = JSON | {"Cookie": self.cookie}
+        self.connection.request("POST", "/gradio_api/queue/join", json.dumps(body), headers)
+        answer = self.connection.getresponse()
+        answer.read()
+        return answer.status
+
     def trigger(self, event, *data):
         """Trigger an event, and begin to read the stream of its answer."""
-        body = {"fn_index": self.events[event], "session_hash": "one", "data": data}
-        self._ask("POST", "/gradio_api/queue/join", json.dumps(body), JSON)
+        assert self.join(event, *data) == 200
+        self.listen()
+
+    def listen(self):
+        """Begin to read the stream of an answer."""
         headers = {"Cookie": self.cookie}
         self.connection.request("GET", "/gradio_api/queue/data?session_hash=one", headers=headers)
         self.stream = self.connection.getresponse()
@@ -142,6 +160,34 @@ def test_a_note_whose_visitor_leaves_is_not_computed(served, go_on, monkeypatch,
     staying.leave()
     assert set(served.computed) == {"fever"}
     assert caplog.messages == []  # leaving is no error
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="127.0.0.2 is this machine on Linux alone")
+def test_one_address_does_not_fill_the_pages_queue(served, go_on):
+    greedy = [Visitor(served.address) for _ in range(4)]
+    statuses = {visitor.join("predict", "fever") for visitor in greedy * 40}
+    assert statuses == {200, 503}
+    other = Visitor(served.address, "127.0.0.2")
+    other.trigger("predict", "fever")
+    go_on.set()
+    assert '"success":true' in other.stream.read().decode()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="127.0.0.2 is this machine on Linux alone")
+def test_many_sessions_of_one_address_push_out_no_others(served):
+    """Gradio keeps the messages of 2,000 sessions; here of fewer, which takes less time."""
+    served.queue.pending_messages_per_session.max_size = 120
+    other = Visitor(served.address, "127.0.0.2")
+    other.join("predict", "fever")
+    greedy, accepted = Visitor(served.address), 0
+    end = time.monotonic() + 60
+    while accepted < 150 and time.monotonic() < end:
+        accepted += greedy.join("clear", session=f"s{accepted}") == 200
+    assert accepted == 150
+    assert len(served.queue.pending_event_ids_session) < 110  # nor does the memory grow
+    other.connection.close()  # it was idle, and is opened anew
+    other.listen()
+    assert '"success":true' in other.stream.read().decode()
 
 
 def test_a_file_whose_visitor_leaves_is_given_up(served, classifier, monkeypatch):

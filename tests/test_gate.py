@@ -1,5 +1,6 @@
 """What is open, and that nothing else is: routes, events, inputs, and the files of a visit."""
 
+import asyncio
 import itertools
 import json
 import re
@@ -7,6 +8,7 @@ import secrets
 import socket
 import stat
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -129,6 +131,12 @@ def test_what_was_used_against_it_is_closed(client, path, monkeypatch):
     assert client.post(path, json={"data": ["fever"]}).status_code == 404
 
 
+@pytest.mark.parametrize("path", ["/config%0a", "/%0a", "/assets/" + "x" * 5_000, "/static/a%00"])
+def test_a_path_that_no_file_can_have_does_not_exist(client, path, caplog):
+    assert client.get(path).status_code == 404
+    assert caplog.messages == []
+
+
 def test_a_post_route_answers_get_with_405(client):
     for path in ("/gradio_api/queue/join", "/gradio_api/upload", "/v1/classify"):
         assert client.get(path).status_code == 405
@@ -205,6 +213,30 @@ def test_a_visit_is_known_by_a_cookie_that_scripts_and_other_sites_do_not_get(ap
     for word in ("HttpOnly", "SameSite=Strict", "Secure", "Path=/"):
         assert word in cookie
     assert "Secure" not in TestClient(app, "http://127.0.0.1").get("/").headers["set-cookie"]
+
+
+@pytest.mark.parametrize("value", [b"", b'"a"', b"\xff", b"a b", b"x" * 65, b'"' + b"\\" * 2_000])
+def test_a_cookie_that_is_no_visits_is_none(client, value):
+    headers = {"Cookie": b"clinora_visit=" + value}
+    answer = client.get("/gradio_api/queue/data?session_hash=one", headers=headers)
+    assert answer.status_code == 403
+    assert "set-cookie" in client.get("/", headers=headers).headers
+
+
+def test_cookies_and_passwords_do_not_reach_gradio():
+    """Reading the cookies takes the standard library seconds if they are made for that."""
+    seen = []
+
+    async def gradio_app(scope, _receive, _send):
+        seen.extend(name for name, _ in scope["headers"])
+
+    async def not_called(*_):
+        raise AssertionError
+
+    headers = [(b"host", b"x"), (b"cookie", b"a=b"), (b"authorization", b"c"), (b"cookie", b"d=e")]
+    scope = {"type": "http", "scheme": "http", "path": "/", "headers": headers}
+    asyncio.run(gate.Forward(gradio_app)(scope, not_called, not_called))
+    assert seen == [b"host"]
 
 
 # --- Inputs ---
@@ -405,8 +437,39 @@ def test_an_upload_that_is_no_file_is_refused(client):
     assert client.post(url, files=too_large).status_code == 413
 
 
+@pytest.mark.parametrize("charset", ["undefined", "punycode"])
+def test_a_form_that_cannot_be_decoded_is_refused(client, charset):
+    client.get("/")
+    form = b'--B\r\nContent-Disposition: form-data; name="files"; filename="a-9b"\r\n\r\nx\r\n--B--'
+    headers = {"Content-Type": f"multipart/form-data; boundary=B; charset={charset}"}
+    answer = client.post("/gradio_api/upload", content=form, headers=headers)
+    assert answer.status_code == 422
+
+
+def test_uploaded_files_are_read_one_at_a_time(client, monkeypatch):
+    running, most = 0, 0
+
+    def read_slowly(_content):
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        time.sleep(0.1)
+        running -= 1
+
+    client.get("/")
+    monkeypatch.setattr(gate, "read_table", read_slowly)
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(
+            pool.map(
+                lambda _: client.post("/gradio_api/upload", files={"files": ("a", TABLE)}), range(4)
+            )
+        )
+    assert [answer.status_code for answer in answers] == [200] * 4
+    assert most == 1
+
+
 @pytest.mark.parametrize(
-    "name", ["../../x.csv", "/etc/passwd", "a\0b", "", ".", "x" * 300, "é\u202e"]
+    "name", ["../../x.csv", "/etc/passwd", "a\0b", "", ".", "x" * 300, "é\u202e", "患" * 300]
 )
 def test_a_file_stays_in_its_folder_whatever_its_name(name, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
@@ -421,6 +484,7 @@ def test_what_is_stored_is_bounded_for_a_visit_and_in_all(tmp_path, monkeypatch)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr(storage, "MOST_BYTES_OF_A_VISIT", 100)
     monkeypatch.setattr(storage, "MOST_BYTES", 250)
+    monkeypatch.setattr(storage, "LEAST_BYTES_OF_A_FILE", 1)
     files = storage.Storage()
     first = files.add(storage.Owner("one", "quiet"), "a", b"x" * 60)
     assert files.find(str(first.path), "one")
@@ -431,6 +495,43 @@ def test_what_is_stored_is_bounded_for_a_visit_and_in_all(tmp_path, monkeypatch)
     assert [file.path.exists() for file in greedy] == [False] * 5 + [True] * 3
     files.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_tiny_files_stored_before_large_ones_are_no_way_round_the_bound(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    files = storage.Storage()
+    owner = storage.Owner("one", "address")
+    for size in [1] * 500 + [storage.MOST_BYTES_OF_A_VISIT // 3] * 10:
+        files.add(owner, "a", b"x" * size)
+    left = [file for file in files.folder.rglob("*") if file.is_file()]
+    assert len(left) == 3
+    assert sum(file.stat().st_size for file in left) <= storage.MOST_BYTES_OF_A_VISIT
+    files.close()
+
+
+def test_the_number_of_tiny_files_is_bounded(tmp_path, monkeypatch):
+    """Each takes a folder and an entry of the file system's table."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    files = storage.Storage()
+    for _ in range(600):
+        files.add(storage.Owner("one", "address"), "a", b"x")
+    assert len(list(files.folder.iterdir())) <= 500
+    files.close()
+
+
+def test_a_file_that_cannot_be_written_leaves_no_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    files = storage.Storage()
+
+    def fail(*_):
+        raise OSError
+
+    with monkeypatch.context() as full_disk:
+        full_disk.setattr(Path, "write_bytes", fail)
+        with pytest.raises(OSError):
+            files.add(storage.Owner("one", "address"), "a", b"x")
+    assert list(files.folder.iterdir()) == []
+    files.close()
 
 
 def test_old_files_are_removed(tmp_path, monkeypatch):

@@ -332,11 +332,11 @@ def test_rows_that_find_no_room_say_so_and_the_others_are_kept(client, monkeypat
     batcher = client.app.state.batcher
     submit, calls = batcher.submit, []
 
-    def full_at_times(notes, wait=0):
+    def full_at_times(notes, *arguments, **options):
         calls.append(len(notes))
         if len(calls) == 2:
             raise BusyError
-        return submit(notes, wait)
+        return submit(notes, *arguments, **options)
 
     monkeypatch.setattr(batcher, "submit", full_at_times)
     rows = classify(client, table_of([[i, f"{NOTE} {i}"] for i in range(40)]))

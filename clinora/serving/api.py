@@ -19,6 +19,7 @@ from clinora.classifier import Classifier, Prediction
 from clinora.notes import clean_text, has_visible
 from clinora.serving import report_error
 from clinora.serving.batcher import Batcher, BusyError
+from clinora.serving.proxy import network_of
 
 MOST_NOTES = 32  # of a request
 MOST_CHARACTERS = 100_000  # of a note
@@ -103,8 +104,8 @@ def add_routes(app: FastAPI, batcher: Batcher) -> None:
     async def health(_request: Request) -> JSONResponse:  # a busy service still answers
         return JSONResponse({"status": "ok"})
 
-    async def ready(_request: Request) -> JSONResponse:
-        if batcher.ready:
+    async def ready(request: Request) -> JSONResponse:
+        if batcher.ready(network_of(request.client)):
             return JSONResponse({"status": "ready"})
         return JSONResponse({"status": "busy"}, 503, RETRY_AFTER)
 
@@ -115,7 +116,8 @@ def add_routes(app: FastAPI, batcher: Batcher) -> None:
         results = [{"error": why} if (why := refuse(note)) else None for note in notes]
         good = [note for note, refused in zip(notes, results, strict=True) if not refused]
         try:
-            predictions = await _wait(batcher.submit(good), request)
+            futures = batcher.submit(good, client=network_of(request.client))
+            predictions = await _wait(futures, request)
         except (BusyError, TimeoutError):
             return JSONResponse({"detail": "The service is busy: try again."}, 503, RETRY_AFTER)
         answers = (

@@ -2,6 +2,7 @@
 
 import asyncio
 import ipaddress
+import logging
 import os
 import sys
 from collections.abc import AsyncIterator, Sequence
@@ -62,7 +63,7 @@ def create_app(
         ValueError: A trusted proxy is neither an address nor a network.
     """
     proxies = [ipaddress.ip_network(address) for address in trusted_proxies]
-    _keep_gradio_quiet()
+    _keep_libraries_quiet()
     storage = Storage()
     # Gradio keeps what a handler gives it here, and reads these when the page is built.
     os.environ |= {
@@ -118,11 +119,12 @@ def create_app(
     return app
 
 
-def _keep_gradio_quiet() -> None:
-    """Keep Gradio from printing what came in: errors before a handler runs quote it."""
+def _keep_libraries_quiet() -> None:
+    """Keep Gradio from printing what came in, and the log from filling with malformed forms."""
     quiet = SimpleNamespace(print_exc=lambda: report_error(sys.exception()))
     for module in (gradio.queueing, gradio.routes, gradio.route_utils):
-        module.traceback = quiet
+        module.traceback = quiet  # errors before a handler runs quote its inputs
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)
 
 
 async def _remove_old_files(storage: Storage) -> None:

@@ -1,9 +1,9 @@
 """One bounded queue before one model: page, API and files share it, and none waits for ever.
 
-A single thread works on what the queue holds. It takes from each request in turn, so that many
-notes of one do not hold up the few of another. Notes that wait together go through the model
-together; anything else that needs the model (another strength, an explanation) is a request too and
-has the model for itself.
+A single thread works on what the queue holds. Clients take turns, and so do the requests of one
+client, so that many notes or requests of one client do not hold up the few of another. Notes that
+wait together go through the model together; anything else that needs the model (another strength,
+an explanation) is a request too and has the model for itself.
 """
 
 import itertools
@@ -16,6 +16,7 @@ from typing import TypeVar
 
 from clinora.classifier import Classifier, Prediction
 
+# Of one client. The server bounds how many clients there are.
 MOST_REQUESTS = 64  # that wait
 MOST_WAITING = 128  # notes that wait; beyond them a request of one note still finds room
 MOST_TOGETHER = 16  # notes that go through the model at once
@@ -33,6 +34,7 @@ class _Work:
     """A note or a job that waits, and the future of its answer."""
 
     item: str | Callable
+    client: str
     future: Future
     tokens: int | None = None  # that the model reads; None: not counted yet
 
@@ -61,7 +63,9 @@ class Batcher:
         self._thread = threading.Thread(target=self._run, name="batcher", daemon=True)
         self._thread.start()
 
-    def submit(self, notes: Sequence[str], wait: float = 0) -> list[Future[Prediction]]:
+    def submit(
+        self, notes: Sequence[str], wait: float = 0, *, client: str = ""
+    ) -> list[Future[Prediction]]:
         """Queue the notes of one request, all of them or none.
 
         A note whose future is cancelled before its turn is not computed.
@@ -69,25 +73,29 @@ class Batcher:
         Args:
             notes: At most ``MOST_WAITING``.
             wait: Seconds to wait for room.
+            client: Who asks: any name, the same for all requests of a client.
 
         Raises:
             BusyError: There was no room, or the service is ending.
         """
-        return self._queue(notes, wait)
+        return self._queue(notes, wait, client)
 
-    def submit_job(self, job: Callable[[], T]) -> Future[T]:
+    def submit_job(self, job: Callable[[], T], *, client: str = "") -> Future[T]:
         """Queue a function that has the model for itself.
+
+        Args:
+            job: The function.
+            client: As in ``submit``.
 
         Raises:
             BusyError: There is no room, or the service is ending.
         """
-        return self._queue([job], 0)[0]
+        return self._queue([job], 0, client)[0]
 
-    @property
-    def ready(self) -> bool:
-        """Whether a note would be queued now."""
+    def ready(self, client: str = "") -> bool:
+        """Tell whether a note of this client would be queued now."""
         with self._changed:
-            return self._open and self._thread.is_alive() and self._has_room(1)
+            return self._open and self._thread.is_alive() and self._has_room(1, client)
 
     def close(self) -> None:
         """Take nothing more, and finish what is queued."""
@@ -96,21 +104,25 @@ class Batcher:
             self._changed.notify_all()
         self._thread.join()
 
-    def _queue(self, items: Sequence[str | Callable], wait: float) -> list[Future]:
-        waiting = deque(_Work(item, Future()) for item in items)
+    def _queue(self, items: Sequence[str | Callable], wait: float, client: str) -> list[Future]:
+        waiting = deque(_Work(item, client, Future()) for item in items)
         with self._changed:
-            self._changed.wait_for(lambda: not self._open or self._has_room(len(items)), wait)
-            if not self._open or not self._has_room(len(items)):
+            self._changed.wait_for(
+                lambda: not self._open or self._has_room(len(items), client), wait
+            )
+            if not self._open or not self._has_room(len(items), client):
                 raise BusyError
             if waiting:
                 self._requests.append(waiting)
                 self._changed.notify_all()
         return [work.future for work in waiting]
 
-    def _has_room(self, items: int) -> bool:
-        """Tell whether a request of so many notes finds room; those who have gone need none."""
+    def _has_room(self, items: int, client: str) -> bool:
+        """Tell whether a client's request of so many notes finds room; cancelled ones need none."""
         counts = []
         for request in self._requests:
+            if request[0].client != client:
+                continue
             wanted = [work for work in request if not work.future.cancelled()]
             if wanted:
                 counts.append(len(wanted))
@@ -176,15 +188,19 @@ class Batcher:
             return self.classifier.token_limit
 
     def _take(self, work: _Work) -> bool:
-        """Take a note or a job out of the queue; its request's next turn is after all others'.
+        """Take a note or a job out of the queue; False if its caller has gone meanwhile.
 
-        False if its caller has gone meanwhile.
+        The next turn of its client is after those of all other clients, and the next turn of its
+        request is after those of the client's other requests.
         """
         request = next(request for request in self._requests if work in request)
         self._requests.remove(request)
         request.remove(work)
+        others = [waiting for waiting in self._requests if waiting[0].client != work.client]
+        own = [waiting for waiting in self._requests if waiting[0].client == work.client]
         if request:
-            self._requests.append(request)
+            own.append(request)
+        self._requests = deque(others + own)
         return work.future.set_running_or_notify_cancel()
 
     def _answer(self, taken: list[_Work]) -> bool:

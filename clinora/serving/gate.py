@@ -12,11 +12,13 @@ the cookie, so no other visit can name it.
 
 import hashlib
 import json
+import re
 import secrets
 from collections.abc import Callable
 from urllib.parse import urlencode
 
 import gradio
+from anyio import CapacityLimiter, to_thread
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from pydantic import BaseModel, Field, ValidationError
@@ -25,9 +27,14 @@ from starlette.datastructures import MutableHeaders, UploadFile
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from clinora.serving.files import FileError, read_table
+from clinora.serving.proxy import network_of
+from clinora.serving.sessions import Sessions
 from clinora.serving.storage import Owner, Storage, StoredFile
 
 VISIT_COOKIE = "clinora_visit"
+# The standard library needs seconds to read a value of many backslashes (CVE-2024-7592).
+VISIT_PATTERN = re.compile(rf"(?:^|; ?){VISIT_COOKIE}=([A-Za-z0-9_-]{{1,64}})(?=;|$)")
+MOST_PATH_CHARACTERS = 200  # of one of the page's own files
 MOST_TEXT_CHARACTERS = 250_000  # of a text; a handler says more kindly what a note may have
 UPLOAD_ROUTE = "/gradio_api/upload"
 
@@ -82,13 +89,18 @@ def add_page(app: FastAPI, blocks: gradio.Blocks, gradio_app: ASGIApp, storage: 
         ValueError: An open event has an input for which there is no check here.
     """
     events = open_events(blocks)
+    sessions = Sessions(blocks)
+
+    reading = CapacityLimiter(1)  # files: what one client uploads must not take all processors
 
     async def forward_plain(request: Request) -> Forward:
-        known = request.cookies.get(VISIT_COOKIE)
-        fresh = not known and request.url.path in FIRST_ROUTES
+        path = request.scope["path"]
+        if len(path) > MOST_PATH_CHARACTERS or not path.isprintable():
+            raise HTTPException(404)
+        fresh = _known_visit(request) is None and path in FIRST_ROUTES
         return Forward(gradio_app, new_visit=secrets.token_urlsafe(16) if fresh else None)
 
-    async def join(request: Request) -> Forward:
+    async def join(request: Request) -> Response | ASGIApp:
         visit = _visit(request)
         try:
             asked = Join.model_validate_json(await request.body())
@@ -103,12 +115,10 @@ def add_page(app: FastAPI, blocks: gradio.Blocks, gradio_app: ASGIApp, storage: 
             check_input(component, value, lambda path: storage.find(path, visit))
             for component, value in zip(event.inputs, asked.data, strict=True)
         ]
-        body = {
-            "fn_index": asked.fn_index,
-            "session_hash": _session(visit, asked.session_hash),
-            "data": data,
-        }
-        return Forward(gradio_app, body=json.dumps(body).encode())
+        session = _session(visit, asked.session_hash)
+        body = {"fn_index": asked.fn_index, "session_hash": session, "data": data}
+        forward = Forward(gradio_app, body=json.dumps(body).encode())
+        return sessions.join(session, network_of(request.client), forward)
 
     async def queue_data(request: Request) -> Forward:
         session = _session(_visit(request), request.query_params.get("session_hash", ""))
@@ -121,15 +131,18 @@ def add_page(app: FastAPI, blocks: gradio.Blocks, gradio_app: ASGIApp, storage: 
         return Forward(gradio_app, path=f"/gradio_api/heartbeat/{session}")
 
     async def upload(request: Request) -> Response:
-        owner = Owner(_visit(request), request.client.host if request.client else "")
-        async with request.form(max_files=1, max_fields=0) as form:
-            file = form.get("files")
-            if not isinstance(file, UploadFile):
-                raise HTTPException(422, "Expected one file.")
-            content = await file.read()
-            name = file.filename or ""
+        owner = Owner(_visit(request), network_of(request.client))
         try:
-            await run_in_threadpool(read_table, content)
+            async with request.form(max_files=1, max_fields=0) as form:
+                file = form.get("files")
+                if not isinstance(file, UploadFile):
+                    raise HTTPException(422, "Expected one file.")
+                content = await file.read()
+                name = file.filename or ""
+        except UnicodeError:  # the form's charset may be any of Python's codecs
+            raise HTTPException(422, "Expected a form in UTF-8.") from None
+        try:
+            await to_thread.run_sync(read_table, content, limiter=reading)
         except FileError as error:  # as text: the page shows an answer's body as it is
             return PlainTextResponse(str(error), 422)
         stored = await run_in_threadpool(storage.add, owner, name, content)
@@ -277,9 +290,14 @@ CHECKS = {
 # --- visits and requests ------------------------------------------------------------------------
 
 
+def _known_visit(request: Request) -> str | None:
+    found = VISIT_PATTERN.search(request.headers.get("cookie", ""))
+    return found and found[1]
+
+
 def _visit(request: Request) -> str:
-    visit = request.cookies.get(VISIT_COOKIE)
-    if not visit:
+    visit = _known_visit(request)
+    if visit is None:
         raise HTTPException(403, "Open the page first, and allow its cookie.")
     return visit
 
@@ -292,7 +310,8 @@ def _session(visit: str, name: str) -> str:
 class Forward:
     """An ASGI answer: Gradio's, to a request written anew.
 
-    Path and method stay as they came unless given. Of the query and the body nothing stays.
+    Path and method stay as they came unless given. Nothing stays of the query, the body, the
+    cookies and the password.
     """
 
     def __init__(
@@ -315,6 +334,8 @@ class Forward:
         if self.path is not None:
             scope.update(path=self.path, raw_path=self.path.encode())
         headers = MutableHeaders(raw=list(scope["headers"]))
+        del headers["cookie"]
+        del headers["authorization"]
         if self.body:
             headers["content-type"] = "application/json"
             headers["content-length"] = str(len(self.body))

@@ -29,6 +29,7 @@ from clinora.serving.api import REQUEST_SECONDS, describe, refuse
 from clinora.serving.batcher import MOST_TOGETHER, Batcher, BusyError
 from clinora.serving.files import MOST_ROWS, FileError, read_table
 from clinora.serving.flags import Flags, FlagsFullError
+from clinora.serving.proxy import network_of
 from clinora.serving.storage import Storage
 
 TITLE = "Clinical Note Classifier"
@@ -142,9 +143,9 @@ def _classify_tab(batcher: Batcher, flags: Flags) -> None:
 
     def predict(note: str | None) -> tuple:
         note = _checked(note)
-        prediction = _wait(batcher.submit([note])[0])
+        prediction = _wait(batcher.submit([note], client=_client())[0])
         # In the same event: the browser loses one that begins as the last of a chain ends.
-        sentences = _wait(batcher.submit_job(lambda: explain(classifier, note)))
+        sentences = _wait(batcher.submit_job(lambda: explain(classifier, note), client=_client()))
         record = prediction.as_json() | {
             "confidence": prediction.confidence,
             "sha256": Note(note, ()).sha256,
@@ -296,7 +297,7 @@ def _internals_tab(batcher: Batcher) -> None:
                     columns.append(classifier([note])[0].probabilities)
             return columns
 
-        columns = _wait(batcher.submit_job(job))
+        columns = _wait(batcher.submit_job(job, client=_client()))
         return [
             [label, *(f"{column[i]:.1%}" for column in columns)] for i, label in enumerate(labels)
         ]
@@ -314,7 +315,7 @@ def _internals_tab(batcher: Batcher) -> None:
             merged = classifier.logits([ids], lambda *x: functional_call(model, replaced, x))
             return classifier([note])[0].probabilities, merged.softmax(-1)[0].tolist()
 
-        beside, merged = _wait(batcher.submit_job(job))
+        beside, merged = _wait(batcher.submit_job(job, client=_client()))
         apart = max(abs(a - b) for a, b in zip(beside, merged, strict=True))
         return (
             f"Largest difference of a probability: {100 * apart:.2g} points. The merged weight "
@@ -388,7 +389,7 @@ def _many_tab(batcher: Batcher, storage: Storage) -> None:
             part = notes[start : start + MOST_TOGETHER]
             good = [note for note, why in part if not why]
             try:
-                futures = batcher.submit(good, wait=REQUEST_SECONDS)
+                futures = batcher.submit(good, REQUEST_SECONDS, client=_client())
             except BusyError:  # what is done is not lost
                 futures = []
                 part = [(note, why or "The service was busy.") for note, why in part]
@@ -486,6 +487,12 @@ def _wait(future: Future) -> object:
         return future.result(0)
     finally:
         future.cancel()
+
+
+def _client() -> str:
+    """Name the client whose event this handler works on; "" if nobody's request is at hand."""
+    request = LocalContext.request.get(None)
+    return "" if request is None else network_of(request.client)
 
 
 def _visitor_is_gone() -> bool:

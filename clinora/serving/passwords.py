@@ -11,7 +11,6 @@ import base64
 import getpass
 import hashlib
 import hmac
-import ipaddress
 import re
 import secrets
 import sys
@@ -27,6 +26,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from clinora.serving.api import RETRY_AFTER
+from clinora.serving.proxy import network_of
 
 FEWEST_CHARACTERS = 12  # of a password
 # Control characters, and surrogates: a terminal's bytes that are not UTF-8.
@@ -91,24 +91,6 @@ def read_header(header: str) -> tuple[str, str] | None:
     if scheme.lower() != "basic" or not colon or not may_be_password(password):
         return None
     return name, password
-
-
-def network_of(client: tuple[str, int] | None) -> str:
-    """Give the network that a client's guesses count for.
-
-    This is the IPv4 address, or the /64 network of the IPv6 address: one customer has a /64 at
-    least, and can change the rest of the address at will. All clients without an IP address count
-    as one.
-    """
-    try:
-        address = ipaddress.ip_address(client[0] if client else "")
-    except ValueError:
-        return ""
-    if address.version == 4:
-        return str(address)
-    if address.ipv4_mapped:
-        return str(address.ipv4_mapped)
-    return str(ipaddress.IPv6Network((int(address), 64), strict=False))
 
 
 @dataclass(eq=False)

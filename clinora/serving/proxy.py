@@ -1,5 +1,6 @@
 """The client's address and the scheme of a request, as a trusted proxy reports them."""
 
+import ipaddress
 from collections.abc import Sequence
 from ipaddress import IPv4Network, IPv6Network
 
@@ -41,3 +42,21 @@ class Proxies:
 
 def _is_report(name: bytes) -> bool:
     return name in REPORTS or name.startswith(REPORTS_PREFIX)
+
+
+def network_of(client: tuple[str, int] | None) -> str:
+    """Give the network that stands for a client wherever each client has its part.
+
+    This is the IPv4 address, or the /64 network of the IPv6 address: one customer has a /64 at
+    least, and can change the rest of the address at will. All clients without an IP address count
+    as one.
+    """
+    try:
+        address = ipaddress.ip_address(client[0] if client else "")
+    except ValueError:
+        return ""
+    if address.version == 4:
+        return str(address)
+    if address.ipv4_mapped:
+        return str(address.ipv4_mapped)
+    return str(ipaddress.IPv6Network((int(address), 64), strict=False))

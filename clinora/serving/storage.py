@@ -24,7 +24,9 @@ PREFIX = "clinora-service-"  # of the temporary folder, and of its lock beside i
 MOST_BYTES_OF_A_VISIT = 20_000_000
 MOST_BYTES = 200_000_000
 KEPT_SECONDS = 1800
-MOST_NAME_CHARACTERS = 100
+# A file takes at least this much of them: many tiny files would fill the file system's table.
+LEAST_BYTES_OF_A_FILE = 50_000
+MOST_NAME_BYTES = 200  # in UTF-8; file systems refuse more than 255
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +55,8 @@ class StoredFile:
 class Storage:
     """Keeps files for a while, each for the visit that owns it.
 
-    A visit that stores more than ``MOST_BYTES_OF_A_VISIT`` loses its oldest file. When more than
-    ``MOST_BYTES`` are stored in all, the address that stores most loses its oldest file, so that
+    A visit that stores more than ``MOST_BYTES_OF_A_VISIT`` loses its oldest files. When more than
+    ``MOST_BYTES`` are stored in all, the address that stores most loses its oldest files, so that
     one client cannot crowd out the others.
 
     Attributes:
@@ -86,7 +88,11 @@ class Storage:
         file = StoredFile(folder / _safe_name(name), owner, len(content), time.monotonic())
         with self._lock:
             folder.mkdir()
-            file.path.write_bytes(content)
+            try:
+                file.path.write_bytes(content)
+            except OSError:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
             self._files[str(file.path)] = file
             self._make_room()
         return file
@@ -131,23 +137,29 @@ class Storage:
         shutil.rmtree(file.path.parent, ignore_errors=True)
 
     def _make_room(self) -> None:
-        of_visits: Counter[str] = Counter()
-        of_addresses: Counter[str] = Counter()
-        for file in self._files.values():
-            of_visits[file.owner.visit] += file.size
-            of_addresses[file.owner.address] += file.size
-        visit, most_of_a_visit = of_visits.most_common(1)[0]
-        address, _ = of_addresses.most_common(1)[0]
-        if most_of_a_visit > MOST_BYTES_OF_A_VISIT:
-            self._remove(next(f for f in self._files.values() if f.owner.visit == visit))
-        elif of_addresses.total() > MOST_BYTES:
-            self._remove(next(f for f in self._files.values() if f.owner.address == address))
+        """Remove the oldest files of whoever stores too much, until all is within the bounds."""
+        while True:
+            of_visits: Counter[str] = Counter()
+            of_addresses: Counter[str] = Counter()
+            for file in self._files.values():
+                size = max(file.size, LEAST_BYTES_OF_A_FILE)
+                of_visits[file.owner.visit] += size
+                of_addresses[file.owner.address] += size
+            visit, most_of_a_visit = of_visits.most_common(1)[0]
+            address, _ = of_addresses.most_common(1)[0]
+            if most_of_a_visit > MOST_BYTES_OF_A_VISIT:
+                self._remove(next(f for f in self._files.values() if f.owner.visit == visit))
+            elif of_addresses.total() > MOST_BYTES:
+                self._remove(next(f for f in self._files.values() if f.owner.address == address))
+            else:
+                return
 
 
 def _safe_name(name: str) -> str:
     """Keep of a file's name what is a plain name on every system."""
-    plain = re.sub(r"[^\w .()-]", "_", name)[-MOST_NAME_CHARACTERS:].strip(" .")
-    return plain or "file"
+    plain = re.sub(r"[^\w .()-]", "_", name)
+    end = plain.encode()[-MOST_NAME_BYTES:].decode(errors="ignore")  # a cut character is left out
+    return end.strip(" .") or "file"
 
 
 def _remove_abandoned_folders() -> None:
