@@ -84,6 +84,7 @@ def test_training_follows_peft_and_transformers(tmp_path, accumulate):
     ids = [classifier.tokenizer.encode(note.text) for note in NOTES]
     optimizer = torch.optim.AdamW(wanted.values(), lr=1.0, weight_decay=0.1)
     order = batches([len(note) for note in ids], 60, seed=0)
+    history = []
     for step in range(1, 11):
         rate = 2e-4 * (step if step == 1 else (1 + math.cos(math.pi * (step - 2) / 9)) / 2)
         optimizer.param_groups[0]["lr"] = rate
@@ -93,10 +94,13 @@ def test_training_follows_peft_and_transformers(tmp_path, accumulate):
         mask = torch.tensor([[1] * len(ids[i]) + [0] * (width - len(ids[i])) for i in batch])
         log_p = theirs(padded, attention_mask=mask).logits.log_softmax(-1)
         losses = [-log_p[row, list(NOTES[i].labels)].mean() for row, i in enumerate(batch)]
-        torch.stack(losses).mean().backward()
+        loss = torch.stack(losses).mean()
+        history.append(loss.item())
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(wanted.values(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
+    assert [point["loss"] for point in points(tmp_path)] == pytest.approx(history, abs=1e-4)
     for name, tensor in clinora.lora_state_dict(classifier.model).items():
         torch.testing.assert_close(tensor, wanted[name].detach(), rtol=0, atol=1e-5)
         assert not torch.equal(tensor, start[name])
