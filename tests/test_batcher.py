@@ -3,6 +3,7 @@
 import threading
 import time
 from concurrent.futures import CancelledError, Future, wait
+from types import SimpleNamespace
 
 import pytest
 
@@ -258,7 +259,8 @@ def test_a_caller_has_its_futures_although_the_thread_takes_its_notes_at_once(
             if threading.current_thread() is threading.main_thread():
                 time.sleep(0.2)
 
-    monkeypatch.setattr(threading, "Condition", SlowToReturn)
+    slow = SimpleNamespace(Condition=SlowToReturn, Thread=threading.Thread)
+    monkeypatch.setattr("clinora.serving.batcher.threading", slow)  # in that module alone
     batcher = Batcher(classifier)
     assert len(batcher.submit(NOTES[:2])) == 2
     batcher.close()
