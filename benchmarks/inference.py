@@ -19,7 +19,7 @@ import torch
 
 import clinora
 from benchmarks import common
-from clinora.classifier import keep_freed_memory
+from clinora.device import keep_freed_memory
 
 
 def their_pipeline(run: str, classifier: clinora.Classifier, batch: int) -> object:

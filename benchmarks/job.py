@@ -24,7 +24,8 @@ import torch
 
 import clinora
 from benchmarks import common
-from clinora.classifier import group_by_length, keep_freed_memory
+from clinora.classifier import group_by_length
+from clinora.device import keep_freed_memory
 from clinora.notes import Note
 
 

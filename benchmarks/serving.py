@@ -20,7 +20,7 @@ import numpy as np
 
 import clinora
 from benchmarks.common import spread
-from clinora.classifier import keep_freed_memory
+from clinora.device import keep_freed_memory
 from clinora.serving.app import create_app, serve
 from clinora.serving.batcher import MOST_TOGETHER
 

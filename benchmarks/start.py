@@ -14,7 +14,7 @@ import torch
 from benchmarks import common
 
 IMPORTS = {
-    "ours": "import clinora",
+    "ours": "from clinora import load_model",
     "theirs": "from transformers import AutoModelForSequenceClassification; import peft",
 }
 

@@ -1,32 +1,66 @@
-"""LoRA and Llama written by hand, small and exact, to classify clinical notes."""
+"""LoRA and Llama written by hand, small and exact, to classify clinical notes.
 
-from importlib.metadata import version
+>>> import clinora
+>>> model = clinora.load_model("bundled", num_labels=5)  # or a folder, or a Hub id
+>>> _ = clinora.apply_lora(model, clinora.LoRAConfig(rank=8, alpha=16))
+>>> count = clinora.count_parameters(model)
+>>> print(f"{count.trainable:,} of {count.total:,} parameters are trained")
+55,360 of 8,374,400 parameters are trained
+>>> classifier = clinora.Classifier.load("bundled")  # or a run's folder
+>>> prediction = classifier(["Severe chest pain. ECG shows ST elevation."])[0]
+>>> print(prediction.as_text())
+Predicted Label: Cardiovascular / Pulmonary
 
-from clinora.checkpoint import load_adapter, load_model, save_adapter
-from clinora.classifier import Classifier, Prediction
-from clinora.llama import Llama, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
-from clinora.lora import (
-    LoRAConfig,
-    LoRALinear,
-    ParameterCount,
-    apply_lora,
-    count_parameters,
-    lora_disabled,
-    lora_parameter_count,
-    lora_state_dict,
-    lora_strength,
-    merge_lora,
-    merged_weight,
-)
-from clinora.notes import PUBLISHED_CLASSES, Note, Notes, read_notes
-from clinora.tokenizer import Tokenizer
+``clinora.train`` fine-tunes a classifier, ``clinora.testing`` has assertions for unit tests, and
+``clinora.budget`` counts parameters and bytes without loading a model.
 
-__version__ = version("clinora")
+A name is imported when it is first used, so ``import clinora`` does not wait for PyTorch.
+"""
 
-__all__ = [
-    "PUBLISHED_CLASSES", "Classifier", "Llama", "LlamaConfig", "LlamaForCausalLM",
-    "LlamaForSequenceClassification", "LoRAConfig", "LoRALinear", "Note", "Notes",
-    "ParameterCount", "Prediction", "Tokenizer", "apply_lora", "count_parameters", "load_adapter",
-    "load_model", "lora_disabled", "lora_parameter_count", "lora_state_dict", "lora_strength",
-    "merge_lora", "merged_weight", "read_notes", "save_adapter",
-]  # fmt: skip
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+# The public names by their module. __init__.pyi tells editors and type checkers of the same.
+_NAMES = {
+    "adapter": ("load_adapter", "save_adapter"),
+    "checkpoint": ("load_model",),
+    "classifier": ("Classifier", "Prediction"),
+    "llama": ("Llama", "LlamaConfig", "LlamaForCausalLM", "LlamaForSequenceClassification"),
+    "lora": (
+        "LoRAConfig",
+        "LoRALinear",
+        "ParameterCount",
+        "apply_lora",
+        "count_parameters",
+        "lora_disabled",
+        "lora_parameter_count",
+        "lora_state_dict",
+        "lora_strength",
+        "merge_lora",
+        "merged_weight",
+    ),
+    "notes": ("PUBLISHED_CLASSES", "Note", "Notes", "read_notes"),
+    "tokenizer": ("Tokenizer",),
+    "training": ("TrainingConfig", "train"),
+}
+_MODULES = ("budget", "testing")  # public as modules
+
+__all__ = [*_MODULES, *(name for names in _NAMES.values() for name in names)]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used (PEP 562)."""
+    if name in _MODULES:
+        return importlib.import_module(f"clinora.{name}")
+    for module, names in _NAMES.items():
+        if name in names:
+            value = getattr(importlib.import_module(f"clinora.{module}"), name)
+            globals()[name] = value  # the next use finds it at once
+            return value
+    raise AttributeError(f"module 'clinora' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -14,19 +14,17 @@ on float32 weights; ``fp32`` is float32 throughout. Not counted is what exists o
 outside the model: the loss, gradients of activations, autocast's copies of trained weights (in
 full training 2 more bytes for each weight), and the allocator's overhead.
 
-    python -m clinora.budget config.json --rank 8 --targets q_proj v_proj
+    clinora budget config.json --rank 8 --targets q_proj v_proj
 
 Shapes: B batch, T tokens, D width, H query heads, K key/value heads, E head width, I MLP width,
 V vocabulary, C classes, L layers, r rank. N is a number of positions: B·T, or B in the last layer.
 1 MB is 10⁶ bytes.
 """
 
-import argparse
 from dataclasses import dataclass
 
 from clinora.kernels import TILED_FROM
 from clinora.llama import LlamaConfig
-from clinora.lora import LoRAConfig
 
 METHODS = ("lora", "head", "full")
 ELEMENT_BYTES = {"bf16": 2, "fp32": 4}  # of a frozen weight, and of what a product computes
@@ -446,114 +444,9 @@ def budget(config: LlamaConfig, tuning: FineTuning, num_labels: int) -> Budget:
     )
 
 
-# --- the command --------------------------------------------------------------------------------
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Print the budget of a model as tables: ``python -m clinora.budget --help``."""
-    from clinora.checkpoint import find_config
-
-    defaults = LoRAConfig()
-    parser = argparse.ArgumentParser(
-        prog="python -m clinora.budget",
-        description="Parameters and bytes of fine-tuning a Llama, without loading it.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    add("source", help="a config.json, a folder that has one, or a Hub id")
-    add("--revision", help="revision of the Hub id")
-    add("--rank", type=int, default=defaults.rank, help="LoRA's rank")
-    add("--targets", nargs="+", default=defaults.targets, help="linear layers that LoRA adapts")
-    add("--labels", type=int, default=5, help="classes of the head")
-    add("--batch", type=int, default=4, help="notes in a batch")
-    add("--tokens", type=int, default=512, help="tokens of each note")
-    add("--precision", choices=ELEMENT_BYTES, default="bf16", help="precision to train in")
-    flags = parser.parse_args(argv)
-    try:
-        config = LlamaConfig.from_json(find_config(flags.source, flags.revision))
-        targets = lora_targets(config, flags.rank, tuple(flags.targets))
-        budgets = []
-        for method in METHODS:
-            tuning = FineTuning(
-                method=method,
-                batch=flags.batch,
-                tokens=flags.tokens,
-                precision=flags.precision,
-                rank=flags.rank,
-                targets=tuple(flags.targets),
-            )
-            budgets.append(budget(config, tuning, flags.labels))
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
-    print(_target_table(targets))
-    print()
-    print(_bytes_table(targets, flags.precision))
-    print()
-    shape = f"{flags.batch} × {flags.tokens} tokens, {flags.labels} classes, {flags.precision}"
-    print(f"{shape}; MB:")
-    print(_budget_table(budgets))
-
-
-def _target_table(targets: list[Target]) -> str:
-    lora_title = f"LoRA r={targets[0].rank}"
-    rows = [("target", "out × in", "layers", "full", lora_title, "times fewer", "saves up to r")]
-    for target in targets:
-        shape = f"{target.out_features:,} × {target.in_features:,}"
-        break_even = break_even_rank(target.out_features, target.in_features)
-        rows.append(
-            (
-                target.name,
-                shape,
-                f"{target.layers}",
-                f"{target.full:,}",
-                f"{target.lora:,}",
-                f"{target.times_fewer:,.1f}",
-                f"{break_even:,}",
-            )
-        )
-    full = sum(target.full for target in targets)
-    lora = sum(target.lora for target in targets)
-    rows.append(("all", "", "", f"{full:,}", f"{lora:,}", f"{full / lora:,.1f}", ""))
-    return _table(rows)
-
-
-def _bytes_table(targets: list[Target], precision: str) -> str:
-    title = ["LoRA weights", "LoRA gradients", "LoRA AdamW"]
-    title += ["full weights", "full gradients", "full AdamW"]
-    totals = [0] * len(title)
-    rows = [(f"MB, {precision}", *title)]
-    for target in targets:
-        sizes = [*target.held_bytes("lora", precision), *target.held_bytes("full", precision)]
-        totals = [total + size for total, size in zip(totals, sizes, strict=True)]
-        rows.append((target.name, *map(_megabytes, sizes)))
-    rows.append(("all", *map(_megabytes, totals)))
-    return _table(rows)
-
-
-def _budget_table(budgets: list[Budget]) -> str:
-    rows = [("", "trainable", "share", "weights", "gradients", "AdamW", "activations", "total")]
-    for b in budgets:
-        share = f"{b.trainable / b.parameters:.3%}"
-        sizes = (b.weights, b.gradients, b.optimizer, b.activations, b.total)
-        rows.append((b.method, f"{b.trainable:,}", share, *map(_megabytes, sizes)))
-    return _table(rows)
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:,.1f}"
-
-
-def _table(rows: list[tuple[str, ...]]) -> str:
-    """Align columns: the first to the left, the others to the right."""
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    lines = []
-    for first, *others in rows:
-        cells = [first.ljust(widths[0])]
-        for cell, width in zip(others, widths[1:], strict=True):
-            cells.append(cell.rjust(width))
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
-
-
 if __name__ == "__main__":
-    main()
+    import sys
+
+    from clinora.commands.budget import main
+
+    sys.exit(main(prog="python -m clinora.budget"))

@@ -1,111 +1,43 @@
-"""A trained run, from texts to predictions: one path for evaluation, page and API.
+"""From text to prediction: the one path that evaluation, page, API and files share.
+
+text → clean text → token ids → batches of similar length → logits → probabilities → calibrated
+confidence → prediction.
 
 Shapes: N notes, B batch, T tokens, D width, C classes.
 """
 
-import ctypes
-import dataclasses
-import hashlib
-import json
-import math
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from clinora.checkpoint import (
-    BUNDLED,
-    CheckpointError,
-    Source,
-    find_base,
-    load_adapter,
-    load_model,
-    read_json,
-    save_adapter,
-    weights_sha256,
-    write_atomically,
-)
-from clinora.llama import LlamaConfig, LlamaForSequenceClassification
-from clinora.notes import check_class_name, has_visible
+from clinora.adapter import load_adapter, save_adapter
+from clinora.calibration import Calibration
+from clinora.checkpoint import BUNDLED, CheckpointError, find_base, load_model
+from clinora.device import choose_device, choose_dtype
+from clinora.llama import LlamaForSequenceClassification
+from clinora.lora import LoRAConfig, apply_lora
+from clinora.notes import Note, check_class_names, clean_text, has_visible
+from clinora.run import BaseRecord, DataRecord, RunRecord, seen_hashes
 from clinora.tokenizer import Tokenizer
 
-RUN_FILE = "clinora.json"
-SCHEMA = 1
-# What of a base a run is bound to, by the key of its hash in the run's file.
-BOUND = {"sha256": "weights", "tokenizer_sha256": "tokenizer.model", "config_sha256": "config.json"}
+TOKEN_LIMIT = 512  # tokens of a note that are read, unless told otherwise
 INFERENCE_TOKENS = 8192  # of a padded batch
 INFERENCE_NOTES = 1024  # tokenised at a time: the memory for ids does not grow with the notes
 
 
-def keep_freed_memory() -> None:
-    """Have glibc keep the memory of freed tensors for the next ones; a script calls it first.
-
-    By default it hands large ones back to the kernel and maps them anew at every step, which slows
-    small models. Tensors above 32 MiB are mapped all the same. The process does not shrink. Threads
-    share its one heap: a thread's own is in parts of 64 MiB, handed back whatever is asked for,
-    which made the page slower with batches than without. Under another C library this does nothing.
-    """
-    with suppress(OSError, AttributeError):
-        # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_ARENA_MAX
-        for option, value in ((-3, 2**25), (-1, 2**31 - 1), (-8, 1)):
-            ctypes.CDLL("libc.so.6").mallopt(option, value)
-
-
-def choose_device(device: str = "auto") -> torch.device:
-    """Choose where to compute: "auto" is CUDA or MPS if there is one, else the CPU.
-
-    Raises:
-        ValueError: This machine has no such device.
-    """
-    available = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    if device == "auto":
-        device = next(name for name, there in available.items() if there)
-    if not available.get(device.partition(":")[0], False):
-        there = ", ".join(name for name, there in available.items() if there)
-        raise ValueError(f"device {device!r} is not available here: choose auto or one of {there}")
-    try:
-        return torch.empty(0, device=device).device
-    except RuntimeError:  # no such number
-        raise ValueError(f"device {device!r} is not there: expected cuda:0 or the like") from None
-
-
-def choose_dtype(device: torch.device, precision: str = "auto") -> torch.dtype:
-    """Choose the compute dtype: bfloat16 where the hardware has it, else float16 or float32.
-
-    Args:
-        device: Where the model will be.
-        precision: "auto", "bf16", "fp16" or "fp32".
-
-    Raises:
-        ValueError: It is none of these.
-    """
-    named = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    if precision in named:
-        return named[precision]
-    if precision != "auto":
-        raise ValueError(f"precision {precision!r}: expected auto, {', '.join(named)}")
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if native else torch.float16
-    if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
-        return torch.bfloat16
-    return torch.float32
-
-
 def group_by_length(lengths: Sequence[int], tokens: int) -> list[list[int]]:
-    """Group notes of like length, so that little is padded.
+    """Group notes of similar length, so that there is little padding.
 
     Args:
         lengths: Tokens of each note.
-        tokens: The most that a padded batch may hold; a longer note stands alone.
+        tokens: The most that a padded batch may hold; a longer note is a batch of its own.
 
     Returns:
         Lists of positions in ``lengths``, shortest notes first.
@@ -128,69 +60,19 @@ def pad(notes: Sequence[Sequence[int] | Tensor], device: torch.device) -> tuple[
     return ids.to(device), lengths.to(device)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Calibration:
-    """From probabilities to the confidence that the named label is one of the note's labels.
-
-    logit(confidence) = w₁ · logit(p₁ + p₂) + w₂ · log(p₁ / p₂) + b, with p₁ ≥ p₂ the two largest
-    probabilities. A note under two classes has 1/2 for each as its target, so the largest
-    probability alone would call a perfect answer unsure.
-
-    Attributes:
-        weights: w₁ and w₂.
-        bias: b.
-        promise: The share of the answered notes that should be right.
-        threshold: The confidence below which a note is referred to a person, so that on the
-            validation notes the promise held; above 1 if it never did.
-        notes: How many validation notes it was fitted on.
-        coverage: The share of them that was answered.
-        accuracy: The share of those answered that was right; None if there were none.
-
-    Raises:
-        ValueError: A number that decides is not finite, or there are not two weights.
-    """
-
-    weights: tuple[float, float]
-    bias: float
-    promise: float
-    threshold: float
-    notes: int
-    coverage: float
-    accuracy: float | None
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "weights", tuple(self.weights))  # JSON has lists
-        numbers = (*self.weights, self.bias, self.promise, self.threshold)
-        if len(self.weights) != 2 or not all(map(math.isfinite, numbers)):
-            raise ValueError(f"a calibration has two weights and finite numbers: {numbers}")
-
-    def confidence(self, probabilities: np.ndarray) -> np.ndarray:
-        """Give the confidence in the most probable class: (N, C) → (N,)."""
-        logit = calibration_features(probabilities) @ np.asarray(self.weights) + self.bias
-        return 1 / (1 + np.exp(-logit))
-
-
-def calibration_features(probabilities: np.ndarray) -> np.ndarray:
-    """Give logit(p₁ + p₂) and log(p₁ / p₂) of each note: (N, C) → (N, 2), float64."""
-    tiny = 1e-6  # beyond it float32 probabilities say nothing
-    second, first = np.sort(probabilities.astype(np.float64))[:, -2:].clip(tiny).T  # (N,) each
-    both = (first + second).clip(max=1 - tiny)
-    return np.stack((np.log(both / (1 - both)), np.log(first / second)), 1)
-
-
 @dataclass(frozen=True, slots=True)
 class Prediction:
     """What a classifier says of one note.
 
     Attributes:
-        label: Name of the most probable class.
-        index: Its number.
-        confidence: Calibrated probability that the note is filed under ``label``; None if the
+        label: Name of the predicted class, the most probable one.
+        index: Its index.
+        confidence: Calibrated probability that ``label`` is one of the note's labels; None if the
             run was not calibrated.
         probabilities: Of all classes, by index; they sum to 1.
-        refer: Whether a person should decide; None if the run has no threshold.
-        tokens: Tokens of the note; of a truncated one those that were read and one more, since the
-            rest is not counted: it has at least so many.
+        refer: Whether a person should decide; None if the run was not calibrated.
+        tokens: Tokens of the note. The rest of a truncated note is not counted: for it, this is
+            one more than the tokens read.
         truncated: Whether the note is longer than the token limit, so that its end was not read.
     """
 
@@ -211,35 +93,19 @@ class Prediction:
         return f"Predicted Label: {self.label}"
 
 
-def base_hashes(source: Source) -> dict[str, str]:
-    """Give the sha256 of a base's weights, tokenizer and configuration: what a run is bound to.
-
-    Of the configuration, it is that of the values: a file written in another way is the same.
-
-    Raises:
-        CheckpointError: The folder holds no weights.
-        FileNotFoundError: It holds no tokenizer or no configuration.
-        ValueError: The configuration is not a Llama's.
-    """
-    weights = weights_sha256(source.folder)
-    tokenizer = (source.folder / "tokenizer.model").read_bytes()
-    config = LlamaConfig.from_json(source.folder / "config.json")
-    values = json.dumps(dataclasses.asdict(config), sort_keys=True).encode()
-    hashes = (hashlib.sha256(data).hexdigest() for data in (tokenizer, values))
-    return dict(zip(BOUND, (weights, *hashes), strict=True))
-
-
 class Classifier:
     """A model, its tokenizer and its labels: texts in, predictions out.
 
     Attributes:
-        model: The classifier, with or without LoRA; used in evaluation mode.
+        model: The classifier, with or without LoRA; predictions use it in evaluation mode.
         tokenizer: The base's.
         labels: Names of the classes, by index.
         token_limit: How many tokens of a note are read.
-        calibration: How sure its answers are; None if the run was not calibrated.
-        about: What ``clinora.json`` records beside these (data, versions, …).
+        calibration: How confidence is computed; None if the run was not calibrated.
         dtype: What autocast computes in; unless told, that of the base.
+        data: The notes that the model was trained on; None if they are not known.
+        training_options: The options that it was trained with; may be empty.
+        versions: The versions of the libraries that trained it; may be empty.
 
     Raises:
         ValueError: The tokenizer, the labels or the token limit do not fit the model, or the
@@ -253,7 +119,6 @@ class Classifier:
         labels: Sequence[str],
         token_limit: int,
         calibration: Calibration | None = None,
-        about: dict | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         config = model.model.config
@@ -262,18 +127,68 @@ class Classifier:
                 f"the tokenizer has {tokenizer.vocab_size} ids, the model {config.vocab_size} "
                 "embeddings: they do not belong together"
             )
-        if len(labels) != (classes := model.score.weight.size(0)):
+        classes = model.score.weight.size(0)
+        if len(labels) != classes:
             raise ValueError(f"{len(labels)} labels do not fit a head of {classes} classes")
-        _check_labels(labels)
+        check_class_names(labels)
         if not 1 <= token_limit <= config.max_position_embeddings:
             raise ValueError(
                 f"token limit {token_limit}: expected 1 to {config.max_position_embeddings}, the "
                 "positions that the base was trained for"
             )
-        self.model, self.tokenizer = model, tokenizer
-        self.labels, self.token_limit = tuple(labels), token_limit
-        self.calibration, self.about = calibration, about or {}
+        self.model = model
+        self.tokenizer = tokenizer
+        self.labels = tuple(labels)
+        self.token_limit = token_limit
+        self.calibration = calibration
         self.dtype = dtype or model.model.embed_tokens.weight.dtype
+        self.data: DataRecord | None = None
+        self.training_options: dict[str, Any] = {}
+        self.versions: dict[str, str] = {}
+
+    @classmethod
+    def new(
+        cls,
+        base: str | Path,
+        labels: Sequence[str],
+        lora: LoRAConfig | None = LoRAConfig(),  # noqa: B008
+        seed: int = 0,
+        *,
+        revision: str | None = None,
+        token_limit: int = TOKEN_LIMIT,
+        device: str = "auto",
+        precision: str = "auto",
+    ) -> "Classifier":
+        """Assemble an untrained classifier, ready to train.
+
+        Args:
+            base: "bundled", a folder or a Hub id.
+            labels: Names of the classes.
+            lora: What to adapt; None adapts nothing, so that the whole model trains.
+            seed: Of PyTorch's generators, which draw the head and LoRA's A.
+            revision: The Hub's revision.
+            token_limit: How many tokens of a note to read.
+            device: "auto", "cpu", "cuda" or "mps".
+            precision: "auto", "bf16", "fp16" or "fp32".
+
+        Raises:
+            CheckpointError: The base is missing or damaged.
+            FileNotFoundError: The base has no tokenizer.
+            ValueError: This machine has no such device, or the parts do not fit together.
+        """
+        torch.manual_seed(seed)
+        place = choose_device(device)
+        model = load_model(
+            base,
+            num_labels=len(labels),
+            revision=revision,
+            dtype=choose_dtype(place, precision),
+            device=place,
+        )
+        if lora is not None:
+            apply_lora(model, lora)
+        tokenizer = Tokenizer(model.source.folder / "tokenizer.model")
+        return cls(model, tokenizer, labels, token_limit)
 
     @classmethod
     def load(
@@ -287,78 +202,85 @@ class Classifier:
         """Load a run.
 
         Args:
-            folder: What training wrote, or "bundled" for the adapter that comes along.
+            folder: What training wrote, or "bundled" for the adapter in the package.
             base: Where the base is, if not where the run recorded it.
             device: "auto", "cpu", "cuda" or "mps".
             precision: "auto", "bf16", "fp16" or "fp32".
 
         Raises:
-            CheckpointError: A file is missing or damaged, or the base is another one.
+            CheckpointError: A file is missing or damaged, or the base is not the recorded one.
             FileNotFoundError: The base has no tokenizer.
             ValueError: This machine has no such device, or the parts do not fit together.
         """
         folder = BUNDLED / "adapter" if str(folder) == "bundled" else Path(folder)
         if not folder.is_dir():
             raise CheckpointError(f"there is no run {folder}: train.py --run {folder} makes one")
-        run = read_json(folder / RUN_FILE)
-        if run.get("schema") != SCHEMA:
-            raise CheckpointError(
-                f"{folder / RUN_FILE}: schema {run.get('schema')!r}, expected {SCHEMA}"
-            )
-        fields = {"labels": list, "token_limit": int, "base": dict, "calibration": dict | None}
-        for name, kind in fields.items():
-            if not isinstance(run.get(name), kind) or name not in run:
-                raise CheckpointError(f"{folder / RUN_FILE}: {name} is missing or of another kind")
-        labels, limit, recorded = run["labels"], run["token_limit"], run["base"]
-        try:
-            _check_labels(labels)
-        except ValueError as error:
-            raise CheckpointError(f"{folder / RUN_FILE}: {error}") from None
-        try:
-            calibration = run["calibration"] and Calibration(**run["calibration"])
-        except (TypeError, ValueError) as error:
-            raise CheckpointError(f"{folder / RUN_FILE}: calibration: {error}") from None
-        try:
-            source = find_base(base or recorded["source"], None if base else recorded["revision"])
-            expected = {name: str(recorded[name]) for name in BOUND}
-        except (KeyError, TypeError) as error:
-            raise CheckpointError(f"{folder / RUN_FILE} is not whole: {error}") from None
-        if (came := base_hashes(source)) != expected:
-            what = next(BOUND[name] for name in came if came[name] != expected[name])
-            raise CheckpointError(
-                f"the {what} in {source.folder} is not what {folder} was trained on "
-                f"({recorded['source']}, sha256 {expected['sha256'][:12]}…): give the right base "
-                "with --base"
-            )
-        where = choose_device(device)
+        record = RunRecord.read(folder)
+        if base is None:
+            source = find_base(record.base.source, record.base.revision)
+        else:
+            source = find_base(base)
+        record.base.check(source, folder)
+        place = choose_device(device)
         model = load_model(
             source.folder,
-            num_labels=len(labels),
-            dtype=choose_dtype(where, precision),
-            device=where,
+            num_labels=len(record.labels),
+            dtype=choose_dtype(place, precision),
+            device=place,
         )
         model.source = source
         load_adapter(model, folder)
         tokenizer = Tokenizer(source.folder / "tokenizer.model")
-        return cls(model, tokenizer, labels, limit, calibration, about=run)
+        classifier = cls(model, tokenizer, record.labels, record.token_limit, record.calibration)
+        classifier.data = record.data
+        classifier.training_options = record.training_options
+        classifier.versions = record.versions
+        return classifier
 
     def save(self, folder: str | Path) -> None:
         """Write adapter, head and ``clinora.json``: all that ``load`` needs beside the base.
 
         Raises:
+            ValueError: The head was never trained, or the model has no LoRA layer.
             OSError: The folder cannot be written.
         """
         folder = Path(folder)
         save_adapter(self.model, folder)
-        source = self.model.source
-        run = self.about | {
-            "schema": SCHEMA,
-            "labels": list(self.labels),
-            "base": {"source": source.name, "revision": source.revision, **base_hashes(source)},
-            "token_limit": self.token_limit,
-            "calibration": self.calibration and dataclasses.asdict(self.calibration),
-        }
-        write_atomically(folder / RUN_FILE, (json.dumps(run, indent=2) + "\n").encode())
+        record = RunRecord(
+            labels=self.labels,
+            token_limit=self.token_limit,
+            base=BaseRecord.of(self.model.source),
+            calibration=self.calibration,
+            data=self.data,
+            training_options=self.training_options,
+            versions=self.versions,
+        )
+        record.write(folder)
+
+    def record_training(self, notes: Sequence[Note], options: dict[str, Any]) -> None:
+        """Record the notes and options of a training, for ``save``; ``train`` calls this.
+
+        Notes of earlier trainings stay recorded, so that none of them counts as unseen. The file
+        that they came from does not: the model was no longer trained on that file alone.
+
+        Args:
+            notes: What the model is trained, validated or calibrated on.
+            options: How it is trained.
+        """
+        seen = seen_hashes(notes)
+        if self.data is not None:
+            seen |= self.data.seen
+        self.data = DataRecord(seen=seen)
+        self.training_options = options | {"precision": str(self.dtype).removeprefix("torch.")}
+        self.versions = {"clinora": version("clinora"), "torch": torch.__version__}
+
+    def __repr__(self) -> str:
+        source = getattr(self.model, "source", None)
+        base = source.name if source else None
+        return (
+            f"Classifier(base={base!r}, labels={self.labels!r}, token_limit={self.token_limit}, "
+            f"dtype={self.dtype}, calibrated={self.calibration is not None})"
+        )
 
     def __call__(self, texts: Sequence[str]) -> list[Prediction]:
         """Classify notes.
@@ -372,20 +294,23 @@ class Classifier:
             if not has_visible(text):
                 raise ValueError(f"note {i + 1} of {len(texts)} is empty: it has nothing visible")
         probabilities, tokens = self.probabilities(texts, self.token_limit + 1)
-        confidence = self.calibration and self.calibration.confidence(probabilities).tolist()
-        named = probabilities.argmax(-1).tolist() if tokens else []
-        return [
-            Prediction(
+        confidence = None
+        if self.calibration is not None:
+            confidence = self.calibration.confidence(probabilities).tolist()
+        predictions = []
+        for i, index in enumerate(probabilities.argmax(-1).tolist()):
+            sure = None if confidence is None else confidence[i]
+            prediction = Prediction(
                 label=self.labels[index],
                 index=index,
-                confidence=confidence and confidence[i],
+                confidence=sure,
                 probabilities=tuple(probabilities[i].tolist()),
-                refer=confidence and confidence[i] < self.calibration.threshold,
+                refer=None if sure is None else sure < self.calibration.threshold,
                 tokens=tokens[i],
                 truncated=tokens[i] > self.token_limit,
             )
-            for i, index in enumerate(named)
-        ]
+            predictions.append(prediction)
+        return predictions
 
     def probabilities(
         self, texts: Sequence[str], most_counted: int | None = None
@@ -402,14 +327,32 @@ class Classifier:
         """
         if not self.model.head_trained:
             raise ValueError("this model's head was never trained: its answers would be random")
-        rows, tokens = [np.empty((0, len(self.labels)), np.float32)], []
+        parts = [np.empty((0, len(self.labels)), np.float32)]
+        tokens = []
         for ids in self._encode(texts, most_counted):
-            rows.append(self.run([note[: self.token_limit] for note in ids]).softmax(-1).numpy())
-            tokens += map(len, ids)
-        probabilities = np.concatenate(rows)
+            read = [note[: self.token_limit] for note in ids]
+            parts.append(self.logits(read).softmax(-1).numpy())
+            tokens += [len(note) for note in ids]
+        probabilities = np.concatenate(parts)
         if not np.isfinite(probabilities).all():
             raise ValueError("the model's answers are not finite numbers: try --precision fp32")
         return probabilities, tokens
+
+    def logits(
+        self, ids: Sequence[Sequence[int] | Tensor], model: Callable | None = None
+    ) -> Tensor:
+        """Give the logits of all classes: token ids of N notes → (N, C) float32, on the CPU.
+
+        Args:
+            ids: The ids of each note, at most the token limit.
+            model: Called in place of the classifier's own model, with ids (B, T) and lengths (B,).
+        """
+        return self._run(ids, model or self.model)
+
+    def states(self, texts: Sequence[str]) -> Iterator[Tensor]:
+        """Give the last real token's states, the head's input, in parts of (n, D), float32."""
+        for ids in self._encode(texts, self.token_limit):
+            yield self._run(ids, self.model.model)
 
     def autocast(self) -> AbstractContextManager:
         """Autocast to ``dtype``; nothing for float32."""
@@ -417,48 +360,26 @@ class Classifier:
         device = self.model.score.weight.device.type
         return torch.autocast(device, self.dtype if half else None, enabled=half)
 
-    def states(self, texts: Sequence[str]) -> Iterator[Tensor]:
-        """Give the last real token's states, the head's input, in parts of (n, D), float32."""
-        for ids in self._encode(texts, self.token_limit):
-            yield self.run(ids, self.model.model)
-
     def _encode(self, texts: Sequence[str], limit: int | None) -> Iterator[list[list[int]]]:
+        """Clean and tokenise notes, some at a time."""
         for start in range(0, len(texts), INFERENCE_NOTES):
             part = texts[start : start + INFERENCE_NOTES]
-            yield [self.tokenizer.encode(text, limit) for text in part]
+            yield [self.tokenizer.encode(clean_text(text), limit) for text in part]
 
     @torch.inference_mode()
-    def run(
-        self, ids: Sequence[Sequence[int] | Tensor], module: torch.nn.Module | None = None
-    ) -> Tensor:
-        """Run the model, or its decoder, over token ids in batches of like length: (N, …)."""
-        module = module or self.model
+    def _run(self, ids: Sequence[Sequence[int] | Tensor], model: Callable) -> Tensor:
+        """Run a model over token ids in batches of similar length, in evaluation mode: (N, …)."""
         device = self.model.score.weight.device
         training = self.model.training
         self.model.eval()
-        outputs: list[Tensor] = [None] * len(ids)
+        outputs: list[Tensor | None] = [None] * len(ids)
         try:
             for group in group_by_length([len(note) for note in ids], INFERENCE_TOKENS):
+                padded, lengths = pad([ids[i] for i in group], device)
                 with self.autocast():
-                    output = module(*pad([ids[i] for i in group], device))
+                    output = model(padded, lengths)
                 for i, row in zip(group, output.float().cpu(), strict=True):
                     outputs[i] = row
         finally:
             self.model.train(training)
         return torch.stack(outputs)
-
-
-def _check_labels(labels: Sequence[str]) -> None:
-    """Check the names of a run's classes, as ``read_notes`` checks those of a file.
-
-    Raises:
-        ValueError: They are not different names that can be shown. The message names the label
-            with escapes, at most 60 characters of it.
-    """
-    if not all(isinstance(label, str) for label in labels) or len(set(labels)) < len(labels):
-        raise ValueError("labels are not different names")
-    for i, label in enumerate(labels):
-        try:
-            check_class_name(label)
-        except ValueError as error:
-            raise ValueError(f"label {i} ({ascii(label)[:60]}) is no class name: {error}") from None

@@ -1,20 +1,19 @@
-"""How right a classifier is, and how sure it may be, on notes filed under several classes.
+"""Measures of a classifier on notes that may have several labels, with their uncertainty.
 
-Two questions are kept apart. Over the file's *rows*, each with its own label: a text filed under
-two classes is wrong in one of its rows whatever is answered, so no classifier passes a ceiling.
-Over the *notes*, the different texts: an answer is right if the note is filed under it.
+There are two questions. Over the file's *rows*, each with its own label: a text with two labels is
+incorrect in one of its rows whatever is predicted, so no classifier passes a ceiling. Over the
+*notes*, the different texts: a prediction is correct if it is one of the note's labels.
 
 Intervals are 95% percentile bootstrap intervals over notes (Efron & Tibshirani 1993, section 13.3):
-how far a figure would move had other texts been drawn, not had training been repeated. Equal texts
-are drawn together. Where a share is 0 or 1 every draw agrees, and its interval is Wilson's (1927).
+how far a measure would move with other texts, not with another training. Equal texts are drawn
+together. Where a share is 0 or 1 every draw agrees, and its interval is Wilson's (1927).
 
-Shapes: N notes, C classes, M measures.
+Shapes: N notes, C classes, M measures, K entries of a confusion matrix.
 """
 
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -23,14 +22,20 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.svm import LinearSVC
 
-from clinora.classifier import Calibration, Classifier, calibration_features
+from clinora.calibration import (
+    FEWEST_VALIDATION,
+    PROMISE,
+    Calibration,
+    check_promise,
+    fit_calibration,
+)
+from clinora.classifier import Classifier
 from clinora.lora import lora_disabled
-from clinora.notes import Note, Notes
+from clinora.notes import Note, Notes, are_correct, soft_targets
 
 REPLICATES = 1000  # of the bootstrap
 BINS = 10  # of the calibration error
-PROMISE = 0.95  # share right of what is answered
-FEWEST_VALIDATION = 50  # notes; fewer can choose neither a threshold nor the best step
+Z = 1.96  # standard errors to either side of a 95% interval
 
 
 class Estimate(NamedTuple):
@@ -43,14 +48,14 @@ class Estimate(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClassMeasures:
-    """How right a classifier is about one class.
+    """Measures of one class.
 
     Attributes:
         label: The class.
-        precision: Of what was named so, the share filed so.
-        recall: Of what is filed so, the share named so.
+        precision: Of what was predicted as this class, the share that is of it.
+        recall: Of what is of this class, the share that was predicted as it.
         f1: Harmonic mean of the two.
-        support: How much is filed so.
+        support: How many notes (shares of notes) or rows are of this class.
     """
 
     label: str
@@ -62,13 +67,13 @@ class ClassMeasures:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measures:
-    """Figures from a confusion matrix.
+    """Measures from a confusion matrix.
 
     Attributes:
         accuracy: The share on the diagonal.
         macro_f1: Mean F1 of the classes that occur.
-        classes: Figures of each class.
-        confusion: (C, C) filed under the one class, named the other.
+        classes: Measures of each class.
+        confusion: (C, C) counts, rows: true class, columns: predicted class.
     """
 
     accuracy: Estimate
@@ -79,19 +84,19 @@ class Measures:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answers:
-    """What a classifier said of each note, and what it was worth; arrays of N.
+    """A classifier's predictions for notes whose labels are known; arrays of N.
 
     Attributes:
-        named: Index of the class named.
-        right: Whether the note is filed under it.
+        predicted: Index of the predicted class.
+        correct: Whether it is one of the note's labels.
         top: The largest probability.
         loss: Cross-entropy with the target 1/k for each of the note's k labels, nats.
         confidence: Calibrated; None if the classifier is not.
         tokens: Tokens of the whole note.
     """
 
-    named: np.ndarray
-    right: np.ndarray
+    predicted: np.ndarray
+    correct: np.ndarray
     top: np.ndarray
     loss: np.ndarray
     confidence: np.ndarray | None
@@ -100,13 +105,13 @@ class Answers:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answered:
-    """What a run's threshold does to notes that it was not set on.
+    """What a run's threshold does to notes that it was not chosen on.
 
     Attributes:
-        promise: The share of the answered notes that should be right.
-        threshold: The confidence under which a note is referred to a person.
-        coverage: The share answered.
-        accuracy: The share of those answered that is right; None if none was.
+        promise: The share of the answered notes that should be correct.
+        threshold: The confidence below which a note is referred to a person.
+        coverage: The share of the notes that is answered.
+        accuracy: The share of the answered notes that is correct; None if none is answered.
     """
 
     promise: float
@@ -117,16 +122,17 @@ class Answered:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluation:
-    """How right a classifier is.
+    """All measures of a classifier.
 
     Attributes:
-        by_note: Each note counts once. Right, it is filed under the class named; wrong, 1/k of it
-            is filed under each of its k labels. Its accuracy is the any-label accuracy.
+        by_note: Each note counts once. The true class of a correct note is the predicted one; an
+            incorrect note with k labels counts as 1/k in each of them. Its accuracy is the
+            any-label accuracy.
         by_row: Each row of the file counts once, with its own label.
         log_loss: Mean cross-entropy, nats.
-        overconfidence: Mean confidence minus the share right; None without calibration.
-        calibration_error: Expected calibration error of the confidence; None if there is none.
-        top_calibration_error: The same had the largest probability been taken for confidence.
+        overconfidence: Mean confidence minus the share correct; None without calibration.
+        calibration_error: Expected calibration error of the confidence; None without calibration.
+        top_calibration_error: The same, with the largest probability as the confidence.
         answered: What the threshold does; None without calibration.
     """
 
@@ -141,11 +147,11 @@ class Evaluation:
 
 @dataclass(frozen=True, slots=True)
 class RandomHeads:
-    """How right the base is before training, its states under several random heads.
+    """Measures of the base before training, under several random heads.
 
     Attributes:
         heads: How many were drawn.
-        any_label_accuracy: Mean and standard deviation between heads, as all that follow.
+        any_label_accuracy: Mean and standard deviation between heads, as in all that follow.
         accuracy: Over rows.
         macro_f1: By note.
         log_loss: Nats.
@@ -175,7 +181,7 @@ class Baseline:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Results:
-    """All that is measured of a run on some notes.
+    """All measures of a run on some notes.
 
     Attributes:
         labels: Names of the classes.
@@ -183,13 +189,14 @@ class Results:
         notes: How many notes were classified.
         rows: How many rows of the file hold them.
         trained_on: How many of them the run was trained or calibrated on.
-        in_training: How many of their texts also stand on the training side.
+        in_training: How many of their texts are also in the training split.
         ceiling: The largest accuracy over rows that any function of the text can have on all
-            notes of these classes in the file.
-        test_ceiling: The same on the rows measured alone; higher where their twins are elsewhere.
+            notes of these classes in the file; 1 if no text has several labels.
+        test_ceiling: The same on the measured rows alone, which is higher where the other rows of
+            their texts are not measured.
         before: The base under random heads.
         after: The trained run.
-        baselines: Simpler classifiers; empty if the training side is not at hand.
+        baselines: Simpler classifiers; empty if the training split is not at hand.
         against: Any-label accuracy of the run minus that of the better TF-IDF baseline, paired.
     """
 
@@ -207,61 +214,102 @@ class Results:
     against: Estimate | None
 
 
-# --- measures -----------------------------------------------------------------------------------
+# --- confusion matrices ---------------------------------------------------------------------------
 
 
-class _Cells:
-    """Where notes fall in a confusion matrix, so that reweighted notes are counted again fast."""
+@dataclass(frozen=True, slots=True)
+class _Entries:
+    """What a confusion matrix counts, so that it is counted again quickly with other weights.
 
-    def __init__(
-        self,
-        note: np.ndarray,
-        filed: np.ndarray,
-        share: np.ndarray | float,
-        named: np.ndarray,
-        classes: int,
-    ) -> None:
-        self.note, self.cell = note, filed * classes + named[note]
-        self.share, self.classes = share, classes
+    Attributes:
+        classes: C.
+        note: (K,) position of the note that an entry is of.
+        true: (K,) its true class.
+        predicted: (K,) its predicted class.
+        share: (K,) how much of the note it is.
+    """
+
+    classes: int
+    note: np.ndarray
+    true: np.ndarray
+    predicted: np.ndarray
+    share: np.ndarray
 
     def confusion(self, weights: np.ndarray) -> np.ndarray:
-        """Count, with a weight for each note: (N,) → (C, C)."""
-        counts = np.bincount(self.cell, self.share * weights[self.note], self.classes**2)
+        """Count, with a weight for each note: (N,) → (C, C), rows: true, columns: predicted."""
+        cell = self.true * self.classes + self.predicted
+        counts = np.bincount(cell, self.share * weights[self.note], self.classes**2)
         return counts.reshape(self.classes, self.classes)
 
-    def behind(self) -> list[np.ndarray]:
-        """Count the notes behind precision, recall and F1 of each class: (C,) each.
+    def notes_true(self) -> np.ndarray:
+        """Count the notes of each true class: (C,)."""
+        return self._count_notes(self.note, self.true)
 
-        A note counts once, however many of its rows there are: they are right or wrong together.
-        """
-        filed, named = self.note * self.classes + np.stack(np.divmod(self.cell, self.classes))
-        sides = named, filed, np.concatenate((named, filed))
-        return [np.bincount(np.unique(s) % self.classes, minlength=self.classes) for s in sides]
+    def notes_predicted(self) -> np.ndarray:
+        """Count the notes of each predicted class: (C,)."""
+        return self._count_notes(self.note, self.predicted)
+
+    def notes_either(self) -> np.ndarray:
+        """Count the notes of which a class is the true or the predicted one: (C,)."""
+        note = np.concatenate((self.note, self.note))
+        return self._count_notes(note, np.concatenate((self.true, self.predicted)))
+
+    def _count_notes(self, note: np.ndarray, label: np.ndarray) -> np.ndarray:
+        """Count each note once, however many rows it has: they are correct or not together."""
+        pairs = np.unique(note * self.classes + label)
+        return np.bincount(pairs % self.classes, minlength=self.classes)
 
 
-def _by_row(named: np.ndarray, notes: Sequence[Note], classes: int) -> _Cells:
+def _by_row(predicted: np.ndarray, notes: Sequence[Note], classes: int) -> _Entries:
+    """Make an entry of each row."""
     note = np.repeat(np.arange(len(notes)), [len(n.filed) for n in notes])
-    filed = np.array([label for n in notes for label in n.filed])
-    return _Cells(note, filed, 1.0, named, classes)
+    true = np.array([label for n in notes for label in n.filed])
+    return _Entries(classes, note, true, predicted[note], np.ones(len(note)))
 
 
-def _by_note(named: np.ndarray, notes: Sequence[Note], classes: int) -> _Cells:
-    places = []
-    for i, (note, name) in enumerate(zip(notes, named, strict=True)):
-        filed = [name] if name in note.labels else note.labels
-        places += [(i, label, 1 / len(filed)) for label in filed]
-    note, filed, share = (np.array(column) for column in zip(*places, strict=True))
-    return _Cells(note, filed, share, named, classes)
+def _by_note(predicted: np.ndarray, notes: Sequence[Note], classes: int) -> _Entries:
+    """Make one entry of a correct note, and k of an incorrect one with k labels."""
+    place = []
+    true = []
+    share = []
+    correct = are_correct(notes, predicted)
+    for i, note in enumerate(notes):
+        labels = [predicted[i]] if correct[i] else note.labels
+        for label in labels:
+            place.append(i)
+            true.append(label)
+            share.append(1 / len(labels))
+    note = np.array(place)
+    return _Entries(classes, note, np.array(true), predicted[note], np.array(share))
 
 
-def _figures(confusion: np.ndarray) -> np.ndarray:
-    """Give accuracy, macro-F1, then precision, recall and F1 of each class: (C, C) → (2 + 3·C,)."""
-    hit, filed, named = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
-    precision = np.divide(hit, named, out=np.zeros_like(hit), where=named > 0)
-    recall = np.divide(hit, filed, out=np.zeros_like(hit), where=filed > 0)
-    f1 = np.divide(2 * hit, filed + named, out=np.zeros_like(hit), where=filed + named > 0)
-    overall = hit.sum() / confusion.sum(), f1[filed > 0].mean()
-    return np.concatenate((overall, precision, recall, f1))
+def _accuracy(confusion: np.ndarray) -> float:
+    return confusion.trace() / confusion.sum()
+
+
+def _precision(confusion: np.ndarray) -> np.ndarray:
+    return _divide(confusion.diagonal(), confusion.sum(0))
+
+
+def _recall(confusion: np.ndarray) -> np.ndarray:
+    return _divide(confusion.diagonal(), confusion.sum(1))
+
+
+def _f1(confusion: np.ndarray) -> np.ndarray:
+    return _divide(2 * confusion.diagonal(), confusion.sum(0) + confusion.sum(1))
+
+
+def _macro_f1(confusion: np.ndarray) -> float:
+    occurs = confusion.sum(1) > 0
+    return _f1(confusion)[occurs].mean()
+
+
+def _divide(hits: np.ndarray, of: np.ndarray) -> np.ndarray:
+    """Divide, giving 0 where there is nothing to divide by."""
+    return np.divide(hits, of, out=np.zeros(len(of)), where=of > 0)
+
+
+# --- uncertainty ----------------------------------------------------------------------------------
 
 
 def bootstrap(
@@ -269,135 +317,182 @@ def bootstrap(
     notes: Sequence[Note],
     replicates: int = REPLICATES,
 ) -> list[Estimate]:
-    """Give each of M figures its 95% interval: drawing the texts again, with replacement.
+    """Give each of M measures its 95% interval, by drawing the texts again with replacement.
+
+    Every call draws the same texts.
 
     Args:
-        measure: From how often each note counts, (N,) floats, to M figures.
-        notes: N notes; split by rows, some have equal texts.
+        measure: From how often each note counts, (N,) floats, to M measures; nan where a draw
+            says nothing.
+        notes: N notes; in a split by rows, some have equal texts.
         replicates: How often to draw.
     """
     draw = np.random.default_rng(0)
     texts, text = np.unique([note.sha256 for note in notes], return_inverse=True)
     n = len(texts)
-    drawn = np.stack(
-        [
-            measure(np.bincount(draw.integers(n, size=n), minlength=n)[text].astype(float))
-            for _ in range(replicates)
-        ]
-    )  # (replicates, M)
-    low, high = np.nanquantile(drawn, (0.025, 0.975), axis=0)
+    drawn = []
+    for _ in range(replicates):
+        times = np.bincount(draw.integers(n, size=n), minlength=n)  # (n,) of each text
+        drawn.append(measure(times[text].astype(float)))
+    lows, highs = np.nanquantile(np.stack(drawn), (0.025, 0.975), axis=0)  # (M,) each
     values = measure(np.ones(len(notes)))
-    return [Estimate(*map(float, e)) for e in zip(values, low, high, strict=True)]
+    return [
+        Estimate(float(value), float(low), float(high))
+        for value, low, high in zip(values, lows, highs, strict=True)
+    ]
+
+
+def bootstrap_mean(values: np.ndarray, notes: Sequence[Note]) -> Estimate:
+    """Give the mean of N values, one of each note, its 95% interval."""
+    (mean,) = bootstrap(lambda weights: np.array([weights @ values / weights.sum()]), notes)
+    return mean
 
 
 def wilson(hits: float, n: int) -> tuple[float, float]:
     """Give the 95% interval of a share (Wilson 1927), which also holds near 0 and 1."""
-    z = 1.96
-    middle = (hits + z * z / 2) / (n + z * z)
-    half = z / (n + z * z) * np.sqrt(hits * (n - hits) / n + z * z / 4)
-    share = hits / n  # rounding may put it a hair outside
-    return float(max(0, min(middle - half, share))), float(min(1, max(middle + half, share)))
+    middle = (hits + Z * Z / 2) / (n + Z * Z)
+    half = Z / (n + Z * Z) * np.sqrt(hits * (n - hits) / n + Z * Z / 4)
+    share = hits / n  # rounding may put it a little outside
+    low = max(0, min(middle - half, share))
+    high = min(1, max(middle + half, share))
+    return float(low), float(high)
 
 
 def share_of(share: Estimate, n: float) -> Estimate:
     """Give a share of n its interval: Wilson's at 0 and 1, where every draw of the n agrees."""
-    bounds = wilson(share.value * n, n) if n else (0.0, 1.0)
-    return Estimate(share.value, *bounds) if share.value in (0, 1) else share
+    if share.value not in (0, 1):
+        return share
+    low, high = wilson(share.value * n, n) if n else (0.0, 1.0)
+    return Estimate(share.value, low, high)
 
 
 def _f1_of(f1: Estimate, n: float) -> Estimate:
-    """The same for F1, which is 2·j / (1 + j) of a share j: of those filed or named so, both."""
-    return Estimate(*(2 * j / (1 + j) for j in share_of(f1, n))) if f1.value in (0, 1) else f1
+    """Give F1 its interval, likewise.
+
+    Of the n notes of which a class is the true or the predicted one, it is both for a share j;
+    F1 is 2·j / (1 + j), which is 0 and 1 where j is.
+    """
+    if f1.value not in (0, 1):
+        return f1
+    both = share_of(f1, n)
+    return Estimate(f1.value, 2 * both.low / (1 + both.low), 2 * both.high / (1 + both.high))
 
 
 def expected_calibration_error(
-    claimed: np.ndarray, right: np.ndarray, weights: np.ndarray | None = None
+    claimed: np.ndarray, correct: np.ndarray, weights: np.ndarray | None = None
 ) -> float:
-    """Σ over bins of (share of notes in it) · |mean claim − share right|.
+    """Σ over bins of (share of notes in it) · |mean claim − share correct|.
 
     Ten bins of equally many notes (Naeini et al. 2015, with the adaptive bins of Nixon et al.
     2019, section 3.3).
 
     Args:
-        claimed: (N,) probability that the note is right.
-        right: (N,) whether it is.
+        claimed: (N,) probability that the prediction is correct.
+        correct: (N,) whether it is.
         weights: (N,) how often each note counts; None: once.
     """
-    weights = np.ones(len(claimed)) if weights is None else weights
+    if weights is None:
+        weights = np.ones(len(claimed))
     bins = np.empty(len(claimed), int)
     bins[np.argsort(claimed, kind="stable")] = np.arange(len(claimed)) * BINS // len(claimed)
-    gaps = np.bincount(bins, weights * (claimed - right), BINS)
+    gaps = np.bincount(bins, weights * (claimed - correct), BINS)
     return float(np.abs(gaps).sum() / weights.sum())
+
+
+# --- measures -------------------------------------------------------------------------------------
 
 
 def measure(
     answers: Answers, notes: Sequence[Note], labels: Sequence[str], calibration: Calibration | None
 ) -> Evaluation:
-    """Compare answers with the labels under which the notes are filed."""
-    classes = len(labels)
-    cells = [by(answers.named, notes, classes) for by in (_by_note, _by_row)]
-    claims, kept = [answers.top], np.ones(len(notes), bool)
+    """Compare predictions with the notes' labels."""
+    overconfidence = None
+    calibration_error = None
+    answered = None
     if calibration is not None:
-        claims, kept = [*claims, answers.confidence], answers.confidence >= calibration.threshold
-    errors = [partial(expected_calibration_error, claim, answers.right) for claim in claims]
-    over = claims[-1] - answers.right
-    none = np.nan if kept.any() else 0.0  # a draw in which no note is answered tells nothing
-
-    def all_figures(weights: np.ndarray) -> np.ndarray:
-        total, answered = weights.sum(), weights @ kept
-        right = weights @ (kept & answers.right)
-        return np.concatenate(
-            (
-                [weights @ answers.loss / total, weights @ over / total],
-                [answered / total, right / answered if answered else none],
-                [error(weights) for error in errors],
-                *(_figures(c.confusion(weights)) for c in cells),
-            )
-        )
-
-    log_loss, over_mean, coverage, accuracy, top, *rest = bootstrap(all_figures, notes)
-    error = None if calibration is None else rest.pop(0)
-    tables = []
-    for c, part in zip(cells, (rest[: 2 + 3 * classes], rest[2 + 3 * classes :]), strict=True):
-        confusion = c.confusion(np.ones(len(notes)))
-        shares = [part[i : i + classes] for i in range(2, len(part), classes)]
-        kinds = zip((share_of, share_of, _f1_of), shares, c.behind(), strict=True)
-        columns = (map(of, share, n) for of, share, n in kinds)
-        each = tuple(
-            ClassMeasures(label=label, precision=p, recall=r, f1=f, support=float(support))
-            for label, p, r, f, support in zip(labels, *columns, confusion.sum(1), strict=True)
-        )
-        macro = part[1]
-        if macro.value in (0, 1):  # no surer than the classes are
-            macro = Estimate(*np.mean([m.f1 for m in each if m.support], axis=0).tolist())
-        right = share_of(part[0], len(notes))
-        tables.append(Measures(accuracy=right, macro_f1=macro, classes=each, confusion=confusion))
-    answered = calibration and Answered(
-        promise=calibration.promise,
-        threshold=calibration.threshold,
-        coverage=share_of(coverage, len(notes)),
-        accuracy=share_of(accuracy, int(kept.sum())) if kept.any() else None,
-    )
+        overconfidence = bootstrap_mean(answers.confidence - answers.correct, notes)
+        calibration_error = _calibration_error(answers.confidence, answers.correct, notes)
+        answered = _measure_answered(answers, notes, calibration)
     return Evaluation(
-        by_note=tables[0],
-        by_row=tables[1],
-        log_loss=log_loss,
-        overconfidence=None if calibration is None else over_mean,
-        calibration_error=error,
-        top_calibration_error=top,
+        by_note=_measure_classes(_by_note(answers.predicted, notes, len(labels)), notes, labels),
+        by_row=_measure_classes(_by_row(answers.predicted, notes, len(labels)), notes, labels),
+        log_loss=bootstrap_mean(answers.loss, notes),
+        overconfidence=overconfidence,
+        calibration_error=calibration_error,
+        top_calibration_error=_calibration_error(answers.top, answers.correct, notes),
         answered=answered,
     )
 
 
+def _measure_classes(entries: _Entries, notes: Sequence[Note], labels: Sequence[str]) -> Measures:
+    """Give the measures of a confusion matrix their intervals."""
+
+    def estimate(measure: Callable[[np.ndarray], np.ndarray | float]) -> list[Estimate]:
+        return bootstrap(lambda w: np.atleast_1d(measure(entries.confusion(w))), notes)
+
+    confusion = entries.confusion(np.ones(len(notes)))
+    precisions = estimate(_precision)
+    recalls = estimate(_recall)
+    f1s = estimate(_f1)
+    predicted = entries.notes_predicted()
+    true = entries.notes_true()
+    either = entries.notes_either()
+    classes = []
+    for i, label in enumerate(labels):
+        classes.append(
+            ClassMeasures(
+                label=label,
+                precision=share_of(precisions[i], predicted[i]),
+                recall=share_of(recalls[i], true[i]),
+                f1=_f1_of(f1s[i], either[i]),
+                support=float(confusion[i].sum()),
+            )
+        )
+    (macro_f1,) = estimate(_macro_f1)
+    if macro_f1.value in (0, 1):  # every draw agrees: it is as uncertain as its classes
+        of_classes = [c.f1 for c in classes if c.support > 0]
+        value, low, high = np.mean(of_classes, axis=0).tolist()
+        macro_f1 = Estimate(value, low, high)
+    (accuracy,) = estimate(_accuracy)
+    return Measures(
+        accuracy=share_of(accuracy, len(notes)),
+        macro_f1=macro_f1,
+        classes=tuple(classes),
+        confusion=confusion,
+    )
+
+
+def _calibration_error(claimed: np.ndarray, correct: np.ndarray, notes: Sequence[Note]) -> Estimate:
+    (error,) = bootstrap(
+        lambda weights: np.array([expected_calibration_error(claimed, correct, weights)]), notes
+    )
+    return error
+
+
+def _measure_answered(
+    answers: Answers, notes: Sequence[Note], calibration: Calibration
+) -> Answered:
+    """Measure coverage, and accuracy on the answered notes."""
+    kept = answers.confidence >= calibration.threshold
+    accuracy = None
+    if kept.any():
+
+        def share_correct(weights: np.ndarray) -> np.ndarray:
+            answered = weights @ kept
+            correct = weights @ (kept & answers.correct)
+            return np.array([correct / answered if answered else np.nan])
+
+        (estimate,) = bootstrap(share_correct, notes)
+        accuracy = share_of(estimate, int(kept.sum()))
+    return Answered(
+        promise=calibration.promise,
+        threshold=calibration.threshold,
+        coverage=share_of(bootstrap_mean(kept, notes), len(notes)),
+        accuracy=accuracy,
+    )
+
+
 # --- the run, before and after --------------------------------------------------------------------
-
-
-def targets(notes: Sequence[Note], classes: int) -> np.ndarray:
-    """Give a note under k classes the target 1/k for each of them: (N, C) float32."""
-    shares = np.zeros((len(notes), classes), np.float32)
-    for row, note in zip(shares, notes, strict=True):
-        row[list(note.labels)] = 1 / len(note.labels)
-    return shares
 
 
 def classify(classifier: Classifier, notes: Sequence[Note]) -> Answers:
@@ -408,15 +503,18 @@ def classify(classifier: Classifier, notes: Sequence[Note]) -> Answers:
     """
     _require_notes(notes)
     probabilities, tokens = classifier.probabilities([note.text for note in notes])
-    named = probabilities.argmax(-1)
-    calibration = classifier.calibration
+    predicted = probabilities.argmax(-1)
+    confidence = None
+    if classifier.calibration is not None:
+        confidence = classifier.calibration.confidence(probabilities)
     log_p = np.log(probabilities.clip(np.finfo(np.float32).tiny))
+    targets = soft_targets(notes, len(classifier.labels))
     return Answers(
-        named=named,
-        right=np.array([n in note.labels for n, note in zip(named, notes, strict=True)]),
+        predicted=predicted,
+        correct=are_correct(notes, predicted),
         top=probabilities.max(-1).astype(float),
-        loss=-(targets(notes, probabilities.shape[1]) * log_p).sum(-1).astype(float),
-        confidence=calibration and calibration.confidence(probabilities),
+        loss=-(targets * log_p).sum(-1).astype(float),
+        confidence=confidence,
         tokens=np.array(tokens),
     )
 
@@ -426,33 +524,48 @@ def evaluate_random_heads(
 ) -> RandomHeads:
     """Measure the base before training: its states under random heads, the adapter off.
 
-    One random head says little: on few classes its accuracy is a matter of luck.
+    The accuracy of one random head depends much on luck where there are few classes.
 
     Raises:
         ValueError: There are no notes, or the model has no LoRA layer.
     """
     _require_notes(notes)
-    model, classes = classifier.model, len(classifier.labels)
-    width, std = model.model.config.hidden_size, model.model.config.initializer_range
+    model = classifier.model
+    config = model.model.config
+    classes = len(classifier.labels)
     draw = torch.Generator().manual_seed(seed)
-    weights = torch.randn(heads, classes, width, generator=draw) * std
-    named, losses, start = [], [], 0
+    weights = torch.randn(heads, classes, config.hidden_size, generator=draw)
+    weights *= config.initializer_range
+    predictions = []
+    losses = []
+    done = 0
     with lora_disabled(model):
         for states in classifier.states([note.text for note in notes]):  # (n, D)
             logits = torch.einsum("hcd,nd->hnc", weights, states)
-            wanted = torch.from_numpy(targets(notes[start : start + len(states)], classes))
-            losses.append(-(logits.log_softmax(-1) * wanted).sum(-1))  # (heads, n)
-            named.append(logits.argmax(-1))
-            start += len(states)
-    named, losses = torch.cat(named, 1).numpy(), torch.cat(losses, 1)  # (heads, N) each
+            part = notes[done : done + len(states)]
+            targets = torch.from_numpy(soft_targets(part, classes))
+            losses.append(-(logits.log_softmax(-1) * targets).sum(-1))  # (heads, n)
+            predictions.append(logits.argmax(-1))
+            done += len(states)
+    loss_of_head = torch.cat(losses, 1).mean(1).tolist()
     once = np.ones(len(notes))
     results = []
-    for head in range(heads):
-        by_note = _figures(_by_note(named[head], notes, classes).confusion(once))
-        by_row = _figures(_by_row(named[head], notes, classes).confusion(once))
-        results.append((by_note[0], by_row[0], by_note[1], float(losses[head].mean())))
-    means, spreads = np.mean(results, axis=0).tolist(), np.std(results, axis=0, ddof=1).tolist()
-    return RandomHeads(heads, *zip(means, spreads, strict=True))
+    for predicted, loss in zip(torch.cat(predictions, 1).numpy(), loss_of_head, strict=True):
+        by_note = _by_note(predicted, notes, classes).confusion(once)
+        by_row = _by_row(predicted, notes, classes).confusion(once)
+        results.append((_accuracy(by_note), _accuracy(by_row), _macro_f1(by_note), loss))
+    any_label, accuracy, macro_f1, log_loss = np.transpose(results)  # (heads,) each
+    return RandomHeads(
+        heads=heads,
+        any_label_accuracy=_mean_and_spread(any_label),
+        accuracy=_mean_and_spread(accuracy),
+        macro_f1=_mean_and_spread(macro_f1),
+        log_loss=_mean_and_spread(log_loss),
+    )
+
+
+def _mean_and_spread(values: np.ndarray) -> tuple[float, float]:
+    return float(values.mean()), float(values.std(ddof=1))
 
 
 def calibrate(
@@ -460,103 +573,69 @@ def calibrate(
 ) -> Calibration | None:
     """Fit the confidence and its threshold on notes that the classifier was not trained on.
 
-    A logistic regression with smoothed targets (Platt 1999, section 2.2), which also holds where
-    every answer was right. The threshold is the lowest confidence above which the promise held.
-
     Args:
         classifier: A trained classifier.
         notes: Validation notes.
-        promise: The share of the answered notes that should be right.
+        promise: The share of the answered notes that should be correct.
 
     Returns:
         The calibration; None if there are fewer than 50 notes.
 
     Raises:
-        ValueError: ``promise`` is no share.
+        ValueError: ``promise`` is not a share between 0 and 1.
     """
     check_promise(promise)
     if len(notes) < FEWEST_VALIDATION:
         return None
     probabilities, _ = classifier.probabilities([note.text for note in notes])
-    named = probabilities.argmax(-1)
-    right = np.array([n in note.labels for n, note in zip(named, notes, strict=True)])
-    return fit_calibration(probabilities, right, promise)
-
-
-def check_promise(promise: float) -> None:
-    """Refuse a promise that is no share.
-
-    Raises:
-        ValueError: It is not.
-    """
-    if not 0 < promise < 1:
-        raise ValueError(f"the promised share is {promise}: expected more than 0 and less than 1")
-
-
-def fit_calibration(probabilities: np.ndarray, right: np.ndarray, promise: float) -> Calibration:
-    """Fit to probabilities (N, C) and to whether the most probable class is right (N,) bool."""
-    features, n = calibration_features(probabilities), len(right)
-    hits = int(right.sum())
-    target = np.where(right, (hits + 1) / (hits + 2), 1 / (n - hits + 2))
-    model = LogisticRegression(C=10.0, max_iter=1000)  # each note stands twice: right and wrong
-    model.fit(
-        np.concatenate((features, features)),
-        np.repeat((1, 0), n),
-        sample_weight=np.concatenate((target, 1 - target)),
-    )
-    fitted = {"weights": tuple(model.coef_[0].tolist()), "bias": float(model.intercept_[0])}
-    confidence = 1 / (1 + np.exp(-(features @ model.coef_[0] + fitted["bias"])))
-    order = np.argsort(-confidence, kind="stable")
-    last = np.append(np.diff(confidence[order]) < 0, True)  # of equally confident notes
-    kept = np.flatnonzero(last & (np.cumsum(right[order]) / np.arange(1, n + 1) >= promise))
-    answered = int(kept[-1]) + 1 if len(kept) else 0
-    return Calibration(
-        **fitted,
-        promise=promise,
-        threshold=float(confidence[order[answered - 1]]) if answered else 1.1,
-        notes=n,
-        coverage=answered / n,
-        accuracy=float(right[order[:answered]].mean()) if answered else None,
-    )
+    correct = are_correct(notes, probabilities.argmax(-1))
+    return fit_calibration(probabilities, correct, promise)
 
 
 def ceiling(notes: Sequence[Note]) -> float:
     """Give the largest accuracy over rows that a function of the text can have on these notes.
 
-    A text can be given one label alone: the best is the one under which most of its rows are.
+    It predicts one label for a text: the best one is the label of most of the text's rows.
     """
-    filed = {}  # split by rows, a text stands in several notes
+    counts = {}  # in a split by rows, several notes have the same text
     for note in notes:
-        filed.setdefault(note.text, Counter()).update(note.filed)
-    best = sum(max(counts.values()) for counts in filed.values())
-    return best / sum(counts.total() for counts in filed.values())
+        counts.setdefault(note.text, Counter()).update(note.filed)
+    best = sum(max(of_text.values()) for of_text in counts.values())
+    return best / sum(of_text.total() for of_text in counts.values())
 
 
 def baselines(training: Sequence[Note], test: Sequence[Note]) -> dict[str, np.ndarray]:
-    """Train simpler classifiers on the rows of one side; give what they name on another: (N,) each.
+    """Train simpler classifiers on the rows of the training notes; give their predictions.
 
-    The majority class, and two linear models on TF-IDF of words and pairs of words; the majority
-    class alone where there is one class, or no word that stands in two notes.
+    They are the majority class and two linear models on TF-IDF of words and pairs of words. Where
+    there is one class, or no word that two notes share, it is the majority class alone.
+
+    Returns:
+        Of each, by its name, the predicted class of each test note: (N,).
     """
-    row = [i for i, note in enumerate(training) for _ in note.filed]
-    labels = [label for note in training for label in note.filed]
+    rows = []  # of each row, the position of its note
+    labels = []
+    for i, note in enumerate(training):
+        for label in note.filed:
+            rows.append(i)
+            labels.append(label)
     majority, _ = Counter(labels).most_common(1)[0]
-    named = {"majority class": np.full(len(test), majority)}
+    predicted = {"majority class": np.full(len(test), majority)}
     words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=2)
     try:
         features = words.fit_transform(note.text for note in training)
-    except ValueError:  # no such word
-        return named
+    except ValueError:  # no two notes share a word
+        return predicted
     if len(set(labels)) < 2:
-        return named
+        return predicted
     linear = {
         "TF-IDF + logistic regression": LogisticRegression(class_weight="balanced", max_iter=1000),
         "TF-IDF + linear SVM": LinearSVC(random_state=0),
     }
     test_features = words.transform(note.text for note in test)
     for name, model in linear.items():
-        named[name] = model.fit(features[row], labels).predict(test_features)
-    return named
+        predicted[name] = model.fit(features[rows], labels).predict(test_features)
+    return predicted
 
 
 def assess(
@@ -575,7 +654,7 @@ def assess(
         notes: The file.
         measured: The notes to measure on.
         trained_on: How many of these the run was trained or calibrated on.
-        own_split: Whether the run was trained on this file's training side.
+        own_split: Whether the run was trained on this file's training notes.
         seed: Of the random heads.
 
     Raises:
@@ -584,22 +663,16 @@ def assess(
     answers = classify(classifier, measured)
     training = notes.on("training") if own_split else []
     texts = {note.text for note in training}
-    simpler, against = [], None
-    if training:
-        better = -1.0
-        for name, named in baselines(training, measured).items():
-            cells = [by(named, measured, len(notes.classes)) for by in (_by_note, _by_row)]
-            any_label, accuracy = bootstrap(partial(_accuracies, cells), measured)
-            any_label, accuracy = (share_of(e, len(measured)) for e in (any_label, accuracy))
-            simpler.append(Baseline(name=name, any_label_accuracy=any_label, accuracy=accuracy))
-            if "TF-IDF" in name and any_label.value > better:
-                better = any_label.value
-                right = [n in note.labels for n, note in zip(named, measured, strict=True)]
-                gain = answers.right.astype(float) - right
-                (against,) = bootstrap(lambda w, g=gain: np.array([w @ g / w.sum()]), measured)
-                if not gain.any():  # every draw agrees: as often as they may yet differ
-                    differ = wilson(0, len(measured))[1]
-                    against = Estimate(0.0, -differ, differ)
+    predictions = baselines(training, measured) if training else {}
+    simpler = [
+        _measure_baseline(name, predicted, measured, len(notes.classes))
+        for name, predicted in predictions.items()
+    ]
+    linear = [baseline for baseline in simpler if "TF-IDF" in baseline.name]
+    against = None
+    if linear:
+        better = max(linear, key=lambda baseline: baseline.any_label_accuracy.value)
+        against = _gain(answers, predictions[better.name], measured)
     results = Results(
         labels=notes.classes,
         split=notes.split,
@@ -617,8 +690,27 @@ def assess(
     return results, answers
 
 
-def _accuracies(cells: Sequence[_Cells], weights: np.ndarray) -> np.ndarray:
-    return np.array([_figures(c.confusion(weights))[0] for c in cells])
+def _measure_baseline(
+    name: str, predicted: np.ndarray, notes: Sequence[Note], classes: int
+) -> Baseline:
+    rows = _by_row(predicted, notes, classes)
+    (accuracy,) = bootstrap(lambda w: np.array([_accuracy(rows.confusion(w))]), notes)
+    any_label_accuracy = bootstrap_mean(are_correct(notes, predicted), notes)
+    return Baseline(
+        name=name,
+        any_label_accuracy=share_of(any_label_accuracy, len(notes)),
+        accuracy=share_of(accuracy, len(notes)),
+    )
+
+
+def _gain(answers: Answers, predicted: np.ndarray, notes: Sequence[Note]) -> Estimate:
+    """Give the run's any-label accuracy minus that of a baseline, note by note."""
+    gain = answers.correct.astype(float) - are_correct(notes, predicted)
+    if gain.any():
+        return bootstrap_mean(gain, notes)
+    # Every draw agrees. They may still differ on as many notes as a share of 0 allows.
+    _, differ = wilson(0, len(notes))
+    return Estimate(0.0, -differ, differ)
 
 
 def _require_notes(notes: Sequence[Note]) -> None:

@@ -1,6 +1,6 @@
-"""Why an answer, and how far: the sentences that spoke for it, and what an adapter changed.
+"""Explanations: which sentences spoke for a prediction, and what an adapter changed.
 
-Shapes: T tokens, D width, r rank.
+Shapes: T tokens, D width, C classes, r rank.
 """
 
 import bisect
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from clinora.classifier import Classifier
 from clinora.lora import LoRALinear
-from clinora.notes import has_visible
+from clinora.notes import clean_text, has_visible
 
 # After a full stop and what follows it, or after a line; a full stop inside a number ends nothing.
 _SENTENCE_END = re.compile(r"[.!?](?=[\s,])[\s,]*|\n\s*")
@@ -33,12 +33,12 @@ def split_sentences(text: str) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Sentence:
-    """A sentence of a note and what it contributed to the answer.
+    """A sentence of a note and its contribution to the prediction.
 
     Attributes:
         text: With the white space after it.
-        contribution: Nats of log-odds, to first order: above 0 it spoke for the answer; None if
-            it was not read.
+        contribution: In nats of log-odds, to first order: above 0 it spoke for the predicted
+            class, below 0 against it; None if it was not read.
     """
 
     text: str
@@ -46,35 +46,46 @@ class Sentence:
 
 
 def explain(classifier: Classifier, text: str) -> list[Sentence]:
-    """Tell which sentences of a note spoke for the answer, and which against it.
+    """Tell which sentences of a note spoke for the predicted class, and which against it.
 
     The contribution of a token is e · ∂z/∂e: e its embedding, z = ln(p / (1 − p)) the log-odds of
-    the class named; a sentence's is the sum over its tokens (gradient × input, Shrikumar et al.
-    2016).
+    the predicted class; a sentence's is the sum over its tokens (gradient × input, Shrikumar et
+    al. 2016).
+
+    Returns:
+        The sentences of the note as ``clean_text`` gives it, in their order. What was not read
+        because of the token limit is one last sentence without a contribution.
 
     Raises:
         ValueError: The note is empty.
     """
-    text = text.strip()
+    text = clean_text(text)
     if not has_visible(text):
         raise ValueError("the note is empty: it has nothing visible")
-    tokenizer, limit = classifier.tokenizer, classifier.token_limit
-    scores = token_contributions(classifier, tokenizer.encode(text, limit))
-    sentences, sums = split_sentences(text), {}
-    ends = list(itertools.accumulate(map(len, sentences)))
-    # A token may begin with the space before its word: its last character tells where it stands.
-    for score, (begin, end) in list(zip(scores, tokenizer.places(text, limit), strict=True))[1:]:
-        at = bisect.bisect(ends, max(begin, end - 1))
-        sums[at] = sums.get(at, 0.0) + score
+    ids = classifier.tokenizer.encode(text, classifier.token_limit)
+    places = classifier.tokenizer.places(text, classifier.token_limit)
+    scores = token_contributions(classifier, ids)
+    sentences = split_sentences(text)
+    ends = list(itertools.accumulate(len(sentence) for sentence in sentences))
+    sums: dict[int, float] = {}  # position of a sentence → sum over its tokens
+    for score, (begin, end) in zip(scores[1:], places[1:], strict=True):  # the bos has no place
+        # A token may begin with the space before its word: its last character tells where it is.
+        last = max(begin, end - 1)
+        sentence = bisect.bisect(ends, last)
+        sums[sentence] = sums.get(sentence, 0.0) + score
     read = max(sums, default=-1) + 1
-    unread = "".join(sentences[read:])
     explained = [Sentence(sentence, sums.get(i)) for i, sentence in enumerate(sentences[:read])]
-    return [*explained, Sentence(unread, None)] if unread else explained
+    unread = "".join(sentences[read:])
+    if unread:
+        explained.append(Sentence(unread, None))
+    return explained
 
 
 def token_contributions(classifier: Classifier, ids: list[int]) -> list[float]:
-    """Give e · ∂z/∂e of each token, z the log-odds of the class named: T floats."""
-    model, kept = classifier.model, []
+    """Give e · ∂z/∂e of each token, z the log-odds of the predicted class: T floats."""
+    model = classifier.model
+    device = model.score.weight.device
+    kept = []
 
     def cut_graph(_module: nn.Module, _inputs: tuple, embedded: Tensor) -> Tensor:
         kept.append(embedded.detach().requires_grad_())  # (1, T, D)
@@ -84,27 +95,28 @@ def token_contributions(classifier: Classifier, ids: list[int]) -> list[float]:
     model.eval()
     hook = model.model.embed_tokens.register_forward_hook(cut_graph)
     try:
-        device = model.score.weight.device
         with torch.enable_grad(), classifier.autocast():
             lengths = torch.tensor([len(ids)], device=device)
             logits = model(torch.tensor([ids], device=device), lengths)[0].float()  # (C,)
-        named = logits.argmax()
-        others = torch.cat((logits[:named], logits[named + 1 :]))
-        (gradient,) = torch.autograd.grad(logits[named] - others.logsumexp(0), kept)
+        predicted = logits.argmax()
+        others = torch.cat((logits[:predicted], logits[predicted + 1 :]))
+        log_odds = logits[predicted] - others.logsumexp(0)
+        (gradient,) = torch.autograd.grad(log_odds, kept)
     finally:
         hook.remove()
         model.train(training)
-    return (gradient.float() * kept[0].detach().float()).sum(-1)[0].tolist()
+    embedded = kept[0].detach()
+    return (gradient.float() * embedded.float()).sum(-1)[0].tolist()
 
 
 @dataclass(frozen=True, slots=True)
 class LayerUpdate:
-    """What an adapter changed in one layer, ΔW = s·B·A beside W.
+    """What an adapter changed in one layer: ΔW = s·B·A, compared with W.
 
     Attributes:
         name: The layer's full name.
         share: ‖ΔW‖ / ‖W‖, Frobenius norms.
-        singular_values: Of ΔW, the largest first; r of them.
+        singular_values: The r of ΔW, the largest first.
         effective_rank: exp(−Σ p·ln p) with p = σ / Σσ (Roy & Vetterli 2007, section 2); 0 if
             nothing changed.
     """
@@ -126,15 +138,24 @@ def layer_updates(model: nn.Module) -> list[LayerUpdate]:
         if not isinstance(layer, LoRALinear):
             continue
         # On the CPU: not every device has float64.
-        cores = [torch.linalg.qr(m.cpu().double()).R for m in (layer.lora_B, layer.lora_A.T)]
-        sigma = torch.linalg.svdvals(cores[0] @ cores[1].T) * abs(layer.config.scaling)
-        p = sigma[sigma > 0] / sigma.sum()
+        core_b = torch.linalg.qr(layer.lora_B.cpu().double()).R
+        core_a = torch.linalg.qr(layer.lora_A.T.cpu().double()).R
+        sigma = torch.linalg.svdvals(core_b @ core_a.T) * abs(layer.config.scaling)  # (r,)
+        weight = layer.weight.cpu().double()
         updates.append(
             LayerUpdate(
                 name=name,
-                share=(sigma.norm() / layer.weight.cpu().double().norm()).item(),
+                share=(sigma.norm() / weight.norm()).item(),
                 singular_values=tuple(sigma.tolist()),
-                effective_rank=math.exp(-(p * p.log()).sum().item()) if len(p) else 0.0,
+                effective_rank=_effective_rank(sigma),
             )
         )
     return updates
+
+
+def _effective_rank(sigma: Tensor) -> float:
+    if sigma.sum() == 0:
+        return 0.0
+    p = sigma[sigma > 0] / sigma.sum()
+    entropy = -(p * p.log()).sum()
+    return math.exp(entropy.item())

@@ -1,7 +1,7 @@
-"""Figures of a report, as matplotlib Figures: no window, no global state, any thread.
+"""Figures of a report, as matplotlib Figures: no window, no global state, usable in any thread.
 
-They say the same in black and white and to the colour-blind: lines differ in dash and marker,
-areas in lightness, and what matters stands there as a number.
+They can be read without colour: lines differ in dash and marker, areas in lightness, and the
+important values are written as numbers.
 
 Shapes: N notes, C classes.
 """
@@ -16,126 +16,143 @@ from matplotlib.ticker import PercentFormatter
 from clinora.evaluation import wilson
 from clinora.explain import LayerUpdate
 
-BLACK, GREY, LIGHT = "#111111", "#707070", "#c8c8c8"
+BLACK = "#111111"
+GREY = "#707070"
+LIGHT = "#c8c8c8"
 BLUE = "#1f5fa8"  # as dark as mid grey
+
+FEW_CLASSES = 12  # more classes have smaller cells in a confusion matrix
 
 
 def confusion_figure(confusion: np.ndarray, labels: Sequence[str]) -> Figure:
     """Draw a confusion matrix: counts as numbers, each row's shares as numbers and shades.
 
     Args:
-        confusion: (C, C) notes filed under the one class and named the other; a wrong note under
-            k classes counts as 1/k in each of their rows.
+        confusion: (C, C) notes, rows: true class, columns: predicted class; an incorrect note
+            with k labels counts as 1/k in each of their rows.
         labels: Names of the C classes.
     """
     counts = np.asarray(confusion, float)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1e-9)
-    few = len(labels) <= 12  # forty classes leave room neither for zeros nor for shares
+    few = len(labels) <= FEW_CLASSES
     side = 3.2 + (0.75 if few else 0.36) * len(labels)
     figure = Figure(figsize=(side + 1.4, side), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     for (row, column), count in np.ndenumerate(counts):
         share = shares[row, column]
-        text = f"{count:,.{1 if few or count < 10 else 0}f}".removesuffix(".0")
-        if few or count:
+        text = _cell_text(count, share, few)
+        if text:
             axes.text(
-                column, row, f"{text}\n{share:.0%}" if few else text, ha="center", va="center",
-                fontsize=9 if few else 7, color="white" if share > 0.6 else "black",
+                column, row, text, ha="center", va="center", fontsize=9 if few else 7,
+                color="white" if share > 0.6 else "black",
             )  # fmt: skip
-    # A class may be named "$x$": that is no formula.
-    names = {"labels": labels, "parse_math": False}
-    axes.set_xticks(
-        range(len(labels)), **names, rotation=30 if few else 90, ha="right" if few else "center"
-    )
-    axes.set_yticks(range(len(labels)), **names)
+    places = range(len(labels))
+    # A class may have the name "$x$", which is not a formula.
+    slant = {"rotation": 30, "ha": "right"} if few else {"rotation": 90, "ha": "center"}
+    axes.set_xticks(places, labels, parse_math=False, **slant)
+    axes.set_yticks(places, labels, parse_math=False)
     edges = np.arange(len(labels) - 1) + 0.5
     axes.hlines(edges, -0.5, len(labels) - 0.5, color=LIGHT, linewidth=0.5)
     axes.vlines(edges, -0.5, len(labels) - 0.5, color=LIGHT, linewidth=0.5)
-    axes.set_xlabel("named")
-    axes.set_ylabel("filed under")
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("true class")
     axes.set_title(
-        "Notes by filed and named class\n"
-        "A note is right if it is filed under the class named; a wrong note\n"
-        "under k classes counts as 1/k in each of their rows",
+        "Confusion matrix (rows: true class, columns: predicted class)\n"
+        "An incorrect note with k labels counts as 1/k in each of their rows",
         fontsize=10,
     )
     figure.colorbar(image, ax=axes, label="share of the row", shrink=0.8)
     return figure
 
 
-def reliability_figure(confidence: np.ndarray, right: np.ndarray) -> Figure:
-    """Draw how often answers of a confidence are right: ten bins of equally many notes.
+def _cell_text(count: float, share: float, few: bool) -> str:
+    """Write a cell of a confusion matrix; many classes leave no room for zeros and shares."""
+    if few:
+        text = f"{count:,.1f}".removesuffix(".0")
+        return f"{text}\n{share:.0%}"
+    if count == 0:
+        return ""
+    if count < 10:
+        return f"{count:.1f}".removesuffix(".0")
+    return f"{count:,.0f}"
+
+
+def reliability_figure(confidence: np.ndarray, correct: np.ndarray) -> Figure:
+    """Draw the share correct against the confidence, in ten bins of equally many notes.
 
     Args:
         confidence: (N,) calibrated.
-        right: (N,) whether the note is filed under the class named.
+        correct: (N,) whether the predicted class is one of the note's labels.
     """
     figure = Figure(figsize=(5.6, 5), layout="constrained")
     axes = figure.subplots()
     axes.plot((0, 1), (0, 1), color=GREY, linestyle="--", label="perfectly calibrated")
-    parts = [p for p in np.array_split(np.argsort(confidence, kind="stable"), 10) if len(p)]
-    claimed = [confidence[p].mean() for p in parts]
-    share = np.array([right[p].mean() for p in parts])
-    bounds = np.array([wilson(right[p].sum(), len(p)) for p in parts]).T
+    parts = _equal_parts(confidence, 10)
+    claimed = np.array([confidence[part].mean() for part in parts])
+    share = np.array([correct[part].mean() for part in parts])
+    bounds = np.array([wilson(correct[part].sum(), len(part)) for part in parts]).T  # (2, parts)
     axes.errorbar(
         claimed, share, abs(bounds - share), color=BLACK, marker="o", linestyle="none", capsize=3,
         label=f"a tenth of the notes each, about {len(parts[0])}, with 95% interval",
     )  # fmt: skip
-    low = max(0, min(*claimed, bounds.min()) - 0.05)
-    axes.set(xlim=(low, 1.01), ylim=(low, 1.01), xlabel="confidence", ylabel="share right")
+    low = max(0, min(claimed.min(), bounds.min()) - 0.05)
+    axes.set(xlim=(low, 1.01), ylim=(low, 1.01), xlabel="confidence", ylabel="share correct")
     _percent(axes)
-    axes.set_title("Is a confidence of 90% right nine times in ten?")
+    axes.set_title("Are 90% of the predictions with a confidence of 90% correct?")
     figure.legend(loc="outside lower center", fontsize=8)
     return figure
 
 
 def coverage_figure(
-    confidence: np.ndarray, right: np.ndarray, threshold: float, promise: float
+    confidence: np.ndarray, correct: np.ndarray, threshold: float, promise: float
 ) -> Figure:
-    """Draw risk against coverage: the share wrong if only the most confident notes are answered.
+    """Draw the share of incorrect predictions if only the most confident notes are answered.
 
     Args:
         confidence: (N,) calibrated.
-        right: (N,) whether the note is filed under the class named.
-        threshold: The confidence under which the run refers a note to a person.
-        promise: The share of the answered notes that should be right.
+        correct: (N,) whether the predicted class is one of the note's labels.
+        threshold: The confidence below which the run refers a note to a person.
+        promise: The share of the answered notes that should be correct.
     """
     order = np.argsort(-confidence, kind="stable")
-    coverage = np.arange(1, len(order) + 1) / len(order)
-    risk = np.cumsum(~right[order]) / np.arange(1, len(order) + 1)
+    count = np.arange(1, len(order) + 1)  # of the notes that are answered
+    coverage = count / len(order)
+    risk = np.cumsum(~correct[order]) / count
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.subplots()
-    axes.step(coverage, risk, where="post", color=BLACK, label="share wrong of those answered")
+    axes.step(coverage, risk, where="post", color=BLACK, label="share incorrect of those answered")
     axes.axhline(1 - promise, color=GREY, linestyle="--", label=f"promised: {1 - promise:.0%}")
-    answered = (confidence >= threshold).mean()
+    answered = int((confidence >= threshold).sum())
     if answered:
-        here = risk[round(answered * len(order)) - 1]
-        text = f"threshold {threshold:.2f}: {answered:.0%} answered, {here:.1%} wrong"
-        axes.plot(answered, here, "D", color=BLUE, markersize=8, clip_on=False, label=text)
-    # The first few answers may all be wrong: they would flatten the rest.
-    top = 1.1 * max(*risk[len(risk) // 10 :], 1 - promise)
-    axes.set(xlim=(0, 1), ylim=(0, top), xlabel="share of the notes answered", ylabel="share wrong")
+        share = coverage[answered - 1]
+        here = risk[answered - 1]
+        text = f"threshold {threshold:.2f}: {share:.0%} answered, {here:.1%} incorrect"
+        axes.plot(share, here, "D", color=BLUE, markersize=8, clip_on=False, label=text)
+    # The first few predictions may all be incorrect: they would flatten the rest.
+    top = 1.1 * max(risk[len(risk) // 10 :].max(), 1 - promise)
+    axes.set(xlim=(0, 1), ylim=(0, top))
+    axes.set(xlabel="share of the notes answered", ylabel="share incorrect")
     _percent(axes)
-    axes.set_title("What referring the least confident notes to a person buys")
+    axes.set_title("Fewer mistakes when the least confident notes are referred to a person")
     figure.legend(loc="outside lower center", fontsize=8, ncols=2)
     return figure
 
 
-def length_figure(tokens: np.ndarray, right: np.ndarray, token_limit: int) -> Figure:
+def length_figure(tokens: np.ndarray, correct: np.ndarray, token_limit: int) -> Figure:
     """Draw any-label accuracy by note length: four groups of equally many notes.
 
     Args:
         tokens: (N,) tokens of the whole note.
-        right: (N,) whether the note is filed under the class named.
+        correct: (N,) whether the predicted class is one of the note's labels.
         token_limit: How many tokens of a note were read.
     """
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.subplots()
-    parts = [p for p in np.array_split(np.argsort(tokens, kind="stable"), 4) if len(p)]
+    parts = _equal_parts(tokens, 4)
     for place, part in enumerate(parts):
-        share = right[part].mean()
-        low, high = wilson(right[part].sum(), len(part))
+        share = correct[part].mean()
+        low, high = wilson(correct[part].sum(), len(part))
         whole = tokens[part].max() <= token_limit
         axes.bar(
             place, share, width=0.7, facecolor="white" if whole else LIGHT, edgecolor=BLACK,
@@ -160,7 +177,8 @@ def training_figure(steps: Sequence[dict], validations: Sequence[dict]) -> Figur
     """
     figure = Figure(figsize=(7, 5.2), layout="constrained")
     above, below = figure.subplots(2, sharex=True, height_ratios=(3, 1))
-    at, loss = np.array([s["step"] for s in steps]), np.array([s["loss"] for s in steps])
+    at = np.array([step["step"] for step in steps])
+    loss = np.array([step["loss"] for step in steps])
     above.plot(at, loss, color=LIGHT, linewidth=1, label="training, each step")
     width = max(1, len(loss) // 30)
     smooth = np.convolve(loss, np.ones(width) / width, "valid")
@@ -178,21 +196,28 @@ def training_figure(steps: Sequence[dict], validations: Sequence[dict]) -> Figur
     return figure
 
 
+def _equal_parts(values: np.ndarray, count: int) -> list[np.ndarray]:
+    """Cut the positions of N values, in their order, into parts of equally many, none empty."""
+    order = np.argsort(values, kind="stable")
+    return np.array_split(order, min(count, len(order)))
+
+
 def _percent(axes: Axes) -> None:
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(PercentFormatter(1, decimals=None))
 
 
 def updates_figure(updates: Sequence[LayerUpdate]) -> Figure:
-    """Draw how far an adapter moved each weight: ‖ΔW‖ / ‖W‖ by layer and target."""
+    """Draw how much an adapter changed each weight: ‖ΔW‖ / ‖W‖ by layer and target."""
     names = [_layer_and_target(update.name) for update in updates]
     layers = sorted({layer for layer, _ in names})
     targets = list(dict.fromkeys(target for _, target in names))
     shares = np.full((len(layers), len(targets)), np.nan)
     for (layer, target), update in zip(names, updates, strict=True):
         shares[layers.index(layer), targets.index(target)] = update.share
-    size = max(4.6, 1.3 + 0.85 * len(targets)), max(3.4, 1.2 + 0.32 * len(layers))
-    figure = Figure(figsize=size, dpi=200, layout="constrained")
+    width = max(4.6, 1.3 + 0.85 * len(targets))
+    height = max(3.4, 1.2 + 0.32 * len(layers))
+    figure = Figure(figsize=(width, height), dpi=200, layout="constrained")
     axes = figure.subplots()
     most = np.nanmax(shares)
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=most or 1, aspect="auto")
@@ -206,28 +231,28 @@ def updates_figure(updates: Sequence[LayerUpdate]) -> Figure:
     axes.set_yticks(range(len(layers)), layers)
     axes.set(xlabel="adapted weight W", ylabel="layer")
     axes.set_title(
-        "How far each weight was moved:\n‖(α/r)·B·A‖ / ‖W‖, Frobenius norms", fontsize=11
+        "How much each weight was changed:\n‖(α/r)·B·A‖ / ‖W‖, Frobenius norms", fontsize=11
     )
     return figure
 
 
 def singular_values_figure(updates: Sequence[LayerUpdate]) -> Figure:
-    """Draw the singular values of each layer's update, and its effective rank."""
+    """Draw the singular values of each layer's update, and the effective ranks of each target."""
     figure = Figure(figsize=(4.6, 3.4), dpi=200, layout="constrained")
     axes = figure.subplots()
-    targets = list(dict.fromkeys(_layer_and_target(update.name)[1] for update in updates))
+    of_target: dict[str, list[LayerUpdate]] = {}
     for update in updates:
-        kind = targets.index(_layer_and_target(update.name)[1])
-        axes.plot(
-            range(1, len(update.singular_values) + 1), update.singular_values,
-            linewidth=1, markersize=3, **_style(kind),
-        )  # fmt: skip
-    for kind, target in enumerate(targets):
-        ranks = [u.effective_rank for u in updates if _layer_and_target(u.name)[1] == target]
-        axes.plot(
-            [], [], **_style(kind),
-            label=f"{target}: effective rank {min(ranks):.1f} to {max(ranks):.1f}",
-        )  # fmt: skip
+        _, target = _layer_and_target(update.name)
+        of_target.setdefault(target, []).append(update)
+    styles = {target: _style(number) for number, target in enumerate(of_target)}
+    for update in updates:
+        _, target = _layer_and_target(update.name)
+        number = range(1, len(update.singular_values) + 1)
+        axes.plot(number, update.singular_values, linewidth=1, markersize=3, **styles[target])
+    for target, group in of_target.items():
+        ranks = [update.effective_rank for update in group]
+        label = f"{target}: effective rank {min(ranks):.1f} to {max(ranks):.1f}"
+        axes.plot([], [], label=label, **styles[target])
     axes.set(xlabel="number of the singular value, of r", ylabel="singular value", ylim=(0, None))
     axes.set_title("Singular values of (α/r)·B·A:\na line for each layer", fontsize=11)
     axes.xaxis.get_major_locator().set_params(integer=True)
@@ -238,13 +263,15 @@ def singular_values_figure(updates: Sequence[LayerUpdate]) -> Figure:
 def _layer_and_target(name: str) -> tuple[int, str]:
     """Give the layer's number, the last in the name, and the name's last segment."""
     parts = name.split(".")
-    return next((int(part) for part in reversed(parts) if part.isdigit()), 0), parts[-1]
+    numbers = [int(part) for part in parts if part.isdigit()]
+    layer = numbers[-1] if numbers else 0
+    return layer, parts[-1]
 
 
-def _style(kind: int) -> dict:
+def _style(number: int) -> dict:
     """Give one of twelve styles of a line."""
     return {
-        "color": (BLUE, BLACK, GREY)[kind % 3],
-        "linestyle": ("-", "--", ":")[kind % 3],
-        "marker": "os^D"[kind // 3 % 4],
+        "color": (BLUE, BLACK, GREY)[number % 3],
+        "linestyle": ("-", "--", ":")[number % 3],
+        "marker": "os^D"[number // 3 % 4],
     }

@@ -11,7 +11,7 @@ import math
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,12 +33,17 @@ PUBLISHED_CLASSES = (
 
 MTSAMPLES = {"repo_id": "harishnair04/mtsamples", "filename": "mtsamples.csv", "rows": 4999}
 
+TEXT_COLUMN = "transcription"
+LABEL_COLUMN = "medical_specialty"
 SPLITS = ("texts", "rows")
 SIDES = ("training", "validation", "test")
 SHORT = 50  # characters; a shorter text hardly says what it is about
 LONGEST_COLUMN_NAME = 40  # characters; a longer one is a note, in a file without a header
 LONGEST_CLASS_NAME = 100  # characters; longer ones are notes, taken for classes by mistake
 MOST_CLASSES_LISTED = 100  # in a message, likewise
+
+# What clean_text writes in place of half a character.
+REPLACEMENT = "\ufffd"
 
 # Letters and symbols that are drawn as nothing: Hangul fillers, the Braille pattern without dots
 # and the musical null notehead.
@@ -51,16 +56,34 @@ UNSHOWABLE_CATEGORIES = frozenset(("Cc", "Cf", "Cs", "Zl", "Zp"))
 JOINER_IN_WORD = re.compile(r"(?<=[^\s\u200c\u200d])[\u200c\u200d](?=[^\s\u200c\u200d])")
 
 
+def clean_text(text: str) -> str:
+    r"""Clean a note before it is hashed or tokenised, wherever it comes from.
+
+    Windows line ends become ``\n``: they would make another hash and other tokens of the same
+    note. A lone surrogate, half of a character that was cut in UTF-16, becomes U+FFFD: it has no
+    UTF-8. White space around the text is removed.
+
+    >>> clean_text(" Chest pain.\r\nNo fever.\n")
+    'Chest pain.\nNo fever.'
+    """
+    text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text.replace("\r\n", "\n").replace("\r", "\n").strip()
+
+
 def has_visible(text: str) -> bool:
     """Tell whether a text has at least one letter, digit, punctuation mark or symbol to see.
 
     Spaces, control and format characters (zero-width space, byte-order mark, NUL), combining marks
-    and variation selectors on their own, and letters that are drawn as nothing do not count.
+    and variation selectors on their own, letters that are drawn as nothing, and U+FFFD, which
+    stands for a character that was lost, do not count.
     """
-    return any(
-        unicodedata.category(character)[0] in "LNPS" and character not in BLANK_LETTERS
-        for character in text
-    )
+    return any(_is_visible(character) for character in text)
+
+
+def _is_visible(character: str) -> bool:
+    if character in BLANK_LETTERS or character == REPLACEMENT:
+        return False
+    return unicodedata.category(character)[0] in "LNPS"
 
 
 def check_class_name(name: str) -> None:
@@ -83,18 +106,37 @@ def check_class_name(name: str) -> None:
         raise ValueError("it has nothing visible, expected a name")
 
 
+def check_class_names(labels: Sequence[str]) -> None:
+    """Check the names of a run's classes, as ``read_notes`` checks those of a file.
+
+    Raises:
+        ValueError: They are not different names that can be shown. The message shows at most 60
+            characters of a name, with escapes.
+    """
+    if not all(isinstance(label, str) for label in labels) or len(set(labels)) < len(labels):
+        raise ValueError("labels are not different names")
+    for i, label in enumerate(labels):
+        try:
+            check_class_name(label)
+        except ValueError as error:
+            shown = ascii(label)[:60]
+            raise ValueError(f"label {i} ({shown}) is not a class name: {error}") from None
+
+
 def text_sha256(text: str) -> str:
-    """Hash a stripped text, in hexadecimal."""
-    return hashlib.sha256(text.encode()).hexdigest()
+    """Hash a text as ``clean_text`` gives it, in hexadecimal."""
+    return hashlib.sha256(clean_text(text).encode()).hexdigest()
 
 
 def side_of(text: str) -> str:
-    """Give the side of a stripped text, by its hash alone: "test", "validation" or "training".
+    """Give the side of a text, by its hash alone: "test", "validation" or "training".
 
     The sha256 as a number, mod 10: 0 and 1 are test, 2 is validation.
     """
     bucket = int(text_sha256(text), 16) % 10
-    return {0: "test", 1: "test", 2: "validation"}.get(bucket, "training")
+    if bucket < 2:
+        return "test"
+    return "validation" if bucket == 2 else "training"
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +144,7 @@ class Note:
     """A text and the classes that it is filed under.
 
     Attributes:
-        text: The stripped text.
+        text: The text as ``clean_text`` gives it.
         filed: The class index of each row that holds the text, in the file's order.
     """
 
@@ -118,6 +160,25 @@ class Note:
     def sha256(self) -> str:
         """Hash of the text, in hexadecimal."""
         return text_sha256(self.text)
+
+
+def is_correct(note: Note, predicted: int) -> bool:
+    """Tell whether a predicted class, given by its index, is one of the note's labels."""
+    return predicted in note.labels
+
+
+def are_correct(notes: Sequence[Note], predicted: Sequence[int]) -> np.ndarray:
+    """Tell of each note whether its predicted class is one of its labels: (N,) bool."""
+    pairs = zip(notes, predicted, strict=True)
+    return np.array([is_correct(note, index) for note, index in pairs], bool)
+
+
+def soft_targets(notes: Sequence[Note], classes: int) -> np.ndarray:
+    """Give a note with k labels the target 1/k for each of them: (N, C) float32."""
+    targets = np.zeros((len(notes), classes), np.float32)
+    for row, note in zip(targets, notes, strict=True):
+        row[list(note.labels)] = 1 / len(note.labels)
+    return targets
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,11 +224,11 @@ class Notes:
         several = sum(len(note.labels) > 1 for note in self.notes)
         short = sum(len(note.text) < SHORT for note in self.notes)
         what = "different texts" if self.split == "texts" else "rows, each with its own label,"
-        several = f" ({several:,} filed under several)" if self.split == "texts" else ""
+        labels = f" ({several:,} with several labels)" if self.split == "texts" else ""
         return (
             f"{self.rows:,} rows, {self.without_text:,} without text or label, "
             f"{self.other_classes:,} of other classes; {len(self.notes):,} {what} in "
-            f"{len(self.classes)} classes{several}, {short:,} shorter than {SHORT} characters; "
+            f"{len(self.classes)} classes{labels}, {short:,} shorter than {SHORT} characters; "
             + ", ".join(f"{counts[side]:,} {side}" for side in SIDES)
         )
 
@@ -175,8 +236,8 @@ class Notes:
 def read_notes(
     source: str | Path,
     *,
-    text_column: str = "transcription",
-    label_column: str = "medical_specialty",
+    text_column: str = TEXT_COLUMN,
+    label_column: str = LABEL_COLUMN,
     classes: Sequence[str] | int | str | None = None,
     split: str = "texts",
 ) -> Notes:
@@ -202,7 +263,9 @@ def read_notes(
     if text_column == label_column:
         raise ValueError(f"column {text_column!r} cannot hold both the notes and their classes")
     path = find_notes(source)
-    filed, rows, without_text = defaultdict(list), 0, 0  # filed: text → (row, class) of each
+    filed = defaultdict(list)  # text → (row, class) of each row that holds it
+    rows = 0
+    without_text = 0
     for row, text, label in _read_rows(path, text_column, label_column):
         rows += 1
         if label and has_visible(text):
@@ -216,15 +279,15 @@ def read_notes(
         )
     counts = Counter(label for places in filed.values() for _, label in places)
     # More classes than texts, and longer ones: the names of classes, which are shown, are notes.
-    lengths = [sum(map(len, words)) / max(1, len(words)) for words in (counts, filed)]
-    if len(counts) > len(filed) and lengths[0] > lengths[1]:
+    if len(counts) > len(filed) and _mean_length(counts) > _mean_length(filed):
         raise ValueError(
             f"{path} has {len(counts):,} classes for {len(filed):,} texts: is {text_column!r} the "
             f"column of the notes, and {label_column!r} that of their classes?"
         )
-    chosen = _choose_classes(counts, classes, path)
+    chosen = _select_classes(counts, classes, path)
     index = {name: i for i, name in enumerate(chosen)}
-    notes, order = [], []
+    notes = []
+    order = []  # split by rows, the row of each note
     for text, places in filed.items():
         kept = [(row, index[label]) for row, label in places if label in index]
         if split == "rows":
@@ -248,6 +311,24 @@ def read_notes(
     )
 
 
+def choose_classes(words: Sequence[str] | None) -> Sequence[str] | int | str | None:
+    """Read the words of a command line as the ``classes`` of ``read_notes``.
+
+    Args:
+        words: Names; one number k, for the k most frequent; "all"; or None.
+    """
+    if words is None or len(words) != 1:
+        return words
+    (word,) = words
+    if word.isdigit():
+        return int(word)
+    return word if word == "all" else words
+
+
+def _mean_length(words: Collection[str]) -> float:
+    return sum(len(word) for word in words) / max(1, len(words))
+
+
 def row_sides(rows: int) -> list[str]:
     """Deal rows to sides at random, always in the same way: a tenth, rounded up, is test.
 
@@ -256,7 +337,8 @@ def row_sides(rows: int) -> list[str]:
     tenth = math.ceil(rows / 10)
     sides = np.full(rows, "training", dtype=object)
     order = np.random.default_rng(0).permutation(rows)
-    sides[order[:tenth]], sides[order[tenth : 2 * tenth]] = "test", "validation"
+    sides[order[:tenth]] = "test"
+    sides[order[tenth : 2 * tenth]] = "validation"
     return sides.tolist()
 
 
@@ -284,7 +366,7 @@ def find_notes(source: str | Path) -> Path:
 
 
 def _read_rows(path: Path, text_column: str, label_column: str) -> Iterator[tuple[int, str, str]]:
-    """Give number (from 1, the header not counted), stripped text and label of each row."""
+    """Give number (from 1, the header not counted), clean text and label of each row."""
     _check_encoding(path)
     limit = csv.field_size_limit(2**31 - 1)  # of a field: 131,072 characters unless told
     try:
@@ -293,7 +375,8 @@ def _read_rows(path: Path, text_column: str, label_column: str) -> Iterator[tupl
             header = next(table, [])
             if not header:
                 raise ValueError(f"{path} is empty: expected a CSV file with a header")
-            text_at, label_at = (_column(path, header, c) for c in (text_column, label_column))
+            text_at = _column(path, header, text_column)
+            label_at = _column(path, header, label_column)
             row = 0
             for cells in table:
                 if not cells:  # an empty line
@@ -304,8 +387,7 @@ def _read_rows(path: Path, text_column: str, label_column: str) -> Iterator[tupl
                         f"row {row} of {path} (it ends in line {table.line_num}) has {len(cells)} "
                         f"fields, the header {len(header)}: a text with commas needs quotes"
                     )
-                # Windows line ends would make another text, and another hash, of the same note.
-                text = cells[text_at].replace("\r\n", "\n").replace("\r", "\n").strip()
+                text = clean_text(cells[text_at])
                 label = cells[label_at].strip()
                 if (text, label) == (text_column, label_column):
                     raise ValueError(f"row {row} of {path} repeats the header: remove that row")
@@ -331,14 +413,14 @@ def _check_row_label(label: str, row: int, path: Path, label_column: str) -> Non
 
 
 def _column(path: Path, header: list[str], name: str) -> int:
-    if (times := header.count(name)) != 1:
-        there = f"its columns are: {', '.join(map(repr, header))[:500]}"
-        if max(map(len, header)) > LONGEST_COLUMN_NAME:  # perhaps a note: not to be shown
-            there = "its first row does not look like a header"
-        raise ValueError(
-            f"{path} has {times or 'no'} column{'s' * (times > 1)} {name!r}, expected one; {there}"
-        )
-    return header.index(name)
+    times = header.count(name)
+    if times == 1:
+        return header.index(name)
+    there = f"its columns are: {', '.join(map(repr, header))[:500]}"
+    if max(map(len, header)) > LONGEST_COLUMN_NAME:  # perhaps a note: not to be shown
+        there = "its first row does not look like a header"
+    found = f"{times} columns" if times else "no column"
+    raise ValueError(f"{path} has {found} {name!r}, expected one; {there}")
 
 
 def _check_encoding(path: Path) -> None:
@@ -359,7 +441,7 @@ def _check_encoding(path: Path) -> None:
                 ) from None
 
 
-def _choose_classes(
+def _select_classes(
     counts: Counter, classes: Sequence[str] | int | str | None, path: Path
 ) -> tuple[str, ...]:
     if not counts:

@@ -1,4 +1,4 @@
-"""What a run says of itself: tables for the terminal, ``report/`` for the folder."""
+"""A run's measures, written: tables for the terminal, and the files of ``report/``."""
 
 import dataclasses
 import io
@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from clinora.checkpoint import write_atomically
 from clinora.classifier import Classifier
-from clinora.evaluation import Answers, Estimate, Measures, Results
+from clinora.evaluation import Answers, ClassMeasures, Estimate, Measures, Results
 from clinora.figures import (
     confusion_figure,
     coverage_figure,
@@ -24,19 +24,23 @@ from clinora.notes import Note
 
 METRICS_SCHEMA = 1
 MISTAKES = 20
-EXCERPT = 300  # characters of a mistaken note, where its text is asked for
+EXCERPT = 300  # characters of a note with an incorrect prediction, where its text is asked for
+FEWEST_TEST = 30  # notes; fewer allow no conclusion
 
 
 def model_table(classifier: Classifier) -> str:
-    """Describe a classifier's model, adapter and head, a line each."""
+    """Describe a classifier's model, adapter and head, one line each."""
     model = classifier.model
-    config, lora, count = model.model.config, model.lora_config, count_parameters(model)
-    heads = f"{config.num_attention_heads} heads, {config.num_key_value_heads} for keys and values"
+    config = model.model.config
+    lora = model.lora_config
+    count = count_parameters(model)
+    share = count.trainable / count.total
     rows = {
         "model type": "Llama decoder with a sequence classification head",
         "base": model.source.name,
         "parameters": f"{count.total:,}",
-        "layers": f"{config.num_hidden_layers} decoder layers, {heads}",
+        "layers": f"{config.num_hidden_layers} decoder layers, {config.num_attention_heads} heads, "
+        f"{config.num_key_value_heads} for keys and values",
         "width": f"{config.hidden_size:,} (MLP {config.intermediate_size:,})",
         "vocabulary": f"{config.vocab_size:,} tokens",
         "positions": f"rotary, up to {config.max_position_embeddings:,}; "
@@ -46,65 +50,108 @@ def model_table(classifier: Classifier) -> str:
         "LoRA": f"{', '.join(lora.targets)}; rank {lora.rank}, alpha {lora.alpha:g}, "
         f"dropout {lora.dropout:g}",
         "head": f"Linear({config.hidden_size} → {len(classifier.labels)})",
-        "trainable": f"{count.trainable:,} parameters, {count.trainable / count.total:.3%}: "
+        "trainable": f"{count.trainable:,} parameters, {share:.3%}: "
         f"{count.lora:,} LoRA, {count.other:,} head",
     }
     return "\n".join(f"  {name:<12} {value}" for name, value in rows.items())
 
 
 def results_table(results: Results) -> str:
-    """Say how right the run is, beside its base, simpler classifiers and what is possible."""
-    after, before = results.after, results.before
-    rows = [
-        (
-            f"before training ({before.heads} random heads)",
-            f"{before.any_label_accuracy[0]:.1%} ± {before.any_label_accuracy[1]:.1%}",
-            f"{before.accuracy[0]:.1%} ± {before.accuracy[1]:.1%}",
-        ),
-        *((b.name, _say(b.any_label_accuracy), _say(b.accuracy)) for b in results.baselines),
-        ("this run", _say(after.by_note.accuracy), _say(after.by_row.accuracy)),
-        (
-            "possible at best",
-            "100%" if results.split == "texts" else f"{results.test_ceiling:.1%}",
-            f"{results.ceiling:.1%}",
-        ),
-    ]
-    lines = [
-        f"{results.notes:,} notes, filed in {results.rows:,} rows{_seen(results)}",
+    """Compare the run with its base, with simpler classifiers and with what is possible.
+
+    Where no text of the file has several labels, a prediction is correct for the note exactly if
+    it is correct for its rows: the table has one column, and no ceiling.
+    """
+    several_labels = results.ceiling < 1
+    lines = [f"{results.notes:,} notes in {results.rows:,} rows", *_warnings(results), ""]
+    lines += _accuracy_table(results, several_labels)
+    lines += [
         "",
-        f"{'':<34} {'notes right':<24} {'rows right':<24}".rstrip(),
-        *(f"{name:<34} {notes:<24} {of_rows:<24}".rstrip() for name, notes, of_rows in rows),
-        "",
-        "A note is right when it is filed under the class named. A row has one label: a text filed",
-        "under two classes is wrong in one of its rows whatever is answered, so no function of the",
-        f"text is right in more than {results.ceiling:.1%} of the file's rows of these classes, or",
-        f"in {results.test_ceiling:.1%} of those measured here. In brackets: 95% intervals.",
-        "After ±: the standard deviation between the random heads.",
+        "A note is correct if the predicted class is one of its labels.",
+        "In brackets: 95% intervals. After ±: the standard deviation between the random heads.",
     ]
-    if results.against is not None:
-        value, low, high = (100 * x for x in results.against)
+    if several_labels:
+        best = f"{results.ceiling:.1%}"
         lines += [
-            f"Against the better TF-IDF baseline: {value:+.1f} points of the notes right "
-            f"[{low:+.1f}, {high:+.1f}].",
+            "A row has one label: a text with two labels is incorrect in one of its rows whatever",
+            f"is predicted. No function of the text is correct in more than {best} of the file's",
+            f"rows of these classes, or in {results.test_ceiling:.1%} of the rows measured here.",
         ]
-    lines += ["", *_confidence_lines(results), "", *class_table(after.by_note)]
+    if results.against is not None:
+        gain = results.against
+        lines.append(
+            f"Against the better TF-IDF baseline: {_points(gain.value)} points of the notes "
+            f"correct [{_points(gain.low)}, {_points(gain.high)}]."
+        )
+    lines += ["", *_confidence_lines(results), "", *class_table(results.after.by_note)]
     return "\n".join(lines)
 
 
+def _accuracy_table(results: Results, several_labels: bool) -> list[str]:
+    """Put any-label accuracy, and with several labels the accuracy over rows, into a table."""
+    before = results.before
+    rows = [
+        ("", "notes correct", "rows correct"),
+        (
+            f"before training ({before.heads} random heads)",
+            _mean_and_spread(before.any_label_accuracy),
+            _mean_and_spread(before.accuracy),
+        ),
+    ]
+    for baseline in results.baselines:
+        of_notes = _interval(baseline.any_label_accuracy)
+        rows.append((baseline.name, of_notes, _interval(baseline.accuracy)))
+    after = results.after
+    rows.append(("this run", _interval(after.by_note.accuracy), _interval(after.by_row.accuracy)))
+    if several_labels:
+        # In a split by rows a note has one label, so that the ceiling is that of its rows.
+        of_notes = "100%" if results.split == "texts" else f"{results.test_ceiling:.1%}"
+        rows.append(("possible at best", of_notes, f"{results.ceiling:.1%}"))
+    lines = []
+    for name, of_notes, of_rows in rows:
+        line = f"{name:<34} {of_notes:<24}"
+        if several_labels:
+            line += f" {of_rows}"
+        lines.append(line.rstrip())
+    return lines
+
+
+def _warnings(results: Results) -> list[str]:
+    """Say what stands against a conclusion from these measures, one line each."""
+    lines = []
+    if results.notes < FEWEST_TEST:
+        lines.append(f"Fewer than {FEWEST_TEST} notes: no conclusion is possible.")
+    if results.trained_on:
+        lines.append(
+            f"NOT A TEST: the run was trained or calibrated on {results.trained_on:,} of these "
+            "notes"
+        )
+    if results.in_training:
+        lines.append(
+            f"{results.in_training:,} of these notes' texts are also among the training notes"
+        )
+    return lines
+
+
 def class_table(measures: Measures) -> list[str]:
-    """Put each class's figures into lines of a table."""
+    """Put the measures of each class into lines of a table."""
     width = max(30, *(len(c.label) for c in measures.classes))
     lines = [
-        "Precision: of what is named so, the share right. Recall: of what is filed so, the share",
-        "named so. A right note counts in the named class, a wrong one of k classes 1/k in each.",
+        "Precision: of the notes predicted as a class, the share that is of it. Recall: of the",
+        "notes of a class, the share predicted as it. A correct note is of its predicted class; an",
+        "incorrect note with k labels counts as 1/k in each of them.",
         f"{'class':<{width}} {'precision':<20} {'recall':<20} {'F1':<20} {'notes':>7}",
     ]
-    for c in measures.classes:
-        figures = " ".join(f"{_say(e):<20}" for e in (c.precision, c.recall, c.f1))
-        support = f"{c.support:,.1f}".removesuffix(".0")
-        lines.append(f"{c.label:<{width}} {figures} {support:>7}")
-    lines.append(f"{'mean F1 of the classes':<{width}} {_say(measures.macro_f1)}")
+    lines += [_class_line(c, width) for c in measures.classes]
+    lines.append(f"{'mean F1 of the classes':<{width}} {_interval(measures.macro_f1)}")
     return lines
+
+
+def _class_line(c: ClassMeasures, width: int) -> str:
+    support = f"{c.support:,.1f}".removesuffix(".0")
+    precision = _interval(c.precision)
+    recall = _interval(c.recall)
+    return f"{c.label:<{width}} {precision:<20} {recall:<20} {_interval(c.f1):<20} {support:>7}"
 
 
 def write_report(
@@ -121,14 +168,14 @@ def write_report(
     """Write ``metrics.json``, ``report.md`` and its figures into a folder, made if need be.
 
     Args:
-        folder: Where to.
-        results: What was measured.
-        answers: What the classifier said of each note.
+        folder: Where to write.
+        results: The measures.
+        answers: The predictions for each note.
         notes: The notes measured on.
         token_limit: How many tokens of a note were read.
         about: A sentence on the notes.
         steps: The lines of ``metrics.jsonl``, for the figure of training.
-        show_text: Whether to quote the beginnings of mistaken notes.
+        show_text: Whether to quote the beginning of each note with an incorrect prediction.
 
     Raises:
         OSError: The folder cannot be written.
@@ -139,45 +186,60 @@ def write_report(
     text = json.dumps(metrics, indent=2, allow_nan=False) + "\n"
     write_atomically(folder / "metrics.json", text.encode())
 
-    figures = {"confusion": confusion_figure(results.after.by_note.confusion, results.labels)}
-    answered = results.after.answered
-    if answered is not None:
-        confidence = answers.confidence, answers.right
-        figures["reliability"] = reliability_figure(*confidence)
-        figures["coverage"] = coverage_figure(*confidence, answered.threshold, answered.promise)
-    figures["length"] = length_figure(answers.tokens, answers.right, token_limit)
-    if steps:
-        validations = [step for step in steps if "validation_loss" in step]
-        figures["training"] = training_figure(steps, validations)
+    figures = _figures(results, answers, token_limit, steps)
     for name, figure in figures.items():
         write_atomically(folder / f"{name}.png", png(figure))
     excerpts = {note.sha256: note.text for note in notes} if show_text else {}
+    # As code: nothing in a class name or a note is read as Markdown or HTML.
+    listed = ["```", *(_mistake(mistake, excerpts) for mistake in mistakes), "```"]
     parts = [
         f"# Report\n\n{about}",
         f"```\n{results_table(results)}\n```",
         *(f"![{name}]({name}.png)" for name in figures),
         f"## The most confident mistakes ({len(mistakes)})",
-        # As code: nothing in a class name or a note is read as Markdown or HTML.
-        "\n".join(("```", *(_mistake(mistake, excerpts) for mistake in mistakes), "```")),
+        "\n".join(listed),
     ]
     write_atomically(folder / "report.md", ("\n\n".join(parts) + "\n").encode())
 
 
+def _figures(
+    results: Results, answers: Answers, token_limit: int, steps: Sequence[dict]
+) -> dict[str, Figure]:
+    """Draw the figures of a report, each under the name of its file."""
+    confusion = results.after.by_note.confusion
+    figures = {"confusion": confusion_figure(confusion, results.labels)}
+    answered = results.after.answered
+    if answered is not None:
+        figures["reliability"] = reliability_figure(answers.confidence, answers.correct)
+        figures["coverage"] = coverage_figure(
+            answers.confidence, answers.correct, answered.threshold, answered.promise
+        )
+    figures["length"] = length_figure(answers.tokens, answers.correct, token_limit)
+    if steps:
+        validations = [step for step in steps if "validation_loss" in step]
+        figures["training"] = training_figure(steps, validations)
+    return figures
+
+
 def find_mistakes(answers: Answers, notes: Sequence[Note], labels: Sequence[str]) -> list[dict]:
-    """List the wrong answers that were most confident, without the notes' text."""
-    sure = answers.top if answers.confidence is None else answers.confidence
-    wrong = [int(i) for i in np.argsort(-sure, kind="stable") if not answers.right[i]]
-    return [
-        {
-            "sha256": notes[i].sha256,
-            "named": labels[answers.named[i]],
-            "filed": [labels[label] for label in notes[i].labels],
-            "confidence": None if answers.confidence is None else float(answers.confidence[i]),
-            "probability": float(answers.top[i]),
-            "tokens": int(answers.tokens[i]),
-        }
-        for i in wrong[:MISTAKES]
-    ]
+    """List the most confident incorrect predictions, without the notes' text."""
+    calibrated = answers.confidence is not None
+    sure = answers.confidence if calibrated else answers.top
+    order = np.argsort(-sure, kind="stable").tolist()
+    wrong = [i for i in order if not answers.correct[i]]
+    mistakes = []
+    for i in wrong[:MISTAKES]:
+        mistakes.append(
+            {
+                "sha256": notes[i].sha256,
+                "named": labels[answers.predicted[i]],
+                "filed": [labels[label] for label in notes[i].labels],
+                "confidence": float(answers.confidence[i]) if calibrated else None,
+                "probability": float(answers.top[i]),
+                "tokens": int(answers.tokens[i]),
+            }
+        )
+    return mistakes
 
 
 def read_steps(path: Path) -> list[dict]:
@@ -188,59 +250,67 @@ def read_steps(path: Path) -> list[dict]:
 
 
 def png(figure: Figure) -> bytes:
-    """Draw a figure as a PNG file's bytes."""
+    """Draw a figure as the bytes of a PNG file."""
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=150)
     return picture.getvalue()
 
 
 def _confidence_lines(results: Results) -> list[str]:
-    answered, after = results.after.answered, results.after
+    """Say how well the confidence is calibrated, and what the threshold does."""
+    after = results.after
+    answered = after.answered
     if answered is None:
         return [
             "Not calibrated (too few validation notes): no confidence is claimed, and no note is "
             "referred."
         ]
-    value, low, high = (100 * x for x in after.overconfidence)
-    error, top = after.calibration_error.value, after.top_calibration_error.value
+    over = after.overconfidence
+    error = after.calibration_error.value
+    top = after.top_calibration_error.value
     lines = [
-        f"Mean confidence minus the share right: {value:+.1f} points [{low:+.1f}, {high:+.1f}].",
-        f"In tenths of the notes by confidence the two differ by {error:.1%} on average; had the",
-        f"largest probability been taken for the confidence, by {top:.1%}.",
+        f"Mean confidence minus the share correct: {_points(over.value)} points "
+        f"[{_points(over.low)}, {_points(over.high)}].",
+        f"In tenths of the notes by confidence the two differ by {error:.1%} on average; with the",
+        f"largest probability as the confidence, by {top:.1%}.",
     ]
     if answered.accuracy is None:
-        return [*lines, "The threshold was never reached: every note is referred to a person."]
-    return [
-        *lines,
-        f"Answered at a confidence of {answered.threshold:.1%} or more: "
-        f"{answered.coverage.value:.1%} of the notes, {_say(answered.accuracy)} of them right "
+        lines.append("No note reaches the threshold: every note is referred to a person.")
+        return lines
+    coverage = answered.coverage.value
+    lines += [
+        f"Answered at a confidence of {answered.threshold:.1%} or more: {coverage:.1%} of the "
+        f"notes, {_interval(answered.accuracy)} of them correct "
         f"(promised: {answered.promise:.0%}).",
-        f"The other {1 - answered.coverage.value:.1%} are referred to a person.",
+        f"The other {1 - coverage:.1%} are referred to a person.",
     ]
-
-
-def _seen(results: Results) -> str:
-    seen, same, said = results.trained_on, results.in_training, ""
-    if seen:
-        said += f"\nNOT A TEST: the run was trained or calibrated on {seen:,} of these notes"
-    if same:
-        said += f"\n{same:,} of these notes' texts also stand among the training notes"
-    return said
+    return lines
 
 
 def _mistake(mistake: dict, excerpts: dict[str, str]) -> str:
-    sure = mistake["probability"] if mistake["confidence"] is None else mistake["confidence"]
+    sure = mistake["confidence"]
+    if sure is None:
+        sure = mistake["probability"]
     line = (
-        f"{sure:.1%} {mistake['named']}; filed under {', '.join(mistake['filed'])}; "
+        f"{sure:.1%} predicted: {mistake['named']}; labels: {', '.join(mistake['filed'])}; "
         f"{mistake['tokens']:,} tokens; sha256 {mistake['sha256'][:16]}"
     )
     excerpt = " ".join(excerpts.get(mistake["sha256"], "")[:EXCERPT].split())
     return f"{line}\n    {excerpt}" if excerpt else line
 
 
-def _say(estimate: Estimate) -> str:
-    value, low, high = estimate
-    return f"{value:.1%} [{100 * low:.1f}, {100 * high:.1f}]"
+def _interval(share: Estimate) -> str:
+    return f"{share.value:.1%} [{100 * share.low:.1f}, {100 * share.high:.1f}]"
+
+
+def _mean_and_spread(shares: tuple[float, float]) -> str:
+    mean, spread = shares
+    return f"{mean:.1%} ± {spread:.1%}"
+
+
+def _points(difference: float) -> str:
+    """Write a difference of shares in points, with its sign."""
+    return f"{100 * difference:+.1f}"
 
 
 def _plain(value: object) -> object:

@@ -1,51 +1,64 @@
-"""Checkpoints of training, from which it goes on to the same bits, on one process or several."""
+"""Checkpoints of training: a resumed run ends with the bits of one that was never stopped.
+
+The first functions let several processes, which torchrun starts, work as one.
+"""
 
 import hashlib
 import json
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from clinora.checkpoint import CheckpointError, write_atomically
+from clinora.device import gathered, world
 
 CHECKPOINTS_KEPT = 2
 
 
-def world() -> tuple[int, int]:
-    """Give this process' rank and how many there are: (0, 1) without torchrun."""
-    if dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
+@dataclass(frozen=True, slots=True)
+class SavedState:
+    """What a checkpoint file holds.
 
+    Attributes:
+        path: The file.
+        tensors: ``trained.NAME``, ``optimizer.NAME.KEY``, ``best.NAME`` and ``random.RANK.KIND``.
+        numbers: step, best, worse, seconds, the scaler's state and the run's identity.
+        sha256: Hash of both.
+    """
 
-def summed(values: list[float], device: torch.device) -> list[float]:
-    """Sum each number over all processes."""
-    if world()[1] == 1:
-        return values
-    total = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(total)
-    return total.tolist()
+    path: Path
+    tensors: dict[str, Tensor]
+    numbers: dict
+    sha256: str
 
 
 class State:
-    """What decides the next step, and its checkpoints: ``step-000050.safetensors`` and so on.
+    """Everything that decides the next step, and its checkpoints on disk.
 
-    A checkpoint is one file, so it is there whole or not at all: tensors, and in its header a
-    JSON object with the numbers, the identity and a sha256 of the tensors.
+    A checkpoint is one file, such as ``step-000050.safetensors``, so it is either whole or absent.
+    It holds tensors, and in its header a JSON object with the numbers, the identity and a sha256.
+
+    Args:
+        folder: Where the checkpoints are.
+        trained: The trained parameters, by name.
+        optimizers: Each parameter belongs to one of them.
+        scaler: Of the loss, in float16.
+        identity: What else decides the result (data, options, base). A checkpoint with another
+            identity is refused.
 
     Attributes:
-        step: Steps done.
-        best: The lowest validation loss; None before the first.
-        worse: Validations since then.
-        seconds: Training time of the runs before this one.
+        step: Number of finished steps.
+        best: The lowest validation loss (nats); None before the first validation.
+        worse: Number of validations since the best one.
+        seconds: Training time before this process resumed the run.
     """
 
     def __init__(
@@ -56,154 +69,191 @@ class State:
         scaler: torch.amp.GradScaler,
         identity: dict,
     ) -> None:
-        self.folder, self.trained, self.scaler = folder, trained, scaler
-        self.optimizer = {p: o for o in optimizers for g in o.param_groups for p in g["params"]}
-        self.device = next(iter(trained.values())).device
+        self.folder = folder
+        self.trained = trained
+        self.scaler = scaler
         self.identity = json.loads(json.dumps(identity))  # tuples become lists, as in the file
-        self.step, self.best, self.worse, self.seconds = 0, None, 0, 0.0
+        self.device = next(iter(trained.values())).device
+        self.optimizer_of: dict[nn.Parameter, torch.optim.Optimizer] = {}
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    self.optimizer_of[parameter] = optimizer
+        self.step = 0
+        self.best: float | None = None
+        self.worse = 0
         self.best_tensors: dict[str, Tensor] = {}
-        self.kept: list[Path] = []  # checkpoints of this training, the oldest first
+        self.kept: list[Path] = []  # checkpoints of this training, oldest first
+        self.seconds = 0.0
         self.began = time.perf_counter()
 
     def judge(self, loss: float) -> None:
-        """Remember the trained parameters if their validation loss is the lowest so far."""
+        """Remember the trained parameters if this validation loss is the lowest so far."""
         if math.isfinite(loss) and (self.best is None or loss < self.best):
-            self.best, self.worse = loss, 0
-            self.best_tensors = {n: p.detach().clone() for n, p in self.trained.items()}
+            self.best = loss
+            self.worse = 0
+            self.best_tensors = {name: p.detach().clone() for name, p in self.trained.items()}
         else:
             self.worse += 1
 
     @torch.no_grad()
     def keep_best(self) -> None:
-        """Put the parameters that validated best into the model, if any were validated."""
+        """Put the parameters with the lowest validation loss into the model, if there are any."""
         for name, tensor in self.best_tensors.items():
             self.trained[name].copy_(tensor)
 
     def elapsed(self) -> float:
-        """Give the seconds of training, those before a resumption included."""
+        """Give the training time in seconds, including the time before a resumption."""
         return self.seconds + time.perf_counter() - self.began
 
     def save(self) -> None:
-        """Write a checkpoint, then remove all but the last two; the first process alone writes."""
-        tensors = {f"trained.{n}": p.detach() for n, p in self.trained.items()}
-        tensors |= {f"best.{n}": t for n, t in self.best_tensors.items()}
-        for name, parameter in self.trained.items():
-            for key, value in self.optimizer[parameter].state[parameter].items():
-                tensors[f"optimizer.{name}.{key}"] = value
-        for rank, states in enumerate(gathered(self.random_states())):
-            tensors |= {f"random.{rank}.{kind}": t for kind, t in states.items()}
-        if world()[0] == 0:
-            tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-            numbers = {
-                "step": self.step, "best": self.best, "worse": self.worse,
-                "seconds": self.elapsed(), "scaler": self.scaler.state_dict(),
-                "identity": self.identity,
-            }  # fmt: skip
-            text = json.dumps(numbers)
-            metadata = {"state": text, "sha256": hash_state(text, tensors)}
-            self.folder.mkdir(parents=True, exist_ok=True)
-            path = self.folder / f"step-{self.step:06d}.safetensors"
-            write_atomically(path, save(tensors, metadata=metadata))
-            self.kept = [*self.kept[1 - CHECKPOINTS_KEPT :], path]
-            # Of another training, damaged, or the hidden beginning of one that a kill cut short.
-            for old in {*self.paths(), *self.folder.glob(".step-*")} - {*self.kept}:
-                old.unlink()
-        gathered(None)  # the others wait until it is there
+        """Write a checkpoint unless this step has one, and remove all but the last two.
 
-    def load(self) -> None:
-        """Go on from the last whole checkpoint, or from the beginning if there is none yet.
+        Every process must call this; the first one writes.
 
         Raises:
-            CheckpointError: All are damaged, the processes see different ones, or it is of
-                another data, config or base.
+            OSError: The file cannot be written. The checkpoint before it is whole.
         """
-        found, paths = None, self.paths()
-        while paths and found is None:
-            found = read_state(path := paths.pop())
-            if found is None:
-                self._say(f"{path} is damaged: going back to the checkpoint before.")
-        if found is None and self.paths():
+        path = self.folder / f"step-{self.step:06d}.safetensors"
+        if path in self.kept:
+            return
+        rank, _ = world()
+        tensors = self._tensors()
+        if rank == 0:
+            self._write(path, tensors)
+        self.kept = [*self.kept, path][-CHECKPOINTS_KEPT:]
+        if rank == 0:
+            self._remove_others()
+        gathered(None)  # the other processes wait until the file is there
+
+    def load(self) -> None:
+        """Continue from the last whole checkpoint, or from the beginning if there is none yet.
+
+        Raises:
+            CheckpointError: All checkpoints are damaged, the processes see different ones, or
+                the checkpoint belongs to other data, another configuration or another base.
+        """
+        saved = self._read_newest()
+        if saved is None and self.paths():
             raise CheckpointError(
                 f"every checkpoint in {self.folder} is damaged: train again, into another folder"
             )
-        if len(set(gathered(found and found[2]))) > 1:
-            raise CheckpointError(f"the processes do not see the same checkpoints in {self.folder}")
-        if found is None:
-            self._say(f"There is no checkpoint in {self.folder} yet: training from the beginning.")
-            return
-        tensors, numbers, _ = found
-        if differences := unlike(numbers["identity"], self.identity):
+        hashes = gathered(saved.sha256 if saved else None)
+        if len(set(hashes)) > 1:
             raise CheckpointError(
-                f"{path} is of another run: {'; '.join(differences)}. Resume with the options "
-                "that it was begun with"
+                f"the processes see different checkpoints in {self.folder}: give all of them the "
+                "same folder"
             )
-        self.kept = [path]
-        with torch.no_grad():
-            for name, parameter in self.trained.items():
-                parameter.copy_(tensors[f"trained.{name}"])
-                prefix = f"optimizer.{name}."
-                self.optimizer[parameter].state[parameter] = {
-                    # AdamW keeps its step count on the CPU
-                    key.removeprefix(prefix): t.to(parameter.device if t.ndim else "cpu")
-                    for key, t in tensors.items()
-                    if key.startswith(prefix)
-                }
-        self.best_tensors = {
-            name.removeprefix("best."): t.to(self.device)
-            for name, t in tensors.items()
-            if name.startswith("best.")
-        }
-        self.scaler.load_state_dict(numbers["scaler"])
-        self.step, self.best, self.worse = (numbers[key] for key in ("step", "best", "worse"))
-        self.seconds = numbers["seconds"]
-        torch.set_rng_state(tensors[f"random.{world()[0]}.cpu"])
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(tensors[f"random.{world()[0]}.cuda"], self.device)
-        elif self.device.type == "mps":
-            torch.mps.set_rng_state(tensors[f"random.{world()[0]}.mps"])
-
-    def _say(self, text: str) -> None:
-        if world()[0] == 0:
-            tqdm.write(text)
-
-    def random_states(self) -> dict[str, Tensor]:
-        """Give the states of the generators that dropout draws from."""
-        states = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            states["cuda"] = torch.cuda.get_rng_state(self.device)
-        elif self.device.type == "mps":
-            states["mps"] = torch.mps.get_rng_state()
-        return states
+        if saved is None:
+            _say(f"There is no checkpoint in {self.folder} yet: training starts from step 0.")
+            return
+        differences = unlike(saved.numbers["identity"], self.identity)
+        if differences:
+            raise CheckpointError(
+                f"{saved.path} belongs to another run: {'; '.join(differences)}. Resume with the "
+                "options that the run started with"
+            )
+        self._restore(saved)
 
     def paths(self) -> list[Path]:
-        """List the checkpoints, the oldest first."""
+        """List the checkpoints, oldest first."""
         paths = self.folder.glob("step-*.safetensors")
-        return sorted(paths, key=lambda path: (len(path.name), path.name))  # beyond six digits, too
+        return sorted(paths, key=lambda path: (len(path.name), path.name))  # also above 999,999
 
     def last_checkpoint(self) -> str:
-        """Say which checkpoint is the last."""
+        """Say in a sentence which checkpoint is the last."""
         paths = self.paths()
-        return f"The last checkpoint is {paths[-1]}." if paths else "There is no checkpoint yet."
+        if not paths:
+            return "There is no checkpoint yet."
+        return f"The last checkpoint is {paths[-1]}."
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Collect what a checkpoint holds, with the random states of all processes."""
+        tensors = {}
+        for name, parameter in self.trained.items():
+            tensors[f"trained.{name}"] = parameter
+            for key, value in self.optimizer_of[parameter].state[parameter].items():
+                tensors[f"optimizer.{name}.{key}"] = value
+        for name, tensor in self.best_tensors.items():
+            tensors[f"best.{name}"] = tensor
+        for rank, states in enumerate(gathered(random_states(self.device))):
+            for kind, state in states.items():
+                tensors[f"random.{rank}.{kind}"] = state
+        return tensors
+
+    def _write(self, path: Path, tensors: dict[str, Tensor]) -> None:
+        tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+        numbers = {
+            "step": self.step,
+            "best": self.best,
+            "worse": self.worse,
+            "seconds": self.elapsed(),
+            "scaler": self.scaler.state_dict(),
+            "identity": self.identity,
+        }
+        text = json.dumps(numbers)
+        metadata = {"state": text, "sha256": hash_state(text, tensors)}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, save(tensors, metadata=metadata))
+
+    def _remove_others(self) -> None:
+        """Remove older and damaged checkpoints, and files that a kill left half-written."""
+        for path in [*self.paths(), *self.folder.glob(".step-*")]:
+            if path not in self.kept:
+                path.unlink()
+
+    def _read_newest(self) -> SavedState | None:
+        """Read the newest checkpoint that is whole; None if there is none."""
+        for path in reversed(self.paths()):
+            saved = read_checkpoint(path)
+            if saved is not None:
+                return saved
+            _say(f"{path} is damaged: training goes back to the checkpoint before it.")
+        return None
+
+    @torch.no_grad()
+    def _restore(self, saved: SavedState) -> None:
+        for name, parameter in self.trained.items():
+            parameter.copy_(saved.tensors[f"trained.{name}"])
+            state = below(saved.tensors, f"optimizer.{name}.")
+            for key, tensor in state.items():
+                is_step_count = tensor.ndim == 0  # which AdamW keeps on the CPU
+                state[key] = tensor.to("cpu" if is_step_count else parameter.device)
+            self.optimizer_of[parameter].state[parameter] = state
+        best = below(saved.tensors, "best.")
+        self.best_tensors = {name: tensor.to(self.device) for name, tensor in best.items()}
+        rank, _ = world()
+        set_random_states(below(saved.tensors, f"random.{rank}."), self.device)
+        self.scaler.load_state_dict(saved.numbers["scaler"])
+        self.step = saved.numbers["step"]
+        self.best = saved.numbers["best"]
+        self.worse = saved.numbers["worse"]
+        self.seconds = saved.numbers["seconds"]
+        self.kept = [saved.path]
 
 
-def read_state(path: Path) -> tuple[dict[str, Tensor], dict, str] | None:
-    """Read tensors, numbers and hash of a checkpoint; None if it is damaged.
+def read_checkpoint(path: Path) -> SavedState | None:
+    """Read a checkpoint; None if it is damaged.
 
     Raises:
         OSError: The file cannot be read.
     """
-    path.open("rb").close()  # a file that may not be read is not damaged
+    path.open("rb").close()  # a missing permission is not damage
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            text, sha256 = (file.metadata()[key] for key in ("state", "sha256"))
+            metadata = file.metadata()
+            text = metadata["state"]
+            sha256 = metadata["sha256"]
     except (SafetensorError, OSError, TypeError, KeyError):
         return None
-    return (tensors, json.loads(text), sha256) if sha256 == hash_state(text, tensors) else None
+    if sha256 != hash_state(text, tensors):
+        return None
+    return SavedState(path, tensors, json.loads(text), sha256)
 
 
 def hash_state(text: str, tensors: dict[str, Tensor]) -> str:
-    """Hash a text, and names, dtypes, shapes and bits of tensors, in the order of the names."""
+    """Hash a text and the names, dtypes, shapes and bits of tensors, in the order of the names."""
     digest = hashlib.sha256(text.encode())
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
@@ -212,27 +262,55 @@ def hash_state(text: str, tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def unlike(was: dict, now: dict, inside: str = "") -> list[str]:
+def below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Select the tensors whose names start with a prefix, and name them without it."""
+    selected = {}
+    for name, tensor in tensors.items():
+        if name.startswith(prefix):
+            selected[name.removeprefix(prefix)] = tensor
+    return selected
+
+
+def random_states(device: torch.device) -> dict[str, Tensor]:
+    """Give the states of the generators that dropout draws from, by kind of device."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    elif device.type == "mps":
+        states["mps"] = torch.mps.get_rng_state()
+    return states
+
+
+def set_random_states(states: dict[str, Tensor], device: torch.device) -> None:
+    """Set the generators to what ``random_states`` gave."""
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"], device)
+    elif device.type == "mps":
+        torch.mps.set_rng_state(states["mps"])
+
+
+def unlike(before: dict, now: dict, inside: str = "") -> list[str]:
     """List where two nested dictionaries differ."""
     found = []
-    for key in sorted(was.keys() | now.keys()):
-        name, a, b = f"{inside}{key}", was.get(key), now.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            found += unlike(a, b, f"{name}.")
-        elif a != b:
-            found.append(f"{name}: {_short(a)} then, {_short(b)} now")
+    for key in sorted(before.keys() | now.keys()):
+        name = f"{inside}{key}"
+        old = before.get(key)
+        new = now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += unlike(old, new, f"{name}.")
+        elif old != new:
+            found.append(f"{name}: {_short(old)} then, {_short(new)} now")
     return found
-
-
-def gathered(value: object) -> list:
-    """Collect a value of every process, in the order of their ranks."""
-    if world()[1] == 1:
-        return [value]
-    values = [None] * world()[1]
-    dist.all_gather_object(values, value)
-    return values
 
 
 def _short(value: object) -> str:
     text = json.dumps(value)
     return text if len(text) <= 40 else f"{text[:37]}…"
+
+
+def _say(text: str) -> None:
+    """Print a line on the first process, above any progress bar."""
+    rank, _ = world()
+    if rank == 0:
+        tqdm.write(text)

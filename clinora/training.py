@@ -1,11 +1,11 @@
 """The training loop: plain PyTorch with automatic mixed precision, on one process or several.
 
-A step is a *global batch*: ``accumulate`` batches on each process. Its loss is the sum over all
-its notes divided by their number, so how they are dealt to batches and processes changes nothing
-but rounding.
+A step learns from a *global batch*: ``accumulate`` batches on each process. Its loss is the sum
+of the notes' losses divided by their number. How the notes are divided among batches and processes
+therefore changes nothing but rounding.
 
-Whatever decides the next step is in a checkpoint: the trained parameters, AdamW's moments, the
-scaler, the place in the order of notes, every random state. A run that was killed and resumed
+A checkpoint holds everything that decides the next step: the trained parameters, AdamW's moments,
+the scaler, the number of finished steps and every random state. A run that was killed and resumed
 ends with the bits of one that was not.
 
 Shapes: N notes, B batch, C classes.
@@ -16,8 +16,9 @@ import json
 import math
 import os
 import signal
+import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -28,11 +29,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from clinora.calibration import FEWEST_VALIDATION
 from clinora.checkpoint import write_atomically
 from clinora.classifier import Classifier, group_by_length, pad
-from clinora.evaluation import FEWEST_VALIDATION, targets
-from clinora.notes import Note, text_sha256
-from clinora.resume import State, summed, world
+from clinora.device import gathered, summed, world
+from clinora.notes import Note, are_correct, soft_targets, text_sha256
+from clinora.resume import State
+from clinora.run import RUN_FILE
 
 METRICS = "metrics.jsonl"
 
@@ -40,6 +43,21 @@ METRICS = "metrics.jsonl"
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingConfig:
     """How to train; each field is a flag of ``train.py``.
+
+    Attributes:
+        steps: Optimiser steps, at most: training may stop early.
+        tokens_per_batch: Tokens of a padded batch on each process, at most. A note with more
+            tokens stands alone.
+        accumulate: Batches of a step on each process.
+        learning_rate: AdamW's, at its peak after the warm-up.
+        warmup: Share of the steps in which the learning rate rises, from 0 to below 1.
+        weight_decay: AdamW's, relative to the learning rate.
+        clip: L2 norm that the gradient of all trained parameters is cut down to.
+        validate_every: Steps from one validation to the next.
+        patience: Validations without a better one after which training stops.
+        checkpoint_every: Steps from one checkpoint to the next.
+        activation_checkpointing: Whether the backward pass computes the activations again.
+        seed: Seed of head, LoRA, order and dropout.
 
     Raises:
         ValueError: A number is out of its range.
@@ -65,10 +83,19 @@ class TrainingConfig:
     seed: int = field(default=0, metadata={"help": "of head, LoRA, order and dropout"})
 
     def __post_init__(self) -> None:
-        for name in ("steps", "tokens_per_batch", "accumulate", "learning_rate", "clip",
-                     "validate_every", "patience", "checkpoint_every"):  # fmt: skip
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}: expected more than 0")
+        for name in (
+            "steps",
+            "tokens_per_batch",
+            "accumulate",
+            "learning_rate",
+            "clip",
+            "validate_every",
+            "patience",
+            "checkpoint_every",
+        ):
+            value = getattr(self, name)
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name} is {value}: expected more than 0")
         if self.learning_rate > 1:
             raise ValueError(f"learning_rate is {self.learning_rate}: expected at most 1")
         if not 0 <= self.warmup < 1:
@@ -78,14 +105,184 @@ class TrainingConfig:
 
 
 class InterruptedTraining(Exception):
-    """A signal, the second argument, ended training after a step, whose checkpoint was written."""
+    """A signal ended training after a step, and a checkpoint was written.
+
+    Its arguments are a message and the signal's number.
+    """
+
+
+def train(
+    classifier: Classifier,
+    training: Sequence[Note],
+    validation: Sequence[Note],
+    config: TrainingConfig,
+    run_folder: str | Path,
+    *,
+    identity: dict | None = None,
+    resume: bool = False,
+) -> None:
+    """Train the trainable parameters of the classifier's model and keep the best ones.
+
+    The best parameters are those with the lowest validation loss. With fewer than 50 validation
+    notes, training keeps the last ones and does not stop early. Under torchrun every process calls
+    this with the same arguments.
+
+    Args:
+        classifier: Its model is trained in place.
+        training: Notes to learn from.
+        validation: Notes to validate on; may be empty.
+        config: How to train.
+        run_folder: Where ``metrics.jsonl`` and ``checkpoint/`` go. The first holds a JSON object
+            per step: step, loss (nats), learning rate, notes, tokens, share of padding, seconds,
+            and after a validation its loss and accuracy.
+        identity: What else decides the result (data, base, LoRA). A checkpoint with another
+            identity is refused.
+        resume: Whether to continue from the run's last whole checkpoint.
+
+    Raises:
+        ValueError: There are no training notes, a label is not one of the classifier's, or the
+            folder holds a run that is not to be resumed.
+        CheckpointError: All checkpoints are damaged, or they belong to other data, another
+            configuration or another base.
+        FloatingPointError: The loss or the gradient is not finite.
+        InterruptedTraining: Ctrl-C or SIGTERM ended training.
+        OSError: A file cannot be written. The message names the last checkpoint, which is whole.
+    """
+    run_folder = Path(run_folder)
+    check_notes(classifier, training, validation)
+    check_folder(run_folder, resume)
+    classifier.record_training([*training, *validation], dataclasses.asdict(config))
+    seed_dropout(config.seed)
+    examples = encode(classifier, training)
+    held_out = encode(classifier, validation)
+    learner = Learner(classifier, config)
+    identity = identify(training, validation, config) | (identity or {})
+    state = State(
+        run_folder / "checkpoint", learner.trained, [learner.optimizer], learner.scaler, identity
+    )
+    if resume:
+        state.load()
+    global_batches = deal(examples, config, state.step)
+    with (
+        naming_checkpoint(state),
+        Interruption(learner.device) as interruption,
+        Log(run_folder / METRICS, state, config.steps) as log,
+    ):
+        while not finished(state, config) and not interruption.came():
+            global_batch = next(global_batches)
+            loss = learner.forward_and_backward(examples, global_batch)
+            learning_rate = learner.step(state.step + 1, loss)
+            state.step += 1
+
+            metrics = {"step": state.step, "loss": loss, "learning_rate": learning_rate}
+            metrics |= count_tokens(examples, global_batch)
+            if held_out.notes and validation_is_due(state, config):
+                metrics |= validate(classifier, held_out)
+                if len(held_out.notes) >= FEWEST_VALIDATION:
+                    state.judge(metrics["validation_loss"])
+            log.write(metrics)
+            if checkpoint_is_due(state, config):
+                save(state, log)
+        if interruption.came():  # also in the last step: what follows training may take long
+            save(state, log)
+            message = f"stopped after step {state.step}. {state.last_checkpoint()}"
+            raise InterruptedTraining(message, interruption.number)
+    state.keep_best()
+    classifier.model.eval()
+    classifier.model.head_trained = True
+
+
+# --- before the first step ----------------------------------------------------------------------
+
+
+def check_notes(
+    classifier: Classifier, training: Sequence[Note], validation: Sequence[Note]
+) -> None:
+    """Check that there are notes to learn from and that the classifier has all their labels.
+
+    Raises:
+        ValueError: Otherwise. The message gives the note's position, never its text.
+    """
+    if not training:
+        raise ValueError("there are no training notes: at least one is needed")
+    classes = len(classifier.labels)
+    for split, notes in (("training", training), ("validation", validation)):
+        for position, note in enumerate(notes):
+            if not note.labels:
+                raise ValueError(f"{split} note {position} has no label: give it one or leave it")
+            if min(note.labels) < 0 or max(note.labels) >= classes:
+                raise ValueError(
+                    f"{split} note {position} has the labels {note.labels}, but the classifier has "
+                    f"the labels 0 to {classes - 1}: make the classifier from the same classes "
+                    "as the notes"
+                )
+
+
+def check_folder(run_folder: Path, resume: bool) -> None:
+    """Check that training would not write over another run.
+
+    Raises:
+        ValueError: The folder holds a run, and it is not to be resumed.
+    """
+    holds_run = (run_folder / METRICS).exists() or (run_folder / RUN_FILE).exists()
+    # No process goes on, and writes, before all have looked.
+    if any(gathered(holds_run)) and not resume:
+        raise ValueError(f"{run_folder} holds a run: choose another folder, or resume the run")
+
+
+def seed_dropout(seed: int) -> None:
+    """Seed PyTorch's random numbers, differently on each process, so that dropout differs."""
+    rank, _ = world()
+    torch.manual_seed(seed + rank)
+
+
+def identify(
+    training: Sequence[Note], validation: Sequence[Note], config: TrainingConfig
+) -> dict[str, object]:
+    """Give what decides the result, for checkpoints: options, processes, notes and their order."""
+    _, processes = world()
+    hashes = [note.sha256 for note in [*training, *validation]]
+    return {
+        "training": dataclasses.asdict(config),
+        "processes": processes,
+        "order": text_sha256(" ".join(hashes)),
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Examples:
+    """Notes as the model reads them.
+
+    Attributes:
+        notes: The notes, in their order.
+        ids: Token ids of each, int32: a quarter of a list's memory or less.
+        targets: (N, C) float32, the share of each class.
+    """
+
+    notes: Sequence[Note]
+    ids: Sequence[Tensor]
+    targets: Tensor
+
+
+def encode(classifier: Classifier, notes: Sequence[Note]) -> Examples:
+    """Tokenise notes up to the token limit."""
+    ids = []
+    for note in notes:
+        tokens = classifier.tokenizer.encode(note.text, classifier.token_limit)
+        ids.append(torch.tensor(tokens, dtype=torch.int32))
+    shares = soft_targets(notes, len(classifier.labels))
+    return Examples(notes, ids, torch.from_numpy(shares))
+
+
+# --- deal ---------------------------------------------------------------------------------------
 
 
 def batches(lengths: Sequence[int], tokens: int, seed: int) -> Iterator[list[int]]:
-    """Deal notes into batches, epoch after epoch, for ever, in an order that the seed decides.
+    """Deal notes into batches, epoch after epoch without end, in an order that the seed decides.
 
-    A batch holds notes of like length, so that little is padded: each epoch is shuffled, cut into
-    stretches of some batches, sorted within each stretch, and its batches shuffled again.
+    A batch holds notes of similar length, so that little is padded. Each epoch is shuffled and cut
+    into stretches of about 16 batches. Each stretch is sorted by length and cut into batches, and
+    the epoch's batches are shuffled again.
 
     Args:
         lengths: (N,) tokens of each note.
@@ -95,17 +292,131 @@ def batches(lengths: Sequence[int], tokens: int, seed: int) -> Iterator[list[int
     Yields:
         Positions in ``lengths``.
     """
-    draw = torch.Generator().manual_seed(seed)
-    stretch = max(1, 16 * tokens * len(lengths) // sum(lengths))  # notes in about 16 batches
+    generator = torch.Generator().manual_seed(seed)
+    stretch = max(1, 16 * tokens * len(lengths) // sum(lengths))  # notes
     while True:
-        order = torch.randperm(len(lengths), generator=draw).tolist()
+        order = torch.randperm(len(lengths), generator=generator).tolist()
         epoch = []
         for start in range(0, len(order), stretch):
             part = order[start : start + stretch]
-            groups = group_by_length([lengths[i] for i in part], tokens)
-            epoch += [[part[i] for i in group] for group in groups]
-        for i in torch.randperm(len(epoch), generator=draw).tolist():
+            for group in group_by_length([lengths[i] for i in part], tokens):
+                epoch.append([part[i] for i in group])
+        for i in torch.randperm(len(epoch), generator=generator).tolist():
             yield epoch[i]
+
+
+def deal(examples: Examples, config: TrainingConfig, done: int) -> Iterator[list[list[int]]]:
+    """Deal the global batches of the steps that follow the ``done`` first ones.
+
+    Yields:
+        The batches of a step, those of all processes: positions in ``examples``.
+    """
+    _, processes = world()
+    size = config.accumulate * processes
+    lengths = [len(ids) for ids in examples.ids]
+    dealt = batches(lengths, config.tokens_per_batch, config.seed)
+    dealt = islice(dealt, done * size, None)
+    while True:
+        yield list(islice(dealt, size))
+
+
+def count_tokens(examples: Examples, global_batch: list[list[int]]) -> dict[str, float]:
+    """Count a global batch's notes and tokens; padding is a share of its padded tokens."""
+    notes = 0
+    tokens = 0
+    padded = 0
+    for batch in global_batch:
+        lengths = [len(examples.ids[i]) for i in batch]
+        notes += len(batch)
+        tokens += sum(lengths)
+        padded += len(batch) * max(lengths)
+    return {"notes": notes, "tokens": tokens, "padding": round(1 - tokens / padded, 4)}
+
+
+# --- forward and backward, step -----------------------------------------------------------------
+
+
+class Learner:
+    """Computes the gradient of a global batch and moves the trained parameters.
+
+    On several processes DistributedDataParallel averages the gradients. In float16 a scaler keeps
+    small gradients from becoming zero. Neither changes what a step means.
+
+    Attributes:
+        trained: The trainable parameters, by name.
+        optimizer: AdamW of all of them.
+        scaler: Of the loss; without effect unless the compute dtype is float16.
+        device: Where the model is.
+    """
+
+    def __init__(self, classifier: Classifier, config: TrainingConfig) -> None:
+        self.classifier = classifier
+        self.config = config
+        self.model = classifier.model
+        self.model.model.activation_checkpointing = config.activation_checkpointing
+        self.device = self.model.score.weight.device
+        self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.optimizer = torch.optim.AdamW(self.trained.values(), weight_decay=config.weight_decay)
+        is_float16 = classifier.dtype == torch.float16
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=is_float16)
+        self.rank, self.processes = world()
+        self.parallel = self.model
+        if self.processes > 1:
+            # init_sync would send the frozen base to every process, which has it already.
+            self.parallel = DistributedDataParallel(self.model, init_sync=False)
+
+    def forward_and_backward(self, examples: Examples, global_batch: list[list[int]]) -> float:
+        """Compute the gradient of a global batch; returns its mean loss (nats per note)."""
+        self.model.train()
+        notes = sum(len(batch) for batch in global_batch)
+        mine = global_batch[self.rank :: self.processes]
+        total = torch.zeros((), device=self.device)
+        for batch in mine:
+            is_last = batch is mine[-1]
+            with self.averaging_gradients(is_last):
+                loss = self.loss(examples, batch) / notes
+                # Averaging divides the gradient by the number of processes.
+                self.scaler.scale(loss * self.processes).backward()
+            total += loss.detach()
+        (loss,) = summed([total.item()], self.device)
+        return loss
+
+    def loss(self, examples: Examples, batch: Sequence[int]) -> Tensor:
+        """Give the sum of the cross entropies of a batch's notes (nats)."""
+        ids, lengths = pad([examples.ids[i] for i in batch], self.device)  # (B, T), (B,)
+        with self.classifier.autocast():
+            logits = self.parallel(ids, lengths)  # (B, C)
+        shares = examples.targets[batch].to(self.device)  # (B, C)
+        return F.cross_entropy(logits.float(), shares, reduction="sum")
+
+    def averaging_gradients(self, is_last: bool) -> AbstractContextManager:
+        """Have the backward pass average over the processes, once per step: at the last batch."""
+        if self.processes > 1 and not is_last:
+            return self.parallel.no_sync()
+        return nullcontext()
+
+    def step(self, number: int, loss: float) -> float:
+        """Move the parameters along the clipped gradient; returns the learning rate.
+
+        Raises:
+            FloatingPointError: The loss or the gradient is not finite. Nothing has moved.
+        """
+        learning_rate = self.config.learning_rate * learning_rate_factor(number, self.config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.trained.values(), self.config.clip).item()
+        # The scaler skips a step whose scaled gradient is infinite, and lowers its factor.
+        norm_is_fine = math.isfinite(norm) or self.scaler.is_enabled()
+        if not math.isfinite(loss) or not norm_is_fine:
+            raise FloatingPointError(
+                f"the loss is {loss} and the norm of the gradient is {norm} at step {number}: try "
+                "a lower --learning-rate or --precision fp32"
+            )
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        return learning_rate
 
 
 def learning_rate_factor(step: int, config: TrainingConfig) -> float:
@@ -117,230 +428,193 @@ def learning_rate_factor(step: int, config: TrainingConfig) -> float:
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def train(
-    classifier: Classifier,
-    notes: Sequence[Note],
-    validation: Sequence[Note],
-    config: TrainingConfig,
-    run: Path,
-    *,
-    identity: dict | None = None,
-    resume: bool = False,
-) -> None:
-    """Train what is trainable in the classifier's model; keep what validated best.
+# --- validate, and what is due when -------------------------------------------------------------
 
-    Under torchrun every process calls this with the same arguments.
 
-    Args:
-        classifier: Its model is trained in place.
-        notes: What to train on.
-        validation: What to validate on; if there are fewer than 50, the last step's parameters
-            are kept, and training does not stop early.
-        config: How.
-        run: The run's folder, for ``metrics.jsonl`` (a JSON line a step: step, loss, learning
-            rate, notes, tokens, padding, seconds; at a validation its loss and accuracy) and
-            ``checkpoint/``.
-        identity: What else decides the result (data, base, LoRA): a checkpoint of another
-            identity is refused.
-        resume: Go on from the run's last whole checkpoint.
-
-    Raises:
-        ValueError: There are no notes.
-        CheckpointError: There is no whole checkpoint, or it is of another data, config or base.
-        FloatingPointError: The loss is not finite.
-        InterruptedTraining: Ctrl-C or SIGTERM came.
-        OSError: A file cannot be written; the last checkpoint, which it names, is whole.
-    """
-    if not notes:
-        raise ValueError("there are no notes to train on")
+def validate(classifier: Classifier, held_out: Examples) -> dict[str, float]:
+    """Give mean loss (nats) and any-label accuracy; each process computes a share of the notes."""
     rank, processes = world()
-    model, device = classifier.model, classifier.model.score.weight.device
-    model.model.activation_checkpointing = config.activation_checkpointing
-    ids, held_out = encode(classifier, notes), encode(classifier, validation)
-    wanted = torch.from_numpy(targets(notes, len(classifier.labels))).to(device)  # (N, C)
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(trained.values(), weight_decay=config.weight_decay)
-    # float16 gradients underflow without it
-    scaler = torch.amp.GradScaler(device.type, enabled=classifier.dtype == torch.float16)
-    torch.manual_seed(config.seed + rank)  # of dropout, which differs between processes
-    order = text_sha256(" ".join(note.sha256 for note in [*notes, *validation]))
-    identity = {"training": dataclasses.asdict(config), "processes": processes, "order": order} | (
-        identity or {}
-    )
-    state = State(run / "checkpoint", trained, [optimizer], scaler, identity)
-    if resume:
-        state.load()
-    parallel = model
-    if processes > 1:  # averages gradients; init_sync would send the frozen base, too
-        parallel = DistributedDataParallel(model, init_sync=False)
-    each = config.accumulate * processes  # batches of a step
-    dealer = batches([len(note) for note in ids], config.tokens_per_batch, config.seed)
-    dealer = islice(dealer, state.step * each, None)
-
-    log, stop = Log(run / METRICS, state, config.steps, silent=rank != 0), 0
-    with naming_checkpoint(state), signals() as caught, log:
-        while not stop and state.step < config.steps and state.worse < config.patience:
-            model.train()
-            step, dealt = state.step + 1, list(islice(dealer, each))
-            count, mine = sum(map(len, dealt)), dealt[rank::processes]
-            rate = config.learning_rate * learning_rate_factor(step, config)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            losses, padded = torch.zeros((), device=device), 0
-            for batch in mine:
-                inputs = pad([ids[n] for n in batch], device)
-                waits = processes > 1 and batch is not mine[-1]  # the last shares the gradients
-                with parallel.no_sync() if waits else nullcontext():
-                    with classifier.autocast():
-                        logits = parallel(*inputs)  # (B, C)
-                    loss = F.cross_entropy(logits.float(), wanted[batch], reduction="sum") / count
-                    scaler.scale(loss * processes).backward()  # averaging divides by processes
-                losses += loss.detach()
-                padded += inputs[0].numel()
-            tokens = sum(len(ids[n]) for batch in dealt for n in batch)
-            loss, padded, stop = summed([losses.item(), padded, len(caught)], device)
-            scaler.unscale_(optimizer)
-            norm = nn.utils.clip_grad_norm_(trained.values(), config.clip).item()
-            if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
-                raise FloatingPointError(  # of infinite scaled gradients the scaler takes care
-                    f"the loss is {loss} and the gradient's norm {norm} at step {step}: try a "
-                    f"lower --learning-rate or --precision fp32. {state.last_checkpoint()}"
-                )
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
-
-            state.step = step
-            point = {"step": step, "loss": loss, "learning_rate": rate, "notes": count}
-            point |= {"tokens": tokens, "padding": round(1 - tokens / padded, 4)}
-            if validation and (step % config.validate_every == 0 or step == config.steps):
-                point |= validate(classifier, validation, held_out)
-                if len(validation) >= FEWEST_VALIDATION:
-                    state.judge(point["validation_loss"])
-            log(point)
-            ended = step == config.steps or state.worse == config.patience
-            if stop or ended or step % config.checkpoint_every == 0:
-                log.sync()
-                state.save()
-        if not stop:  # a signal may have come since the last step's sum
-            (stop,) = summed([len(caught)], device)
-    if stop:
-        number = caught[0] if caught else signal.SIGTERM  # another process caught it
-        message = f"stopped after step {state.step}. {state.last_checkpoint()}"
-        raise InterruptedTraining(message, number)
-    state.keep_best()
-    model.eval()
-    model.head_trained = True
-
-
-def encode(classifier: Classifier, notes: Sequence[Note]) -> list[Tensor]:
-    """Tokenise notes, cut at the token limit: int32, a quarter of a list's memory or less."""
-    encoded = (classifier.tokenizer.encode(note.text, classifier.token_limit) for note in notes)
-    return [torch.tensor(ids, dtype=torch.int32) for ids in encoded]
-
-
-def validate(classifier: Classifier, notes: Sequence[Note], ids: Sequence[Tensor]) -> dict:
-    """Give mean loss (nats) and any-label accuracy; each process computes its share of notes."""
-    rank, processes = world()
-    notes, ids = notes[rank::processes], ids[rank::processes]
-    loss = right = 0.0
+    notes = held_out.notes[rank::processes]
+    loss = 0.0
+    correct = 0
     if notes:
-        log_p = classifier.run(ids).log_softmax(-1)  # (n, C)
-        wanted = torch.from_numpy(targets(notes, log_p.size(1)))
-        loss = -(log_p * wanted).sum().item()
-        named = log_p.argmax(-1).tolist()
-        right = sum(n in note.labels for n, note in zip(named, notes, strict=True))
-    loss, right, count = summed([loss, right, len(notes)], classifier.model.score.weight.device)
-    return {"validation_loss": loss / count, "validation_accuracy": right / count}
+        logits = classifier.logits(held_out.ids[rank::processes])
+        log_p = logits.log_softmax(-1)  # (n, C)
+        loss = -(log_p * held_out.targets[rank::processes]).sum().item()
+        predicted = log_p.argmax(-1).tolist()
+        correct = int(are_correct(notes, predicted).sum())
+    device = classifier.model.score.weight.device
+    loss, correct, count = summed([loss, correct, len(notes)], device)
+    return {"validation_loss": loss / count, "validation_accuracy": correct / count}
 
 
-# --- what a person sees -------------------------------------------------------------------------
+def validation_is_due(state: State, config: TrainingConfig) -> bool:
+    """Tell whether this step ends with a validation: every so many steps, and the last one."""
+    return state.step % config.validate_every == 0 or state.step == config.steps
 
 
-class Log:
-    """A line of ``metrics.jsonl`` and a stroke of the progress bar for each step.
+def finished(state: State, config: TrainingConfig) -> bool:
+    """Tell whether all steps are done or validation has not become better for too long."""
+    return state.step >= config.steps or state.worse >= config.patience
+
+
+def checkpoint_is_due(state: State, config: TrainingConfig) -> bool:
+    """Tell whether this step ends with a checkpoint: every so many steps, and the last one."""
+    return state.step % config.checkpoint_every == 0 or finished(state, config)
+
+
+# --- log and save -------------------------------------------------------------------------------
+
+
+class Log(AbstractContextManager):
+    """Writes a step's line to ``metrics.jsonl`` and shows it; does so on the first process alone.
 
     Args:
-        path: The file. Of a resumed run it keeps the lines of the steps that the checkpoint has.
-        state: Counts steps and seconds.
-        steps: How many there will be.
-        silent: Neither writes nor shows: every process but the first.
+        path: The file. For a resumed run it keeps the lines of the steps in the checkpoint.
+        state: Of the training.
+        steps: How many there will be at most.
     """
 
-    def __init__(self, path: Path, state: State, steps: int, silent: bool) -> None:
-        self.path, self.state, self.steps, self.silent = path, state, steps, silent
-        self.shown, self.last = {}, state.elapsed()
+    def __init__(self, path: Path, state: State, steps: int) -> None:
+        self.path = path
+        self.state = state
+        self.steps = steps
+        rank, _ = world()
+        self.is_first = rank == 0
 
     def __enter__(self) -> "Log":
-        if not self.silent:
+        if self.is_first:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             kept = []
-            if self.state.step:  # a kill may have cut the last line, or left lines beyond
-                kept = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-            write_atomically(self.path, "".join(kept[: self.state.step]).encode())
+            if self.state.step > 0:  # a kill may have cut the last line, or left lines beyond
+                lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+                kept = lines[: self.state.step]
+            write_atomically(self.path, "".join(kept).encode())
             self.file = self.path.open("a", encoding="utf-8")
-        self.bar = tqdm(  # now that nothing can fail: an error has a line of its own
-            total=self.steps, initial=self.state.step, desc="training", unit="step",
-            disable=self.silent,
-        )  # fmt: skip
+            # Nothing can fail any more: an error would stand behind the bar.
+            self.progress = Progress(self.state.step, self.steps, self.state.elapsed())
         return self
 
-    def __call__(self, point: dict) -> None:
-        """Tell of a step."""
-        if self.silent:
-            return
-        seconds = self.state.elapsed()
-        self.file.write(json.dumps(point | {"seconds": round(seconds, 3)}) + "\n")
-        self.file.flush()
-        rate, self.last = point["tokens"] / max(seconds - self.last, 1e-9), seconds
-        self.shown |= {
-            "loss": f"{point['loss']:.3f}",
-            "tokens/s": f"{rate:,.0f}",
-            "padding": f"{point['padding']:.0%}",
-        }
-        if "validation_loss" in point:
-            self.shown["validation"] = f"{point['validation_loss']:.3f}"
-        self.bar.set_postfix(self.shown, refresh=False)
-        self.bar.update()
+    def write(self, metrics: dict) -> None:
+        """Write and show what a step gave, with the seconds of training so far."""
+        if self.is_first:
+            metrics = metrics | {"seconds": round(self.state.elapsed(), 3)}
+            self.file.write(json.dumps(metrics) + "\n")
+            self.file.flush()
+            self.progress.show(metrics)
 
     def sync(self) -> None:
-        """Bring the lines to the disk: a checkpoint relies on those of its steps."""
-        if not self.silent:
+        """Bring the lines to the disk."""
+        if self.is_first:
             os.fsync(self.file.fileno())
 
     def __exit__(self, *_: object) -> None:
-        self.bar.close()
-        if not self.silent:
+        if self.is_first:
+            self.progress.bar.close()
             self.file.close()
+
+
+class Progress:
+    """Shows the steps on standard error.
+
+    A terminal gets a bar. What does not fit is cut off at the right, so what matters most stands
+    first. Anything else, such as a file, gets a line every ten steps.
+
+    Args:
+        done: Finished steps.
+        steps: How many there will be at most.
+        seconds: Training time so far.
+    """
+
+    BAR = "{desc}, {remaining} left |{bar:20}| {n_fmt}/{total_fmt} steps, {rate_fmt}{postfix}"
+    LINE = "{desc}, {remaining} left, {n_fmt}/{total_fmt} steps, {rate_fmt}{postfix}"
+    STEPS_PER_LINE = 10
+
+    def __init__(self, done: int, steps: int, seconds: float) -> None:
+        self.seconds = seconds
+        self.details: dict[str, str] = {}
+        self.is_terminal = sys.stderr.isatty()
+        self.bar = tqdm(
+            desc="training",
+            total=steps,
+            initial=done,
+            unit="step",
+            bar_format=self.BAR if self.is_terminal else self.LINE,
+            dynamic_ncols=self.is_terminal,
+            delay=0 if self.is_terminal else math.inf,  # seconds; show() prints the lines
+        )
+
+    def show(self, metrics: dict) -> None:
+        """Show a step."""
+        passed = max(metrics["seconds"] - self.seconds, 0.001)
+        self.seconds = metrics["seconds"]
+        self.details["tokens/s"] = f"{metrics['tokens'] / passed:,.0f}"
+        self.details["padding"] = f"{metrics['padding']:.0%}"
+        if "validation_loss" in metrics:
+            self.details["validation"] = f"{metrics['validation_loss']:.3f}"
+        self.bar.set_description_str(f"loss {metrics['loss']:.3f}", refresh=False)
+        self.bar.set_postfix(self.details, refresh=False)
+        self.bar.update()
+        if not self.is_terminal and metrics["step"] % self.STEPS_PER_LINE == 0:
+            print(self.bar, file=sys.stderr, flush=True)
+
+
+def save(state: State, log: Log) -> None:
+    """Write a checkpoint, after the lines of its steps have reached the disk."""
+    log.sync()
+    state.save()
+
+
+# --- stops and failures -------------------------------------------------------------------------
 
 
 @contextmanager
 def naming_checkpoint(state: State) -> Iterator[None]:
-    """Say which checkpoint is the last when a file cannot be written."""
+    """Add to an error that ends training which checkpoint is the last."""
     try:
         yield
-    except OSError as error:
+    except (OSError, FloatingPointError) as error:
         raise type(error)(f"{error}. {state.last_checkpoint()}") from error
 
 
-@contextmanager
-def signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM in a list, for the loop to end after its step.
+class Interruption(AbstractContextManager):
+    """Catches SIGINT and SIGTERM, so that training can end after a step.
 
-    A second Ctrl-C ends at once.
+    A second Ctrl-C ends it at once.
+
+    Args:
+        device: Where the processes exchange whether a signal came.
     """
-    caught: list[int] = []
 
-    def catch(number: int, _: object) -> None:
-        if caught and number == signal.SIGINT:
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.caught: list[int] = []
+        self.handlers_before = {}
+
+    def __enter__(self) -> "Interruption":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self.handlers_before[number] = signal.signal(number, self.catch)
+            except ValueError:  # outside the main thread: Python allows no handlers there
+                break
+        return self
+
+    def catch(self, number: int, _: object) -> None:
+        """Handle a signal."""
+        if self.caught and number == signal.SIGINT:
             raise KeyboardInterrupt
-        caught.append(number)
+        self.caught.append(number)
 
-    try:
-        before = {n: signal.signal(n, catch) for n in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: signals are not ours
-        before = {}
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
+    def came(self) -> bool:
+        """Tell whether any process caught a signal; every process must ask."""
+        (caught,) = summed([len(self.caught)], self.device)
+        return caught > 0
+
+    @property
+    def number(self) -> int:
+        """The number of the first signal here; SIGTERM's if another process caught it."""
+        return self.caught[0] if self.caught else signal.SIGTERM
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.handlers_before.items():
             signal.signal(number, handler)

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-STEPS = 40
+STEPS = 8
 OPTIONS = [
     "--steps", str(STEPS), "--tokens-per-batch", "256", "--checkpoint-every", "1",
     "--validate-every", "10", "--device", "cpu", "--rank", "4",
@@ -60,34 +60,42 @@ def show(folder: Path, precision: str, kills: int, seed: int) -> dict:
     draw = random.Random(seed)
     notes = write_notes(folder / "notes.csv")
     steps = ("--steps", str(20 * kills))  # more than are done between the kills
+    whole = folder / "whole"
     began = time.monotonic()
-    job = start(notes, folder / "whole", precision, *steps)
-    wait_for(job, folder, "whole/metrics.jsonl")
+    job = start(notes, whole, precision, *steps)
+    wait_for(job, whole, "metrics.jsonl")
     ready = time.monotonic() - began
     finish(job)
-    run, killed, cut = folder / "killed", 0, 0
-    while True:
-        resume = ["--resume"] if (run / "metrics.jsonl").exists() else []
-        job = start(notes, run, precision, *steps, *resume)
-        if killed == kills:
-            finish(job)
-            break
+
+    run = folder / "killed"
+    while_writing = 0
+    for number in range(kills):
+        job = start_or_resume(notes, run, precision, *steps)
         time.sleep(draw.uniform(0.2 * ready, ready + 1))
-        if killed % 2:
+        if number % 2 == 1:
             wait_for(job, run, "checkpoint/.step-*")
         job.send_signal(signal.SIGKILL)
         job.communicate()
         if job.returncode != -signal.SIGKILL:
             raise RuntimeError("train.py ended before it was killed")
-        killed += 1
-        cut += bool(list(run.glob("checkpoint/.step-*")))
-    ends = [
-        (folder / end / "adapter_model.safetensors").read_bytes() for end in ("whole", "killed")
-    ]
+        if list(run.glob("checkpoint/.step-*")):
+            while_writing += 1
+    finish(start_or_resume(notes, run, precision, *steps))
+
+    expected = (whole / "adapter_model.safetensors").read_bytes()
+    resumed = (run / "adapter_model.safetensors").read_bytes()
     return {
-        "precision": precision, "kills": killed, "while writing": cut,
-        "identical": ends[0] == ends[1],
-    }  # fmt: skip
+        "precision": precision,
+        "kills": kills,
+        "while writing": while_writing,
+        "identical": resumed == expected,
+    }
+
+
+def start_or_resume(notes: Path, run: Path, precision: str, *more: str) -> subprocess.Popen:
+    """Resume a run if its training has begun, otherwise start it."""
+    resume = ["--resume"] if (run / "metrics.jsonl").exists() else []
+    return start(notes, run, precision, *more, *resume)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -158,13 +158,19 @@ def test_a_wrong_body_is_told_what_was_expected_and_not_repeated(
     assert CANARY not in answer.text + caplog.text + "".join(capfd.readouterr())
 
 
-def test_a_lone_surrogate_is_a_fault_of_its_note_alone(lasting_client):
-    body = b'{"notes": ["fever", "canary-7f3a \\ud83d"]}'
+def test_half_an_emoji_counts_as_a_replacement_character(lasting_client, classifier):
+    """It is a lone surrogate, which no UTF-8 and no tokenizer has; by itself it says nothing."""
+    body = b'{"notes": ["fever \\ud83d", "\\ud83d"]}'
     headers = {"Content-Type": "application/json"}
     answer = lasting_client.post("/v1/classify", content=body, headers=headers)
-    first, second = answer.json()["results"]
-    assert "label" in first and "surrogate" in second["error"]
-    assert CANARY not in answer.text
+    cut, nothing = answer.json()["results"]
+    assert cut == expected(classifier, "fever \ufffd")
+    assert nothing == {"error": "The note is empty."}
+
+
+def test_line_ends_of_windows_do_not_change_the_answer(lasting_client, classifier):
+    windows = lasting_client.post("/v1/classify", json={"note": "Fever.\r\nCough.\rPain."})
+    assert windows.json() == expected(classifier, "Fever.\nCough.\nPain.")
 
 
 @pytest.mark.parametrize(
@@ -232,14 +238,14 @@ def test_it_tells_that_it_is_well(client):
 
 
 def test_a_busy_service_says_when_to_come_back_and_recovers(client, classifier, monkeypatch):
-    may_go_on, began, run = threading.Event(), threading.Event(), classifier.run
+    may_go_on, began, run = threading.Event(), threading.Event(), classifier.logits
 
     def wait_and_run(*arguments):
         began.set()
         may_go_on.wait(30)
         return run(*arguments)
 
-    monkeypatch.setattr(classifier, "run", wait_and_run)
+    monkeypatch.setattr(classifier, "logits", wait_and_run)
     batcher, answers = client.app.state.batcher, []
 
     def ask():
@@ -267,8 +273,8 @@ def test_a_busy_service_says_when_to_come_back_and_recovers(client, classifier, 
 
 
 def test_who_waits_too_long_is_told_so(client, classifier, monkeypatch):
-    may_go_on, run = threading.Event(), classifier.run
-    monkeypatch.setattr(classifier, "run", lambda *a: may_go_on.wait(30) and run(*a))
+    may_go_on, run = threading.Event(), classifier.logits
+    monkeypatch.setattr(classifier, "logits", lambda *a: may_go_on.wait(30) and run(*a))
     monkeypatch.setattr(api, "REQUEST_SECONDS", 0.1)
     answer = client.post("/v1/classify", json={"note": NOTES[0]})
     may_go_on.set()
@@ -279,7 +285,7 @@ def test_an_error_is_told_by_reference(classifier, tmp_path, monkeypatch, caplog
     def run(*_):
         raise RuntimeError(f"could not do {CANARY}")
 
-    monkeypatch.setattr(classifier, "run", run)
+    monkeypatch.setattr(classifier, "logits", run)
     app = create_app(classifier, tmp_path)
     with TestClient(app, "http://127.0.0.1", raise_server_exceptions=False) as client:
         answer = client.post("/v1/classify", json={"note": CANARY})

@@ -19,9 +19,9 @@ from clinora.budget import (
     budget,
     linear_shapes,
     lora_targets,
-    main,
     saved_activation_bytes,
 )
+from clinora.commands.budget import main
 from clinora.llama import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 from clinora.lora import LoRAConfig, apply_lora, count_parameters
 

@@ -19,8 +19,10 @@ import transformers
 from hypothesis import strategies
 
 import clinora
+from clinora.calibration import Calibration
 from clinora.checkpoint import BUNDLED, CheckpointError
-from clinora.classifier import Calibration, choose_device, choose_dtype, group_by_length, pad
+from clinora.classifier import group_by_length, pad
+from clinora.device import choose_device, choose_dtype
 
 NOTES = [
     "The patient reports severe chest pain and shortness of breath. ECG shows ST elevation. "
@@ -210,7 +212,7 @@ def test_memory_of_freed_tensors_is_kept():
     """By glibc's own account: a tensor of 24 MB is not mapped, and its memory stays when freed."""
     code = """
 import ctypes, sys, torch
-from clinora.classifier import keep_freed_memory
+from clinora.device import keep_freed_memory
 
 class Account(ctypes.Structure):
     names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
@@ -238,7 +240,7 @@ def test_memory_of_freed_tensors_is_kept_in_a_thread_too():
     """The page's model runs in one: what was used before is used again, without a page fault."""
     code = """
 import resource, threading, torch
-from clinora.classifier import keep_freed_memory
+from clinora.device import keep_freed_memory
 
 def faults():
     return resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
@@ -314,18 +316,18 @@ def test_a_base_that_moved_is_found_with_its_new_place(classifier, run, tmp_path
         ({"labels": ["A", "B\x1b[2J", "C", "D", "E"]}, r"label 1 \('B\\x1b\[2J'\).* U\+001B"),
         ({"labels": ["A", "B", "\u202eC", "D", "E"]}, r"label 2 \('\\u202eC'\).* U\+202E"),
         ({"labels": ["A", "B", "C", "\u3164", "E"]}, "label 3 .*nothing visible"),
-        ({"base": {}}, "not whole: 'source'"),
+        ({"base": {}}, "revision is missing"),
         (
             {
                 "base": {
                     "source": "bundled",
                     "revision": None,
-                    "sha256": 5,
-                    "tokenizer_sha256": 6,
-                    "config_sha256": 7,
+                    "sha256": "5a",
+                    "tokenizer_sha256": "6b",
+                    "config_sha256": "7c",
                 }
             },
-            r"the weights in .* is not what .* was trained on \(bundled, sha256 5…\)",
+            r"the weights in .* is not what .* was trained on \(bundled, sha256 5a…\)",
         ),
         ({"calibration": 7}, "calibration is missing or of another kind"),
         ({"calibration": {"bias": 0}}, "calibration: .*missing"),
@@ -390,3 +392,52 @@ def test_precision_is_named_or_refused():
     assert choose_dtype(cpu, "fp16") == torch.float16
     with pytest.raises(ValueError, match="expected auto, bf16, fp16, fp32"):
         choose_dtype(cpu, "int4")
+
+
+def test_a_new_classifier_has_the_base_lora_and_a_head_for_its_labels():
+    lora = clinora.LoRAConfig(rank=2, alpha=4)
+    classifier = clinora.Classifier.new("bundled", ("A", "B"), lora, token_limit=64, device="cpu")
+    assert classifier.model.lora_config == lora
+    assert classifier.model.score.weight.shape == (2, 320)
+    assert classifier.token_limit == 64
+    base = clinora.load_model("bundled", dtype=classifier.dtype)
+    expected = base.model.layers[3].self_attn.q_proj.weight
+    assert torch.equal(classifier.model.model.layers[3].self_attn.q_proj.weight, expected)
+    with pytest.raises(ValueError, match="never trained"):
+        classifier(["fever"])
+
+
+def test_a_seed_draws_the_same_head_and_adapter_again():
+    def drawn(seed):
+        classifier = clinora.Classifier.new("bundled", ("A", "B"), seed=seed, device="cpu")
+        return clinora.lora_state_dict(classifier.model) | {"score": classifier.model.score.weight}
+
+    one, again, other = drawn(3), drawn(3), drawn(4)
+    assert all(torch.equal(one[name], again[name]) for name in one)
+    changed = [name for name in one if not torch.equal(one[name], other[name])]
+    assert changed == [name for name in one if not name.endswith("lora_B")]  # B begins at 0
+
+
+def test_without_lora_the_whole_model_trains():
+    classifier = clinora.Classifier.new("bundled", ("A", "B"), None, device="cpu")
+    assert all(parameter.requires_grad for parameter in classifier.model.parameters())
+
+
+def test_a_classifier_shows_what_it_is(classifier):
+    shown = repr(classifier)
+    for part in ("bundled", "Orthopedic", "512", "float32"):
+        assert part in shown
+
+
+def test_a_text_is_cleaned_before_it_is_read(classifier):
+    unix, windows = classifier(["Fever.\nCough \ufffd", " Fever.\r\nCough \ud83d\r\n"])
+    assert unix == windows
+
+
+def test_logits_are_those_of_the_probabilities_and_of_another_model_if_one_is_given(classifier):
+    ids = [classifier.tokenizer.encode(note, 20) for note in NOTES]
+    logits = classifier.logits(ids)
+    expected = classifier.model(*pad(ids, torch.device("cpu"))).detach()
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    doubled = classifier.logits(ids, lambda *batch: 2 * classifier.model(*batch))
+    torch.testing.assert_close(doubled, 2 * logits, rtol=1e-6, atol=1e-6)

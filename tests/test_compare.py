@@ -138,10 +138,10 @@ def test_what_full_fine_tuning_changed_is_kept_rank_by_rank(options, tmp_path, m
     model.head_trained = True
     tokenizer = clinora.Tokenizer(BUNDLED / "base" / "tokenizer.model")
     classifier = clinora.Classifier(model, tokenizer, notes.classes, 512)
-    whole = classify(classifier, notes.notes).right.tolist()
+    whole = classify(classifier, notes.notes).correct.tolist()
     base.head_trained = True
     without = clinora.Classifier(base, tokenizer, notes.classes, 512)
-    without = classify(without, notes.notes).right.tolist()
+    without = classify(without, notes.notes).correct.tolist()
     assert whole != without
     found = compare.study_updates(classifier, base, notes.notes)
     first, *rest = found["singular_values"][name]

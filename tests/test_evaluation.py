@@ -26,8 +26,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.svm import LinearSVC
 
 import clinora
+from clinora.calibration import Calibration, fit_calibration
 from clinora.checkpoint import BUNDLED
-from clinora.classifier import Calibration
 from clinora.evaluation import (
     Answers,
     assess,
@@ -38,12 +38,10 @@ from clinora.evaluation import (
     classify,
     evaluate_random_heads,
     expected_calibration_error,
-    fit_calibration,
     measure,
-    targets,
     wilson,
 )
-from clinora.notes import Note, read_notes
+from clinora.notes import Note, read_notes, soft_targets
 
 # Texts filed under: A · B · A and B · A twice and C · B and C. Named: A · A · B · C · A.
 NOTES = [
@@ -58,8 +56,8 @@ def answer(named, notes, top=None, confidence=None, loss=None):
     named = np.asarray(named)
     n = len(notes)
     return Answers(
-        named=named,
-        right=np.array([a in note.labels for a, note in zip(named, notes, strict=True)]),
+        predicted=named,
+        correct=np.array([a in note.labels for a, note in zip(named, notes, strict=True)]),
         top=np.full(n, 0.5) if top is None else np.asarray(top),
         loss=np.zeros(n) if loss is None else np.asarray(loss),
         confidence=confidence,
@@ -152,14 +150,14 @@ def test_measures_of_one_note():
 
 def test_targets_share_among_the_labels():
     notes = [Note("a", (2, 2, 0)), Note("b", (1,))]
-    assert targets(notes, 4).tolist() == [[0.5, 0, 0.5, 0], [0, 1, 0, 0]]
+    assert soft_targets(notes, 4).tolist() == [[0.5, 0, 0.5, 0], [0, 1, 0, 0]]
 
 
 def test_log_loss_is_torchs_cross_entropy(classifier):
     notes = [Note("chest pain " * 9, (0, 4)), Note("knee", (2,)), Note("CT scan", (3, 1, 0))]
     answers = classify(classifier, notes)
     ids = [classifier.tokenizer.encode(note.text) for note in notes]
-    logits = torch.stack([classifier.run([i])[0] for i in ids])
+    logits = torch.stack([classifier.logits([i])[0] for i in ids])
     wanted = torch.zeros(3, 5)
     wanted[0, [0, 4]], wanted[1, 2], wanted[2, [0, 1, 3]] = 1 / 2, 1, 1 / 3
     expected = torch.nn.functional.cross_entropy(logits, wanted, reduction="none")
@@ -476,7 +474,7 @@ def test_lora_is_compared_pairwise_with_the_better_baseline(tmp_path, classifier
     named["TF-IDF + a"][::3] = (filed[::3] + 1) % 5
     monkeypatch.setattr("clinora.evaluation.baselines", lambda *_: named)
     results, answers = assess(classifier, notes, test)
-    gain = answers.right.astype(int) - (np.arange(len(test)) % 3 > 0)  # against the better, a
+    gain = answers.correct.astype(int) - (np.arange(len(test)) % 3 > 0)  # against the better, a
     assert results.against.value == pytest.approx(gain.mean())
     theirs = scipy.stats.bootstrap(
         (gain,), np.mean, n_resamples=4000, method="percentile", rng=np.random.default_rng(1)
@@ -494,7 +492,7 @@ def test_a_run_that_agrees_with_its_baseline_on_few_notes_may_yet_differ(
         file.write("spare a,Radiology\nspare b,Surgery\n")
     notes = read_notes(path)
     test = notes.on("test")[:12]
-    named = classify(classifier, test).named
+    named = classify(classifier, test).predicted
     monkeypatch.setattr("clinora.evaluation.baselines", lambda *_: {"TF-IDF": named})
     results, _ = assess(classifier, notes, test)
     none = scipy.stats.binomtest(0, 12).proportion_ci(method="wilson").high

@@ -191,8 +191,8 @@ def test_many_sessions_of_one_address_push_out_no_others(served):
 
 
 def test_a_file_whose_visitor_leaves_is_given_up(served, classifier, monkeypatch):
-    run = classifier.run
-    monkeypatch.setattr(classifier, "run", lambda *a: time.sleep(0.1) or run(*a))
+    run = classifier.logits
+    monkeypatch.setattr(classifier, "logits", lambda *a: time.sleep(0.1) or run(*a))
     visitor = Visitor(served.address)
     file = visitor.upload("transcription\n" + f"{CANARY}\n" * 1600)  # 100 times 16
     visitor.trigger("classify_file", file, "transcription")

@@ -58,11 +58,11 @@ def test_the_confusion_says_every_count_and_share():
     assert words(axes) == ["3\n75%", "1\n25%", "0\n0%", "5.5\n100%"]
 
 
-def test_a_row_is_what_is_filed_and_a_column_what_is_named():
+def test_rows_are_true_classes_and_columns_predicted_ones():
     axes = confusion_figure(CONFUSION, ["A", "B"]).axes[0]
     one = next(t for t in axes.texts if t.get_text().startswith("1\n"))
-    assert one.get_position() == (1, 0)  # filed under A (row 0), named B (column 1)
-    assert (axes.get_ylabel(), axes.get_xlabel()) == ("filed under", "named")
+    assert one.get_position() == (1, 0)  # true class A (row 0), predicted B (column 1)
+    assert (axes.get_ylabel(), axes.get_xlabel()) == ("true class", "predicted class")
     assert [t.get_text() for t in axes.get_yticklabels()] == ["A", "B"]
 
 

@@ -672,7 +672,7 @@ def use_every_control(person, tmp_path):
         person.press("Classify all")
         if text.startswith("another"):
             page.get_by_text("The file has no column").first.wait_for()
-    page.get_by_text(re.compile("^classes")).first.wait_for()
+    page.get_by_role("cell", name="classes.csv").wait_for()
     with page.expect_download() as download:
         page.locator("a[download]").last.click()
     for tab in ("API", "Model card", "Classify"):

@@ -9,6 +9,7 @@ import pytest
 
 import clinora
 from clinora.notes import LONGEST_CLASS_NAME
+from clinora.run import DataRecord
 from clinora.serving.app import create_app
 from clinora.serving.card import model_card
 from clinora.serving.server import MOST_FILE_BYTES
@@ -43,9 +44,11 @@ def served(classifier, folder, card=""):
         yield f"http://127.0.0.1:{port}"
 
 
-def named(trained, classes, about=None):
+def named(trained, classes, data=None):
     """Give the trained run with other names of its classes."""
-    return clinora.Classifier(trained.model, trained.tokenizer, classes, 128, about=about)
+    classifier = clinora.Classifier(trained.model, trained.tokenizer, classes, 128)
+    classifier.data = data
+    return classifier
 
 
 def card_of(classifier, folder):
@@ -66,8 +69,8 @@ def visit(chromium, trained, folder, classes, file_name, column):
     """Use every part of the page that shows a name: count the elements after each step."""
     from playwright.sync_api import expect
 
-    about = {"notes": {"source": f"/x/{file_name}", "split": "texts", "seen": []}}
-    classifier = named(trained, classes, about)
+    data = DataRecord(source=f"/x/{file_name}", split="texts", seen=frozenset())
+    classifier = named(trained, classes, data)
     file = folder / f"{file_name}.exe"
     text = io.StringIO()
     csv.writer(text).writerows([["transcription"], *([f"{NOTE} {i}"] for i in range(20))])
@@ -98,7 +101,7 @@ def visit(chromium, trained, folder, classes, file_name, column):
             if chosen == column:
                 expect(page.get_by_test_id("toast-text")).to_contain_text(column)
             else:
-                expect(page.get_by_text("classes-")).to_be_visible()
+                expect(page.get_by_role("cell", name="classes.csv")).to_be_visible()
             steps.append(elements(page))
 
         person.open("Model card")

@@ -14,7 +14,7 @@ import torch
 import transformers
 from torch import nn
 
-from clinora.checkpoint import load_adapter
+from clinora.adapter import load_adapter
 from clinora.llama import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 from clinora.lora import (
     LoRAConfig,

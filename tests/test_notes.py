@@ -4,18 +4,26 @@ import csv
 import hashlib
 import math
 import random
+import re
 from collections import Counter, defaultdict
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
+from hypothesis import strategies
 
-import eval as eval_script
-import train as train_script
+from clinora.commands import eval as eval_command
+from clinora.commands import train as train_command
 from clinora.notes import (
     PUBLISHED_CLASSES,
+    Note,
+    are_correct,
     check_class_name,
+    choose_classes,
+    clean_text,
     has_visible,
+    is_correct,
     read_notes,
     row_sides,
     side_of,
@@ -66,6 +74,59 @@ def test_a_row_with_nothing_visible_is_without_text(write):
     notes = read_notes(write(rows))
     assert [note.text for note in notes.notes] == ["a", "b"]
     assert (notes.rows, notes.without_text) == (4, 2)
+
+
+ANY_TEXT = strategies.text(strategies.characters(exclude_categories=()))  # also surrogates
+
+
+@hypothesis.given(ANY_TEXT)
+def test_a_clean_text_is_utf8_without_carriage_returns_and_stays_as_it_is(text):
+    clean = clean_text(text)
+    assert "\r" not in clean.encode().decode()
+    assert clean_text(clean) == clean
+
+
+@hypothesis.given(strategies.text(strategies.characters(exclude_categories=("Cs",))))
+def test_cleaning_changes_line_ends_and_the_white_space_around_a_text_alone(text):
+    assert clean_text(text) == "\n".join(re.split("\r\n|\r", text)).strip()
+
+
+@pytest.mark.parametrize(
+    ("text", "clean"),
+    [
+        ("cut \ud83d", "cut \ufffd"),
+        ("\ude42 cut", "\ufffd cut"),
+        ("\ud83d\ud83d\ude42", "\ufffd\U0001f642"),
+        ("\ufefffever", "\ufefffever"),
+    ],
+    ids=["first half", "second half", "a half and a pair", "byte-order mark"],
+)
+def test_half_a_character_becomes_the_replacement_character(text, clean):
+    assert clean_text(text) == clean
+
+
+def test_equal_texts_have_equal_hashes_whatever_they_are_written_with():
+    ways = ["Fever.\nCough.", " Fever.\r\nCough.\r\n", "Fever.\rCough.\t"]
+    expected = hashlib.sha256(b"Fever.\nCough.").hexdigest()
+    assert {Note(text, (0,)).sha256 for text in ways} == {expected}
+
+
+def test_a_prediction_is_correct_when_it_is_one_of_the_labels():
+    notes = [Note("a", (2, 0)), Note("b", (1,)), Note("c", (1, 1))]
+    assert are_correct(notes, [0, 0, 1]).tolist() == [True, False, True]
+    assert [is_correct(notes[0], index) for index in range(3)] == [True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("words", "classes"),
+    [(None, None), (["3"], 3), (["all"], "all"), (["A"], ["A"]), (["1", "2"], ["1", "2"])],
+)
+def test_words_of_the_command_line_choose_classes(words, classes):
+    assert choose_classes(words) == classes
+
+
+def test_a_replacement_character_is_not_visible():
+    assert not has_visible("\ufffd \ud83d")
 
 
 @pytest.mark.parametrize("text", ["7", ".", "é", "e\u0301", "痛", "\U0001f468", "€", "\u200b x"])
@@ -251,7 +312,7 @@ def test_mtsamples_texts_have_the_label_sets_that_the_csv_module_finds(data, mts
     notes = read_notes(data / "mtsamples.csv")
     assert {n.text: [notes.classes[i] for i in n.filed] for n in notes.notes} == by_text
     several = sum(len(set(labels)) > 1 for labels in by_text.values())
-    assert f"{len(by_text):,} different texts in 5 classes ({several:,} filed under" in str(notes)
+    assert f"{len(by_text):,} different texts in 5 classes ({several:,} with several" in str(notes)
 
 
 def test_mtsamples_five_most_frequent_are_not_the_published_five(data, mtsamples):
@@ -390,14 +451,14 @@ def test_bad_file_is_one_clear_line_without_text_of_a_note(tmp_path, kind):
     assert type(caught.value) is ValueError  # a UnicodeDecodeError would carry the bytes
 
 
-@pytest.mark.parametrize("script", [train_script, eval_script], ids=["train", "eval"])
+@pytest.mark.parametrize("command", [train_command, eval_command], ids=["train", "eval"])
 @pytest.mark.parametrize("kind", BAD_FILES)
-def test_scripts_say_no_text_of_a_bad_file(tmp_path, monkeypatch, capsys, script, kind):
+def test_commands_say_no_text_of_a_bad_file(tmp_path, monkeypatch, capsys, command, kind):
     monkeypatch.chdir(tmp_path)
     content, _ = BAD_FILES[kind]
     (tmp_path / "bad.csv").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(SystemExit) as caught:
-        script.main(["--notes", "bad.csv", "--device", "cpu"])
+        command.main(["--notes", "bad.csv", "--device", "cpu"])
     assert caught.value.code == 2
     said = capsys.readouterr()
     assert "bad.csv" in said.err

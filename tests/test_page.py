@@ -15,8 +15,9 @@ import torch
 from fastapi.testclient import TestClient
 
 import clinora
-from clinora.classifier import Calibration
+from clinora.calibration import Calibration
 from clinora.explain import explain
+from clinora.run import DataRecord
 from clinora.serving.app import create_app
 from clinora.serving.batcher import BusyError
 from clinora.serving.card import model_card
@@ -367,8 +368,8 @@ def test_the_card_tells_data_figures_confidence_and_limits(classifier, small_run
 
 def test_the_names_in_a_card_are_no_markdown_and_no_html(classifier, small_run, monkeypatch):
     name = "a`b`_c_<form>[x](y)\u202e.csv"
-    notes = {"source": f"/data/{name}", "split": "**texts**", "seen": []}
-    monkeypatch.setattr(classifier, "about", {"notes": notes})
+    data = DataRecord(source=f"/data/{name}", split="**texts**", seen=frozenset())
+    monkeypatch.setattr(classifier, "data", data)
     card = model_card(classifier, small_run)
     (line,) = [line for line in card.splitlines() if line.startswith("Notes: ")]
     assert not set("`_<[*\u202e") & set(line)

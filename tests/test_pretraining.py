@@ -16,6 +16,7 @@ import clinora
 from clinora.checkpoint import CheckpointError
 from clinora.llama import LlamaConfig, LlamaForCausalLM
 from tools import pretrain_base as tool
+from tools.pretraining import card, corpus, loop, tokenizer
 
 SHAPE = LlamaConfig(
     vocab_size=300, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
@@ -28,33 +29,33 @@ IDS = np.random.default_rng(0).integers(3, 300, 4000).astype(np.uint16)
 @pytest.fixture
 def small(monkeypatch):
     monkeypatch.setattr(tool, "SHAPE", SHAPE)
-    monkeypatch.setattr(tool, "STAGES", ((16, 0.5), (32, 1.0)))
+    monkeypatch.setattr(loop, "STAGES", ((16, 0.5), (32, 1.0)))
     few = {"beginnings": 5, "prompt": 16, "continued": 20, "run": 8}
-    monkeypatch.setattr(tool, "COPYING", few)
+    monkeypatch.setattr(card, "COPYING", few)
     # Where the hardware has no bfloat16, the large product takes seconds.
-    monkeypatch.setattr(tool, "matmul_rate", functools.partial(tool.matmul_rate, size=64))
+    monkeypatch.setattr(loop, "matmul_rate", functools.partial(loop.matmul_rate, size=64))
 
 
 @pytest.fixture
 def folders(tmp_path):
-    corpus = tmp_path / "corpus"
-    corpus.mkdir()
+    folder = tmp_path / "corpus"
+    folder.mkdir()
     words = ["chest", "pain", "fever", "cough", "wound", "plate", "screw", "scan", "dose", "mg"]
     draw = np.random.default_rng(1)
     texts = [" ".join(draw.choice(words, 30)) + f" case {i}." for i in range(300)]
-    with gzip.open(corpus / "cases.jsonl.gz", "wt") as file:
+    with gzip.open(folder / "cases.jsonl.gz", "wt") as file:
         file.writelines(json.dumps({"text": t, "license": "CC0"}) + "\n" for t in texts[:200])
     notes = tmp_path / "notes.csv"
     rows = "".join(f"{t},{'Heart' if i % 2 else 'Bone'}\n" for i, t in enumerate(texts[200:]))
     notes.write_text("transcription,medical_specialty\n" + rows)
-    return corpus, notes, texts[200:]
+    return folder, notes, texts[200:]
 
 
 def pretrain(folder, steps=10, resume=False):
     torch.manual_seed(0)
     model = LlamaForCausalLM(SHAPE)
     options = {"steps": steps, "tokens": 64, "lr": 1e-2, "seed": 0}
-    curve = tool.pretrain(model, IDS, IDS, folder=folder, resume=resume, **options)
+    curve = loop.pretrain(model, IDS, IDS, folder=folder, resume=resume, **options)
     return model, curve
 
 
@@ -63,10 +64,10 @@ def bits(model):
 
 
 def test_a_resumed_pretraining_ends_with_the_bits_of_a_whole_one(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(tool, "CHECKPOINT_EVERY", 3)
-    monkeypatch.setattr(tool, "LOSS_EVERY", 2)
+    monkeypatch.setattr(loop, "CHECKPOINT_EVERY", 3)
+    monkeypatch.setattr(loop, "LOSS_EVERY", 2)
     whole, curve = pretrain(tmp_path / "whole")
-    learn, calls = tool.learn, []
+    learn, calls = loop.learn, []
 
     def stop(model, window, backward):
         calls.append(backward)
@@ -74,10 +75,10 @@ def test_a_resumed_pretraining_ends_with_the_bits_of_a_whole_one(small, tmp_path
             raise KeyboardInterrupt
         return learn(model, window, backward)
 
-    monkeypatch.setattr(tool, "learn", stop)
+    monkeypatch.setattr(loop, "learn", stop)
     with pytest.raises(KeyboardInterrupt):
         pretrain(tmp_path / "run")
-    monkeypatch.setattr(tool, "learn", learn)
+    monkeypatch.setattr(loop, "learn", learn)
     resumed, again = pretrain(tmp_path / "run", resume=True)
     assert all(torch.equal(a, bits(resumed)[name]) for name, a in bits(whole).items())
     losses = [[(p["step"], p["loss"], p["held_out"]) for p in c] for c in (curve, again)]
@@ -85,7 +86,7 @@ def test_a_resumed_pretraining_ends_with_the_bits_of_a_whole_one(small, tmp_path
 
 
 def test_another_training_is_not_resumed(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(tool, "CHECKPOINT_EVERY", 3)
+    monkeypatch.setattr(loop, "CHECKPOINT_EVERY", 3)
     pretrain(tmp_path / "run", steps=4)
     with pytest.raises(CheckpointError, match=r"training\.steps: 4 then, 6 now"):
         pretrain(tmp_path / "run", steps=6, resume=True)
@@ -95,7 +96,7 @@ def test_a_loss_that_is_not_finite_ends_the_training_before_a_checkpoint(small, 
     torch.manual_seed(0)
     model = LlamaForCausalLM(SHAPE)
     with pytest.raises(FloatingPointError, match=r"the loss is nan at step [23].*--lr"):
-        tool.pretrain(
+        loop.pretrain(
             model, IDS, IDS, steps=4, tokens=64, lr=1e30, seed=0, folder=tmp_path, resume=False
         )
     assert not list(tmp_path.iterdir())
@@ -107,7 +108,7 @@ def test_loss_and_gradients_are_those_of_cross_entropy_in_float64(small):
     model.model.embed_tokens.float()
     model.model.embed_tokens.register_forward_hook(lambda *x: x[-1].bfloat16())
     window = torch.from_numpy(IDS[:2600].astype(np.int64)).view(40, 65)  # 2,560 targets: 3 parts
-    loss = tool.learn(model, window, backward=True)
+    loss = loop.learn(model, window, backward=True)
     exact = LlamaForCausalLM(SHAPE).double()
     exact.load_state_dict({name: p.double() for name, p in model.state_dict().items()})
     logits = exact(window[:, :-1])
@@ -121,23 +122,23 @@ def test_loss_and_gradients_are_those_of_cross_entropy_in_float64(small):
 
 def test_every_window_is_dealt_once_an_epoch_and_targets_follow_inputs():
     ids = np.arange(1001, dtype=np.uint16)
-    dealt = tool.windows(ids, 10, 20, seed=0)
+    dealt = loop.windows(ids, 10, 20, seed=0)
     for _ in range(2):
         epoch = torch.cat([next(dealt) for _ in range(5)])  # (100, 11)
         assert sorted(epoch[:, 0].tolist()) == list(range(0, 1000, 10))
         assert torch.equal(epoch, epoch[:, :1] + torch.arange(11))
 
 
-def command(corpus, notes, out, *more):
-    words = ["--corpus", corpus, "--notes", notes, "--out", out, "--tokens", 640, "--batch", 64]
+def command(folder, notes, out, *more):
+    words = ["--corpus", folder, "--notes", notes, "--out", out, "--tokens", 640, "--batch", 64]
     words += ["--checkpoints", out.parent / "checkpoints", "--device", "cpu", "--lr", 1e-2, *more]
     return [str(word) for word in words]
 
 
 def test_the_tool_writes_a_base_and_the_hashes_of_the_notes_that_it_read(small, folders, tmp_path):
-    corpus, notes, texts = folders
+    folder, notes, texts = folders
     out = tmp_path / "base"
-    assert tool.main(command(corpus, notes, out)) == 0
+    assert tool.main(command(folder, notes, out)) == 0
 
     numbers = {text: int(hashlib.sha256(text.encode()).hexdigest(), 16) for text in texts}
     training = {f"{n:064x}" for n in numbers.values() if n % 10 > 2}
@@ -156,7 +157,7 @@ def test_the_tool_writes_a_base_and_the_hashes_of_the_notes_that_it_read(small, 
 
 def test_the_tokenizer_has_llamas_conventions_and_forgets_nothing():
     texts = ["The dose was 25 mg, then 250 mg."] * 20
-    pieces = sentencepiece.SentencePieceProcessor(model_proto=tool.train_tokenizer(texts, 290))
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.train_tokenizer(texts, 290))
     assert (pieces.unk_id(), pieces.bos_id(), pieces.eos_id(), pieces.pad_id()) == (0, 1, 2, -1)
     assert pieces.encode("250", out_type=str)[-3:] == ["2", "5", "0"]
     for text in ("dose 25 mg €", "  two  spaces\nand\ttabs "):  # not in the texts: as bytes
@@ -165,25 +166,25 @@ def test_the_tokenizer_has_llamas_conventions_and_forgets_nothing():
 
 def test_the_tokenizer_learns_from_long_lines_too():
     long = "zyxwv " * 2000  # 12,000 bytes; SentencePiece leaves out lines of more than 4,192
-    model = tool.train_tokenizer([long, "The dose was 25 mg."], 290)
+    model = tokenizer.train_tokenizer([long, "The dose was 25 mg."], 290)
     pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
     assert len(pieces.encode("zyxwv zyxwv")) == 2
 
 
 def test_the_tokenizer_of_many_lines_is_the_same_every_time(monkeypatch):
-    monkeypatch.setattr(tool, "TOKENIZER_LINES", 50)
+    monkeypatch.setattr(tokenizer, "TOKENIZER_LINES", 50)
     draw = np.random.default_rng(2)
     letters = draw.choice(list("abcdefgh"), (500, 12))
     texts = ["\n".join("".join(word) for word in rows) for rows in letters.reshape(50, 10, 12)]
-    assert tool.train_tokenizer(texts, 290) == tool.train_tokenizer(texts, 290)
+    assert tokenizer.train_tokenizer(texts, 290) == tokenizer.train_tokenizer(texts, 290)
 
 
 def test_a_killed_tool_goes_on_to_the_same_files(small, folders, tmp_path, monkeypatch, capsys):
-    corpus, notes, _ = folders
-    monkeypatch.setattr(tool, "CHECKPOINT_EVERY", 4)
+    folder, notes, _ = folders
+    monkeypatch.setattr(loop, "CHECKPOINT_EVERY", 4)
     whole, out = tmp_path / "whole" / "base", tmp_path / "stopped" / "base"
-    assert tool.main(command(corpus, notes, whole)) == 0
-    learn, calls = tool.learn, []
+    assert tool.main(command(folder, notes, whole)) == 0
+    learn, calls = loop.learn, []
 
     def stop(model, window, backward):
         calls.append(backward)
@@ -191,12 +192,12 @@ def test_a_killed_tool_goes_on_to_the_same_files(small, folders, tmp_path, monke
             raise KeyboardInterrupt
         return learn(model, window, backward)
 
-    monkeypatch.setattr(tool, "learn", stop)
+    monkeypatch.setattr(loop, "learn", stop)
     with pytest.raises(SystemExit, match="130"):
-        tool.main(command(corpus, notes, out))
+        tool.main(command(folder, notes, out))
     assert not out.exists() and "--resume" in capsys.readouterr().err
-    monkeypatch.setattr(tool, "learn", learn)
-    assert tool.main(command(corpus, notes, out, "--resume")) == 0
+    monkeypatch.setattr(loop, "learn", learn)
+    assert tool.main(command(folder, notes, out, "--resume")) == 0
     for name in ("model.safetensors", "tokenizer.model", "config.json", "notes_sha256.txt"):
         assert (out / name).read_bytes() == (whole / name).read_bytes()
 
@@ -208,21 +209,21 @@ def test_a_note_is_followed_by_what_the_file_says_of_it_but_never_by_its_special
     header = "description,medical_specialty,sample_name,transcription\n"
     rows = (f"About {i}., Specialty{i % 2},Name {i} - 3,{text}\n" for i, text in enumerate(texts))
     file.write_text(header + "".join(rows))
-    corpus = tmp_path / "corpus"
-    corpus.mkdir()
-    with gzip.open(corpus / "cases.jsonl.gz", "wt") as lines:
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    with gzip.open(folder / "cases.jsonl.gz", "wt") as lines:
         lines.write(json.dumps({"text": "A case.", "license": "CC0"}))
-    mixed = tool.mix(tool.read_sources(corpus, str(file), seed=0), seed=0)
+    mixed = corpus.mix(corpus.read_sources(folder, str(file), seed=0), seed=0)
     training = [
         i for i, t in enumerate(texts) if int(hashlib.sha256(t.encode()).hexdigest(), 16) % 10 > 2
     ]
     for i in training:
         whole = f"{texts[i]}\nName {i}: About {i}."
         read = [text for text in mixed if text.endswith(f"\nName {i}: About {i}.")]
-        assert len(read) == tool.NOTES_REPEATS and read.count(whole) == tool.NOTES_REPEATS / 2
+        assert len(read) == corpus.NOTES_REPEATS and read.count(whole) == corpus.NOTES_REPEATS / 2
         cut = [text.partition("\n")[0] for text in read if text != whole]
         assert all(texts[i].startswith(text) and 50 <= len(text.split()) <= 300 for text in cut)
-    assert len(mixed) == tool.NOTES_REPEATS * len(training) + 1
+    assert len(mixed) == corpus.NOTES_REPEATS * len(training) + 1
     assert "Specialty" not in "".join(mixed)
 
 
@@ -232,7 +233,7 @@ def test_titles_are_found_whatever_the_lines_of_the_file_end_with(tmp_path):
     rows = 'A scan.,Scan,CT - 1,"CT.\r\nNormal."\r\nA visit.,Visit,Knee - 2,"Knee.\r\nPain."\r\n'
     file.write_bytes(b"\xef\xbb\xbf" + (header + rows).encode())
     texts = [note.text for note in clinora.read_notes(file).notes]
-    assert tool.read_titles(str(file)) == dict(
+    assert corpus.read_titles(str(file)) == dict(
         zip(texts, ["CT: A scan.", "Knee: A visit."], strict=True)
     )
 
@@ -251,10 +252,10 @@ def test_titles_are_found_whatever_the_lines_of_the_file_end_with(tmp_path):
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_broken_corpus_is_named(small, folders, tmp_path, capsys, content, message):
-    corpus, notes, _ = folders
-    (corpus / "cases.jsonl.gz").write_bytes(content)
+    folder, notes, _ = folders
+    (folder / "cases.jsonl.gz").write_bytes(content)
     with pytest.raises(SystemExit, match="2"):
-        tool.main(command(corpus, notes, tmp_path / "base"))
+        tool.main(command(folder, notes, tmp_path / "base"))
     error = capsys.readouterr().err
     assert f"cases.jsonl.gz ({message})" in error and "text and license" in error
 
@@ -271,26 +272,26 @@ def test_a_broken_corpus_is_named(small, folders, tmp_path, capsys, content, mes
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
 )
 def test_a_bad_option_is_one_clear_line(small, folders, tmp_path, capsys, options, message):
-    corpus, notes, _ = folders
+    folder, notes, _ = folders
     with pytest.raises(SystemExit, match="2"):
-        tool.main(command(corpus, notes, tmp_path / "base", *options))
+        tool.main(command(folder, notes, tmp_path / "base", *options))
     assert message in capsys.readouterr().err
     assert not (tmp_path / "base").exists()
 
 
 def test_texts_that_are_too_few_are_an_error(small, folders, tmp_path, capsys, monkeypatch):
-    corpus, notes, _ = folders
+    folder, notes, _ = folders
 
     def refused():
         with pytest.raises(SystemExit, match="2"):
-            tool.main(command(corpus, notes, tmp_path / "base"))
+            tool.main(command(folder, notes, tmp_path / "base"))
         return capsys.readouterr().err
 
     with monkeypatch.context() as patch:
-        patch.setattr(tool, "COPYING", tool.COPYING | {"prompt": 1000})
+        patch.setattr(card, "COPYING", card.COPYING | {"prompt": 1000})
         assert "no note has 1008 tokens" in refused()
     with monkeypatch.context() as patch:
-        patch.setattr(tool, "HELD_OUT", 1000)
+        patch.setattr(corpus, "HELD_OUT", 1000)
         assert "the held-out texts, one in 1000 of a source, have 0 tokens" in refused()
     monkeypatch.setattr(tool, "SHAPE", dataclasses.replace(SHAPE, vocab_size=4096))
     assert "the texts make no tokenizer of 4,096 pieces" in refused()
@@ -311,4 +312,4 @@ def test_a_greedy_continuation_that_repeats_a_text_is_counted(small):
     beginnings = torch.tensor([note[:10] for note in notes])
     # After 299 … 290 come 291 … 299, 0 … 20: 21 tokens in a row of the note that counts up.
     for run, share in ((21, 1.0), (22, 0.5)):
-        assert tool.share_copied(model, beginnings, notes, 30, run) == share
+        assert card.share_copied(model, beginnings, notes, 30, run) == share

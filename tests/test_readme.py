@@ -1,5 +1,7 @@
-"""The README: its code runs, its commands have the options they are given, its figures are true."""
+"""README and docs/: the code runs, commands and options exist, and figures are the measured ones."""
 
+import contextlib
+import io
 import json
 import re
 import subprocess
@@ -9,144 +11,322 @@ from pathlib import Path
 import pytest
 
 import clinora
-from clinora import budget
 from clinora.checkpoint import BUNDLED
 from tools import compare
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-SERVING = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+TINYLLAMA = {
+    "model_type": "llama",
+    "vocab_size": 32_000,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 22,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+}
 
 
-def blocks(language, text=README):
-    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+def text_of(page):
+    return page.read_text(encoding="utf-8")
+
+
+def blocks(language, text):
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def python_blocks():
+    """Every Python block of every page."""
+    return [block for page in PAGES for block in blocks("python", text_of(page))]
 
 
 def commands():
-    """Every ``python …`` of a shell block or between backquotes; torchrun's as Python's."""
-    text = README + SERVING
-    lines = "\n".join(blocks("sh", text)).splitlines() + re.findall(r"`([^`\n]+)`", text)
-    lines = [re.sub(r"^torchrun .*-- ", "python ", line) for line in lines]
-    found = {re.search(r"python (?!-m venv)[^&#>]+", line) for line in lines}
-    return sorted({match[0].strip() for match in found if match})
+    """Every ``python …`` and ``clinora …`` in a shell block or between backquotes.
+
+    The script or module that torchrun starts counts as Python's.
+    """
+    started = re.compile(r"\b(?:python (?!-m venv)|clinora (?:train|eval|serve|budget))[^&#>]*")
+    found = set()
+    for page in PAGES:
+        text = text_of(page)
+        lines = "".join(blocks("sh", text)).splitlines()
+        lines += re.findall(r"(?<!`)`([^`\n]+)`(?!`)", text)
+        for line in lines:
+            line = re.sub(r"^torchrun .*-- ", "python ", line)
+            found |= {command.strip() for command in started.findall(line)}
+    return sorted(found)
+
+
+def table_rows(text):
+    """The rows of all Markdown tables, as lists of cells without white space around them."""
+    lines = re.findall(r"^\|(.+)\|$", text, re.MULTILINE)
+    return [[cell.strip() for cell in line.split("|")] for line in lines]
+
+
+def figures_of(text):
+    """The figures in a text, without thousands separators: percentages, counts, decimals."""
+    return re.findall(r"\d+(?:\.\d+)?%?", re.sub(r"(?<=\d),(?=\d{3})", "", text))
+
+
+def shows(row, *figures):
+    """Whether a table row or a text holds these figures next to each other and in this order."""
+    shown = figures_of(row if isinstance(row, str) else " | ".join(row))
+    wanted = [figure for cell in figures for figure in figures_of(cell)]
+    return any(shown[i : i + len(wanted)] == wanted for i in range(len(shown)))
+
+
+def percent(value):
+    return f"{value:.1%}"
+
+
+def with_interval(estimate):
+    return f"{estimate['value']:.1%} {100 * estimate['low']:.1f} {100 * estimate['high']:.1f}"
+
+
+def with_spread(mean_and_deviation):
+    mean, deviation = mean_and_deviation
+    return f"{mean:.1%} {deviation:.1%}"
+
+
+@pytest.fixture(scope="module")
+def report():
+    """What was measured of the bundled adapter."""
+    return json.loads((BUNDLED / "adapter" / "report" / "metrics.json").read_text())
+
+
+def test_the_first_code_prints_what_is_shown_below_it():
+    code, shown = re.search(
+        r"^```python\n(.*?)^```\n+```text\n(.*?)^```$", text_of(README), re.MULTILINE | re.DOTALL
+    ).groups()
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(code, {})
+    assert printed.getvalue() == shown
 
 
 def test_the_code_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    *steps, unit_test = blocks("python")
-    for step in steps:
-        exec(step, {})
-    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+    assert len(python_blocks()) >= 3
+    for block in python_blocks():
+        exec(block, {})
+    # The example saves an adapter, and load_adapter reads it.
+    model = clinora.load_model("bundled", num_labels=5)
+    clinora.load_adapter(model, tmp_path / "adapter")
+
+
+def test_the_unit_test_passes_and_can_fail(monkeypatch):
+    (block,) = [block for block in python_blocks() if "def test_" in block]
     names = {}
-    exec(unit_test, names)
-    (test,) = (value for name, value in names.items() if name.startswith("test_"))
+    exec(block, names)
+    (test,) = [value for name, value in names.items() if name.startswith("test_")]
     test()
-    monkeypatch.setattr(clinora, "apply_lora", lambda model, config: None)  # all of it trains
+    monkeypatch.setattr(clinora, "apply_lora", lambda model, config: None)  # everything trains
     with pytest.raises(AssertionError):
         test()
 
 
 @pytest.mark.slow
-def test_the_commands_have_the_options_that_they_are_given():
-    helps = {}
+def test_commands_have_the_options_that_they_are_given():
+    known = {}
     assert len(commands()) > 10
     for command in commands():
         words = command.split()
-        script = words[1:3] if words[1] == "-m" else words[1:2]
-        if script[-1] == "pip":
-            continue
-        options = {word.partition("=")[0] for word in words if word.startswith("--")}
-        if tuple(script) not in helps:
+        if words[0] == "clinora":
+            script = ("-m", "clinora", words[1])
+        elif words[1] == "-m":
+            script = tuple(words[1:3])
+        else:
+            script = (words[1],)
+        if script not in known:
             asked = [sys.executable, *script, "--help"]
-            run = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=True)
-            helps[tuple(script)] = set(re.findall(r"--[a-z-]+", run.stdout))
-        assert options <= helps[tuple(script)], command
+            run = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True)
+            assert run.returncode == 0, command
+            known[script] = set(re.findall(r"--[a-z-]+", run.stdout))
+        options = {word.partition("=")[0] for word in words if word.startswith("--")}
+        assert options <= known[script], command
 
 
-def test_links_and_pictures_lead_somewhere():
-    links = re.findall(r"\]\((?!https?:|#)([^)]+)\)", README)
-    assert "docs/page.png" in links and "docs/lora.png" in links
-    assert all((ROOT / link).exists() for link in links)
+@pytest.mark.slow
+def test_options_between_backquotes_exist():
+    scripts = [["train.py"], ["serve.py"], ["-m", "clinora.budget"], ["-m", "tools.compare"]]
+    known = {"--extra-index-url"}  # pip's
+    for script in scripts:
+        asked = [sys.executable, *script, "--help"]
+        run = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=True)
+        known |= set(re.findall(r"--[a-z-]+", run.stdout))
+    for page in PAGES:
+        for words in re.findall(r"(?<!`)`(--[^`\n]+)`(?!`)", text_of(page)):
+            assert set(re.findall(r"--[a-z-]+", words)) <= known, (page.name, words)
+
+
+@pytest.mark.parametrize("marker", ["main", "test"])
+def test_marked_commands_are_where_scripts_look_for_them(marker):
+    lines = text_of(README).splitlines()
+    at = lines.index(f"<!-- the {marker} command -->")
+    assert lines[at + 1] == "```sh"
+    assert lines[at + 2].startswith("python3 -m venv ")
+    assert lines[at + 3] == "```"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_pictures_lead_somewhere(page):
+    text = text_of(page)
+    for link in re.findall(r"\]\((?!https?:)([^)]+)\)", text):
+        path, _, heading = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        if heading:
+            titles = re.findall(r"^#+ (.+)$", text_of(target), re.MULTILINE)
+            assert heading in [title.lower().replace(" ", "-") for title in titles], link
+
+
+def test_readme_leads_to_every_page_and_picture():
+    linked = re.findall(r"\]\((docs/[^)#]+)\)", text_of(README))
+    there = [p.relative_to(ROOT).as_posix() for p in (ROOT / "docs").iterdir() if p.is_file()]
+    assert sorted(set(linked)) == sorted(there)
 
 
 def test_the_tree_names_what_there_is():
-    (tree,) = re.findall(r"^## The tree\n+```\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-    named = set(re.findall(r"(?:clinora/)?\w+(?:\.py|/)(?=\s)", tree))
+    (tree,) = re.findall(
+        r"^## The tree\n+```\n(.*?)^```", text_of(README), re.MULTILINE | re.DOTALL
+    )
+    named = set(re.findall(r"(?:^|\s)((?:clinora/)?\w+(?:\.py|/))(?=\s)", tree, re.MULTILINE))
+    there = {f"clinora/{path.name}" for path in (ROOT / "clinora").glob("*.py")}
+    there.remove("clinora/__init__.py")
+    for path in (ROOT / "clinora").iterdir():
+        if path.is_dir() and path.name != "__pycache__":
+            there.add(f"clinora/{path.name}/")
+    there |= {path.name for path in ROOT.glob("*.py")}
+    there |= {"benchmarks/", "docs/", "examples/", "notebooks/", "tests/", "tools/"}
+    assert named == there
     assert not [name for name in named if not (ROOT / name).exists()]
-    modules = {f"clinora/{path.name}" for path in (ROOT / "clinora").glob("[a-z]*.py")}
-    folders = {"notebooks/", "benchmarks/", "tools/", "docs/", "tests/", "examples/"}
-    assert modules | folders <= named
 
 
 def test_the_counts_are_those_of_the_closed_form():
-    full, low = 10_000 * 20_000, clinora.lora_parameter_count(10_000, 20_000, 8)
-    for figure in (f"{full:,}", f"{low:,}", f"{full / low:.0f} times", "1,136,640", "55,360"):
-        assert figure in README
-    assert 22 * 8 * (2048 + 2048 + 256 + 2048) + 5 * 2048 == 1_136_640
+    full = 10_000 * 20_000
+    low = clinora.lora_parameter_count(10_000, 20_000, 8)
+    assert shows(text_of(README), f"{full:,}")
+    assert shows(text_of(README), f"{low:,}", f"{full / low:.0f}")
+    # TinyLlama's 22 layers: q_proj is 2048 × 2048 and v_proj 256 × 2048; its head 5 × 2048.
+    trained = 22 * 8 * (2048 + 2048 + 256 + 2048) + 5 * 2048
+    assert shows(text_of(README), f"{trained:,}", "1,035,649,024")
+
+
+def test_the_bundled_adapters_count_is_that_of_the_model():
     model = clinora.load_model("bundled", num_labels=5)
     clinora.apply_lora(model, clinora.LoRAConfig())
-    assert clinora.count_parameters(model).trainable == 55_360
+    count = clinora.count_parameters(model)
+    assert shows(text_of(ROOT / "docs" / "results.md"), f"{count.trainable:,}")
+    assert shows(text_of(README), f"{count.total / 1e6 - count.trainable / 1e6:.1f}")
 
 
-def test_the_results_are_those_of_the_bundled_report():
-    report = json.loads((BUNDLED / "adapter" / "report" / "metrics.json").read_text())
-    after, before = report["after"], report["before"]
+def test_the_results_are_those_of_the_bundled_report(report):
+    after = report["after"]
+    before = report["before"]
     majority, tf_idf = report["baselines"][:2]
-
-    def say(share):
-        return f"{share['value']:.1%} [{100 * share['low']:.1f}, {100 * share['high']:.1f}]"
-
-    measures = ("any_label_accuracy", "accuracy")
-    rows = {
-        "before, 20 random heads": [f"{before[m][0]:.1%} ± {before[m][1]:.1%}" for m in measures],
-        "majority class": [say(majority[m]) for m in measures],
-        "LoRA, r = 8 on q_proj and v_proj": [
-            say(after[b]["accuracy"]) for b in ("by_note", "by_row")
-        ],
-        "TF-IDF + logistic regression": [say(tf_idf[m]) for m in measures],
-        "possible at best on these texts": ["100%", f"{report['test_ceiling']:.1%}"],
+    expected = {
+        "before training, 20 random heads": (
+            with_spread(before["any_label_accuracy"]),
+            with_spread(before["accuracy"]),
+        ),
+        "majority class": (
+            with_interval(majority["any_label_accuracy"]),
+            with_interval(majority["accuracy"]),
+        ),
+        "LoRA, r = 8 on q_proj and v_proj": (
+            with_interval(after["by_note"]["accuracy"]),
+            with_interval(after["by_row"]["accuracy"]),
+        ),
+        tf_idf["name"]: (
+            with_interval(tf_idf["any_label_accuracy"]),
+            with_interval(tf_idf["accuracy"]),
+        ),
+        "best possible": ("100%", percent(report["test_ceiling"])),
+        "answered": (with_interval(after["answered"]["coverage"]),),
+        "of the answered, correct": (with_interval(after["answered"]["accuracy"]),),
     }
-    assert tf_idf["name"] == "TF-IDF + logistic regression"
-    for name, (notes, of_rows) in rows.items():
-        assert f"| {name} | {notes} | {of_rows} |" in README
-    text, gain, answered = README.replace("\n", " "), report["against"], after["answered"]
-    for words in (
-        f"passes {report['ceiling']:.1%} of the rows",
-        f"still {-100 * gain['value']:.1f} points "
-        f"[{-100 * gain['high']:.1f}, {-100 * gain['low']:.1f}] better",
-        f"it answers {answered['coverage']['value']:.1%} of the test notes by itself, "
-        f"{answered['accuracy']['value']:.1%} of them right",
-        "1,204 training, 191 validation and 367 test texts",
-    ):
-        assert words in text
-    assert "1,204 training, 191 validation, 367 test" in report["about"]
+    assert before["heads"] == 20
+    rows = table_rows(text_of(ROOT / "docs" / "results.md"))
+    for name, cells in expected.items():
+        (row,) = [row for row in rows if row[0] == name]
+        assert [figures_of(cell) for cell in row[1:]] == [figures_of(cell) for cell in cells], name
 
 
-def test_what_the_rank_buys_is_the_table_of_the_committed_results():
-    rows = json.loads((ROOT / "notebooks/results/mtsamples/results.json").read_text())
-    for line in compare.table(rows).splitlines():
-        assert line in README
-
-
-def test_tinyllamas_memory_is_what_the_budget_prints(tmp_path, capsys):
-    shape = {
-        "model_type": "llama", "vocab_size": 32_000, "hidden_size": 2048,
-        "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-    }  # fmt: skip
-    (tmp_path / "config.json").write_text(json.dumps(shape))
-    (line,) = [c for c in commands() if "clinora.budget" in c]
-    words = line.split()[3:]
-    budget.main([str(tmp_path), *words[1:]])
-    out = capsys.readouterr().out
-    (shown,) = re.findall(r"^```\n(4 × 512 tokens.*?)^```", README, re.MULTILINE | re.DOTALL)
-    assert shown in out
-
-
-def test_all_linears_is_that_of_the_committed_results():
-    path = ROOT / "notebooks/results/mtsamples-all-linears/results.json"
-    (row,) = json.loads(path.read_text())
-    low, high = 100 * row["low"], 100 * row["high"]
-    assert f"{row['any_label_accuracy']:.1%} [{low:.1f}, {high:.1f}] with {row['trainable']:,}" in (
-        README.replace("\n", " ")
+def test_the_text_has_the_figures_of_the_bundled_report(report):
+    results = text_of(ROOT / "docs" / "results.md")
+    readme = text_of(README)
+    after = report["after"]
+    gain = report["against"]
+    gap = f"{-100 * gain['value']:.1f} {-100 * gain['high']:.1f} {-100 * gain['low']:.1f}"
+    answered = after["answered"]
+    sides = re.search(r"([\d,]+) training, ([\d,]+) validation, ([\d,]+) test", report["about"])
+    assert shows(results, percent(report["ceiling"]), percent(report["test_ceiling"]))
+    assert shows(results, gap)
+    assert shows(results, *sides.groups())
+    assert shows(readme, gap)
+    assert shows(readme, with_interval(after["by_note"]["accuracy"]), str(report["notes"]))
+    assert shows(
+        readme, percent(answered["coverage"]["value"]), percent(answered["accuracy"]["value"])
     )
+
+
+def test_the_chart_is_described_with_the_figures_of_the_bundled_report(report):
+    (described,) = re.findall(r"!\[([^\]]+)\]\(docs/results.png\)", text_of(README))
+    tf_idf = report["baselines"][1]
+    notes = (
+        percent(report["before"]["any_label_accuracy"][0]),
+        percent(report["after"]["by_note"]["accuracy"]["value"]),
+        percent(tf_idf["any_label_accuracy"]["value"]),
+        "100%",
+    )
+    rows = (
+        percent(report["before"]["accuracy"][0]),
+        percent(report["after"]["by_row"]["accuracy"]["value"]),
+        percent(tf_idf["accuracy"]["value"]),
+        percent(report["test_ceiling"]),
+    )
+    assert figures_of(described) == [*notes, *rows]
+
+
+def test_figures_on_the_fictional_notes_are_those_that_chapter_6_printed():
+    notebook = json.loads((ROOT / "notebooks" / "06_clinical_notes.ipynb").read_text())
+    outputs = [output for cell in notebook["cells"] for output in cell.get("outputs", [])]
+    printed = "".join("".join(output.get("text", [])) for output in outputs)
+    # The chapter writes an interval as [59.8%, 74.3%], the README as [59.8, 74.3].
+    printed = printed.replace("%", "")
+    limits = text_of(README).partition("## Limits")[2].replace("%", "")
+    for figures in (("67.5", "59.8", "74.3"), ("38", "93.3", "84.1", "97.4")):
+        assert shows(printed, *figures)
+        assert [figure for figure in figures if figure in figures_of(limits)] == [*figures]
+
+
+@pytest.mark.parametrize("series", ["mtsamples", "mtsamples-all-linears"])
+def test_the_table_of_ranks_is_that_of_the_committed_results(series):
+    results = json.loads((ROOT / "notebooks" / "results" / series / "results.json").read_text())
+    rows = table_rows(text_of(ROOT / "docs" / "results.md"))
+    if series == "mtsamples":
+        measured = table_rows(compare.table(results))[2:]
+        assert len(measured) == 7
+        assert all(row in rows for row in measured)
+    else:
+        (result,) = results
+        interval = f"{100 * result['low']:.1f} {100 * result['high']:.1f}"
+        (row,) = [row for row in rows if row[0] == "r=8, all linear layers"]
+        correct = f"{percent(result['any_label_accuracy'])} {interval}"
+        assert [figures_of(cell) for cell in row[1:]] == [
+            figures_of(f"{result['trainable']:,}"),
+            figures_of(correct),
+        ]
+
+
+@pytest.mark.slow
+def test_tinyllamas_memory_is_what_the_budget_prints(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(TINYLLAMA))
+    (command,) = [c for c in commands() if "budget " in c and "--rank" in c]
+    words = command.split()
+    words[0] = sys.executable
+    words[words.index("TinyLlama/TinyLlama-1.1B-Chat-v1.0")] = str(tmp_path)
+    run = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
+    (shown,) = blocks("text", text_of(ROOT / "docs" / "gpu.md"))
+    assert shown in run.stdout

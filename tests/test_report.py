@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 import clinora
-import eval as eval_script
-from clinora.classifier import Calibration, Classifier
+from clinora.calibration import Calibration
+from clinora.classifier import Classifier
+from clinora.commands import eval as eval_command
 from clinora.evaluation import (
     Answers,
     Baseline,
@@ -24,6 +25,7 @@ from clinora.evaluation import (
 )
 from clinora.notes import Note, read_notes
 from clinora.report import find_mistakes, model_table, read_steps, results_table, write_report
+from clinora.run import DataRecord
 
 LABELS = ("A", "B", "C")
 CALIBRATION = Calibration(
@@ -39,8 +41,8 @@ def make(n=60, calibrated=True, confidence=None, labels=LABELS, **changes):
     if confidence is None:
         confidence = draw.uniform(0.3, 1, n)
     answers = Answers(
-        named=named,
-        right=np.array([a in note.labels for a, note in zip(named, notes, strict=True)]),
+        predicted=named,
+        correct=np.array([a in note.labels for a, note in zip(named, notes, strict=True)]),
         top=draw.uniform(0.3, 1, n),
         loss=draw.exponential(size=n),
         confidence=confidence if calibrated else None,
@@ -168,7 +170,30 @@ def test_texts_that_also_stand_in_training_are_said_in_every_output(report):
     metrics, markdown, table = report(make(in_training=12, split="rows"))
     assert (metrics["in_training"], metrics["split"]) == (12, "rows")
     for text in (markdown, table):
-        assert "12 of these notes' texts also stand among the training notes" in text
+        assert "12 of these notes' texts are also among the training notes" in text
+
+
+def accuracies(results):
+    """Find the shares in the line of each classifier."""
+    lines = [line for line in results_table(results).splitlines() if line.startswith("this run ")]
+    return [re.findall(r"([\d.]+)% \[", line) for line in lines]
+
+
+def test_where_no_text_has_several_labels_rows_and_ceiling_are_left_out():
+    """A prediction is correct for the note exactly if it is correct for its rows."""
+    several, _, _ = make()
+    one = dataclasses.replace(several, ceiling=1.0, test_ceiling=1.0)
+    by_note = f"{100 * several.after.by_note.accuracy.value:.1f}"
+    by_row = f"{100 * several.after.by_row.accuracy.value:.1f}"
+    assert accuracies(several) == [[by_note, by_row]]
+    assert accuracies(one) == [[by_note]]
+    assert "at best" in results_table(several) and "at best" not in results_table(one)
+
+
+@pytest.mark.parametrize(("n", "said"), [(29, True), (30, False)])
+def test_fewer_than_thirty_notes_allow_no_conclusion(report, n, said):
+    _, markdown, table = report(make(n=n))
+    assert ("no conclusion" in markdown) == ("no conclusion" in table) == said
 
 
 @pytest.mark.parametrize(("split", "best"), [("texts", "100%"), ("rows", "62.5%")])
@@ -191,18 +216,18 @@ def test_the_table_names_each_class_with_its_measures():
 def test_the_table_says_how_a_note_of_several_classes_counts_and_what_the_signs_mean():
     table = " ".join(results_table(make()[0]).split())
     assert "In brackets: 95% intervals. After ±: the standard deviation between" in table
-    assert "A right note counts in the named class, a wrong one of k classes 1/k in each" in table
+    assert "an incorrect note with k labels counts as 1/k in each" in table
 
 
 def test_the_table_says_the_comparison_with_the_better_baseline():
-    assert "-4.9 points of the notes right [-7.6, -2.2]" in results_table(make()[0])
+    assert "-4.9 points of the notes correct [-7.6, -2.2]" in results_table(make()[0])
 
 
 def test_the_table_puts_what_was_achieved_beside_what_was_promised():
     results, answers, _ = make()
     kept = answers.confidence >= 0.6
     line = next(x for x in results_table(results).splitlines() if "promised: 95%" in x)
-    assert f"{kept.mean():.1%} of the notes, {answers.right[kept].mean():.1%}" in line
+    assert f"{kept.mean():.1%} of the notes, {answers.correct[kept].mean():.1%}" in line
 
 
 def test_a_run_without_calibration_is_said_to_claim_nothing():
@@ -234,7 +259,7 @@ def test_the_model_is_described(small_run):
 def test_at_most_twenty_mistakes_the_most_confident_first():
     results, answers, notes = make(n=120)
     found = find_mistakes(answers, notes, LABELS)
-    wrong = sorted(answers.confidence[~answers.right])[::-1]
+    wrong = sorted(answers.confidence[~answers.correct])[::-1]
     assert len(wrong) > 20
     assert [m["confidence"] for m in found] == wrong[:20]
     by_hash = {note.sha256: note for note in notes}
@@ -248,7 +273,7 @@ def test_at_most_twenty_mistakes_the_most_confident_first():
 def test_without_calibration_mistakes_are_sorted_by_probability():
     _, answers, notes = make(calibrated=False)
     found = find_mistakes(answers, notes, LABELS)
-    assert [m["probability"] for m in found] == sorted(answers.top[~answers.right])[::-1][:20]
+    assert [m["probability"] for m in found] == sorted(answers.top[~answers.correct])[::-1][:20]
     assert {m["confidence"] for m in found} == {None}
 
 
@@ -256,7 +281,7 @@ def test_no_mistake_is_no_error(report):
     results, answers, notes = make(n=2)
     named = np.array([0, 1])
     right = Answers(
-        named=named, right=np.ones(2, bool), top=answers.top, loss=answers.loss,
+        predicted=named, correct=np.ones(2, bool), top=answers.top, loss=answers.loss,
         confidence=answers.confidence, tokens=answers.tokens,
     )  # fmt: skip
     metrics, markdown, _ = report((results, right, notes))
@@ -318,7 +343,7 @@ def test_steps_are_read_and_may_be_absent(tmp_path):
     assert read_steps(tmp_path / "nothing") == []
 
 
-# --- eval.py --------------------------------------------------------------------------------------
+# --- clinora eval ---------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -327,7 +352,7 @@ def evaluated(small_run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(bootstrap, "__defaults__", (20,))
 
-    def run(*options, split="texts", lines=(), **about):
+    def run(*options, split="texts", lines=()):
         names = clinora.PUBLISHED_CLASSES
         rows = [f"SECRET PATIENT {i % 45} with pain,{names[i % 5]}" for i in range(90)]
         (tmp_path / "notes.csv").write_text(
@@ -336,16 +361,16 @@ def evaluated(small_run, tmp_path, monkeypatch, capsys):
         notes = read_notes(tmp_path / "notes.csv", classes=names, split=split)
         seen = notes.on("training") + notes.on("validation")
         classifier = Classifier.load(small_run, device="cpu", precision="fp32")
-        classifier.about = {
-            "notes": {
-                "source": str(tmp_path / "notes.csv"), "split": split,
-                "fingerprints": {"notes": notes.fingerprint, "split": notes.split_fingerprint},
-                "seen": sorted({note.sha256[:16] for note in seen}),
-            } | about
-        }  # fmt: skip
+        classifier.data = DataRecord(
+            source=str(tmp_path / "notes.csv"),
+            split=split,
+            fingerprint=notes.fingerprint,
+            split_fingerprint=notes.split_fingerprint,
+            seen=frozenset(note.sha256[:16] for note in seen),
+        )
         classifier.save(tmp_path / "run")
         capsys.readouterr()
-        assert eval_script.main(["--run", "run", "--device", "cpu", *options]) == 0
+        assert eval_command.main(["--run", "run", "--device", "cpu", *options]) == 0
         said = capsys.readouterr()
         folder = tmp_path / "run" / ("report-seen" if "--include-seen" in options else "report")
         return notes, json.loads((folder / "metrics.json").read_text()), said, folder
@@ -375,7 +400,7 @@ def test_eval_split_by_rows_says_how_many_texts_stand_in_training(evaluated):
     twins = sum(n.text in training for n in notes.on("test"))
     assert metrics["in_training"] == twins > 0
     for text in (said.out, (folder / "report.md").read_text()):
-        assert f"{twins} of these notes' texts also stand among the training notes" in text
+        assert f"{twins} of these notes' texts are also among the training notes" in text
 
 
 def test_eval_refuses_a_run_that_does_not_say_what_it_has_seen(small_run, tmp_path, capsys):
@@ -384,7 +409,7 @@ def test_eval_refuses_a_run_that_does_not_say_what_it_has_seen(small_run, tmp_pa
         + "".join(f"{name},{name}\n" for name in clinora.PUBLISHED_CLASSES)
     )
     with pytest.raises(SystemExit) as caught:
-        eval_script.main(["--run", str(small_run), "--notes", str(tmp_path / "notes.csv")])
+        eval_command.main(["--run", str(small_run), "--notes", str(tmp_path / "notes.csv")])
     assert caught.value.code == 2
     assert "does not record which notes it has seen" in capsys.readouterr().err
 

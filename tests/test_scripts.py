@@ -1,8 +1,10 @@
-"""The three scripts as a user calls them: whole jobs, and bad input."""
+"""The commands as a user calls them: whole jobs, help, Ctrl-C and bad input."""
 
 import csv
+import importlib
 import json
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,10 +16,14 @@ import torch
 import transformers
 
 import clinora
-import eval as eval_script
-import serve as serve_script
-import train as train_script
+from clinora.__main__ import COMMANDS
+from clinora.__main__ import main as clinora_command
 from clinora.checkpoint import BUNDLED
+from clinora.commands import budget as budget_command
+from clinora.commands import eval as eval_command
+from clinora.commands import serve as serve_command
+from clinora.commands import train as train_command
+from clinora.training import METRICS
 
 ROOT = Path(__file__).parents[1]
 # Class is told by one word; the hash puts about a fifth of them on the test side.
@@ -38,7 +44,7 @@ def notes(tmp_path):
 
 
 def train(*options):
-    return train_script.main(["--steps", "60", "--tokens-per-batch", "256", *map(str, options)])
+    return train_command.main(["--steps", "60", "--tokens-per-batch", "256", *map(str, options)])
 
 
 @pytest.mark.slow
@@ -76,7 +82,7 @@ def test_train_then_eval_on_a_file_of_ones_own(notes, tmp_path, capsys):
     }  # fmt: skip
 
     (run / "report" / "metrics.json").unlink()
-    assert eval_script.main(["--run", str(run)]) == 0
+    assert eval_command.main(["--run", str(run)]) == 0
     measured = json.loads((run / "report" / "metrics.json").read_text())
     assert measured["after"] == trained["after"]
     picture = matplotlib.image.imread(run / "report" / "confusion.png")
@@ -106,9 +112,9 @@ def test_notes_that_the_run_has_seen_are_not_measured(notes, tmp_path, capsys):
     more = tmp_path / "more.csv"
     more.write_text(notes.read_text() + "a new note,Heart\n")
     capsys.readouterr()
-    assert eval_script.main(["--run", str(run), "--notes", str(more)]) == 0
+    assert eval_command.main(["--run", str(run), "--notes", str(more)]) == 0
     test = len(clinora.read_notes(notes).on("test"))
-    assert f"\n{test + 1} notes, filed in {test + 1} rows\n" in capsys.readouterr().out
+    assert f"\n{test + 1} notes in {test + 1} rows\n" in capsys.readouterr().out
     assert json.loads((run / "report-more" / "metrics.json").read_text())["trained_on"] == 0
 
 
@@ -123,9 +129,9 @@ def test_measuring_on_seen_notes_must_be_asked_for_and_is_said_everywhere(notes,
     only_training.write_text("\n".join(["transcription,medical_specialty", *rows]) + "\n")
     capsys.readouterr()
     assert_refused(
-        eval_script, ["--run", run, "--notes", only_training], capsys, "trained on all .* notes"
+        eval_command, ["--run", run, "--notes", only_training], capsys, "trained on all .* notes"
     )
-    assert eval_script.main(["--run", str(run), "--include-seen"]) == 0
+    assert eval_command.main(["--run", str(run), "--include-seen"]) == 0
     said = f"NOT A TEST: the run was trained or calibrated on {seen} of these"
     assert said in capsys.readouterr().out
     report = run / "report-seen"
@@ -135,10 +141,10 @@ def test_measuring_on_seen_notes_must_be_asked_for_and_is_said_everywhere(notes,
 
 @pytest.mark.slow
 def test_eval_with_no_option_measures_the_bundled_adapter(capsys):
-    assert eval_script.main([]) == 0
+    assert eval_command.main([]) == 0
     with open(BUNDLED / "notes.csv", encoding="utf-8", newline="") as file:
         texts = [row["transcription"] for row in csv.DictReader(file)]
-    expected = f"\n{len(set(texts))} notes, filed in {len(texts)} rows"
+    expected = f"\n{len(set(texts))} notes in {len(texts)} rows"
     assert expected in capsys.readouterr().out
 
 
@@ -156,19 +162,21 @@ def test_train_with_no_option_beats_the_base_on_the_bundled_notes(tmp_path):
 
 def test_what_the_scripts_write_beside_them_is_not_committed():
     ignored = (ROOT / ".gitignore").read_text().split()
-    assert {"runs/", f"{serve_script.FLAGS}/"} <= set(ignored)
+    assert {"runs/", f"{serve_command.FLAGS}/"} <= set(ignored)
 
 
 def test_a_run_is_never_written_over(notes, tmp_path, capsys):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "precious").write_text("data")
-    assert_refused(train_script, ["--notes", notes, "--run", tmp_path / "run"], capsys, "not empty")
+    assert_refused(
+        train_command, ["--notes", notes, "--run", tmp_path / "run"], capsys, "not empty"
+    )
     assert (tmp_path / "run" / "precious").read_text() == "data"
 
 
 def test_a_run_killed_at_its_very_beginning_can_begin_again(tmp_path):
-    (tmp_path / f".{train_script.METRICS}.abc").touch()
-    train_script.check_run(tmp_path, resume=False)
+    (tmp_path / f".{METRICS}.abc").touch()
+    train_command.check_run_folder(tmp_path, resume=False)
 
 
 BAD_FILES = {
@@ -180,13 +188,13 @@ BAD_FILES = {
 
 
 @pytest.mark.parametrize("kind", BAD_FILES)
-@pytest.mark.parametrize("script", [train_script, eval_script], ids=["train", "eval"])
-def test_a_bad_file_is_one_clear_line(tmp_path, capsys, script, kind):
+@pytest.mark.parametrize("command", [train_command, eval_command], ids=["train", "eval"])
+def test_a_bad_file_is_one_clear_line(tmp_path, capsys, command, kind):
     content, message = BAD_FILES[kind]
     (tmp_path / "bad.csv").write_bytes(content)
-    if script is eval_script and kind == "one class":
+    if command is eval_command and kind == "one class":
         message = "has no notes of class"
-    assert_refused(script, ["--notes", tmp_path / "bad.csv"], capsys, message)
+    assert_refused(command, ["--notes", tmp_path / "bad.csv"], capsys, message)
     assert not (tmp_path / "runs").exists()
 
 
@@ -210,28 +218,157 @@ def test_a_bad_file_is_one_clear_line(tmp_path, capsys, script, kind):
     ],
 )
 def test_a_bad_option_is_one_clear_line(capsys, tmp_path, options, message):
-    assert_refused(train_script, options, capsys, message)
+    assert_refused(train_command, options, capsys, message)
     assert not (tmp_path / "runs").exists()
 
 
 def test_a_run_that_is_not_there_is_one_clear_line(capsys):
-    assert_refused(eval_script, ["--run", "nowhere"], capsys, "there is no run nowhere")
+    assert_refused(eval_command, ["--run", "nowhere"], capsys, "there is no run nowhere")
+
+
+def test_the_root_scripts_are_the_commands():
+    for name in ("train", "eval", "serve"):
+        script = importlib.import_module(name)
+        assert script.main is importlib.import_module(f"clinora.commands.{name}").main
+
+
+@pytest.mark.parametrize("folder", ["runs/deep", "file/run"])
+def test_a_folder_that_cannot_be_made_is_one_clear_line(notes, tmp_path, capsys, folder):
+    (tmp_path / "runs").write_text("a file stands where a folder should be made")
+    (tmp_path / "file").write_text("")
+    options = ["--notes", notes, "--steps", "1", "--run", folder]
+    assert_refused(train_command, options, capsys, "give another with --run")
+    assert_refused(eval_command, ["--report", folder], capsys, "give another with --report")
+
+
+# --- the forms in which a command is typed --------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("typed", "train"),
+    [
+        ("eval.py", "python train.py"),
+        ("clinora eval", "clinora train"),
+        ("python -m clinora eval", "python -m clinora train"),
+    ],
+)
+def test_a_message_has_the_form_of_the_command_in_use(capsys, typed, train):
+    with pytest.raises(SystemExit):
+        eval_command.main(["--run", "nowhere"], typed)
+    error = capsys.readouterr().err
+    assert error.startswith(f"{typed}: ")
+    assert f" {train} --run nowhere " in error
+
+
+@pytest.mark.parametrize("program", ["clinora", "python -m clinora"])
+def test_clinora_runs_the_command_that_it_is_given(capsys, program):
+    with pytest.raises(SystemExit) as caught:
+        clinora_command(["eval", "--run", "nowhere"], program)
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.startswith(f"{program} eval: there is no run nowhere")
+
+
+def test_clinora_budget_is_the_budget_command(capsys):
+    words = [str(BUNDLED / "base" / "config.json"), "--rank", "3"]
+    assert clinora_command(["budget", *words]) == 0
+    printed = capsys.readouterr().out
+    assert budget_command.main(words) == 0
+    assert capsys.readouterr().out == printed
+    assert "LoRA r=3" in printed
+
+
+@pytest.mark.parametrize("words", [[], ["trian"], ["--steps", "3"]])
+def test_clinora_without_a_known_command_names_those_there_are(capsys, words):
+    with pytest.raises(SystemExit) as caught:
+        clinora_command(words)
+    assert caught.value.code == 2
+    assert "COMMAND" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_gives_the_default_of_every_option(capsys, name):
+    with pytest.raises(SystemExit) as caught:
+        clinora_command([name, "--help"])
+    assert caught.value.code == 0
+    *_, options = re.split(r"^options:\n", capsys.readouterr().out, flags=re.MULTILINE)
+    entries = re.split(r"^  (?=-)", options, flags=re.MULTILINE)[1:]
+    assert len(entries) > 5
+    without = [entry for entry in entries if "(default: " not in " ".join(entry.split())]
+    assert [entry.split()[0] for entry in without] == ["-h,"]
+
+
+@pytest.mark.parametrize(("option", "default"), [("rank", "8"), ("steps", "200"), ("alpha", "16")])
+def test_the_defaults_of_help_are_those_of_the_configurations(capsys, option, default):
+    args = train_command.build_parser().parse_args([])
+    config = clinora.LoRAConfig() if option in ("rank", "alpha") else clinora.TrainingConfig()
+    assert getattr(args, option) == getattr(config, option) == float(default)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["train", "eval", "serve"])
-def test_importing_a_script_does_nothing(script, tmp_path):
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {script}"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True
+def test_help_of_what_needs_no_model_brings_no_pytorch():
+    """As PyTorch takes seconds to import."""
+    code = (
+        "import sys, clinora.__main__, clinora.commands.train, clinora.commands.budget\n"
+        "from clinora.commands import eval, serve\n"
+        "eval.build_parser().format_help(), serve.build_parser().format_help()\n"
+        "print('torch' in sys.modules)"
     )
-    assert (done.stdout, done.stderr, list(tmp_path.iterdir())) == ("", "", [])
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "False\n"
 
 
-def assert_refused(script, options, capsys, message):
+# --- Ctrl-C ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "slow_part"),
+    [
+        ("train", "clinora.notes.find_notes"),
+        ("eval", "clinora.classifier.find_base"),
+        ("serve", "clinora.classifier.find_base"),
+        ("budget", "clinora.checkpoint.find_config"),
+    ],
+)
+def test_ctrl_c_ends_with_status_130_and_one_line(monkeypatch, capsys, name, slow_part):
+    def press_ctrl_c(*_):
+        signal.raise_signal(signal.SIGINT)
+
+    words = {"serve": ["--port", "0"], "budget": ["bundled"]}.get(name, [])
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.setattr(slow_part, press_ctrl_c)
+    try:
+        with pytest.raises((SystemExit, KeyboardInterrupt)) as caught:
+            clinora_command([name, *words])
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert caught.type is SystemExit
+    assert caught.value.code == 130
+    assert capsys.readouterr().err.count("\n") <= 1
+
+
+@pytest.mark.slow
+def test_ctrl_c_after_training_says_how_to_go_on(notes, tmp_path, monkeypatch, capsys):
+    def press_ctrl_c(*_, **__):
+        signal.raise_signal(signal.SIGINT)
+
+    options = ["--notes", str(notes), "--run", str(tmp_path / "run"), "--steps", "1"]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as caught:
+        patch.setattr("clinora.evaluation.assess", press_ctrl_c)
+        clinora_command(["train", *options])
+    assert caught.value.code == 130
+    command = capsys.readouterr().err.splitlines()[-1].partition(": ")[2].split()
+    assert command[0] == "clinora"
+    assert clinora_command(command[1:]) == 0
+    assert (tmp_path / "run" / "report" / "report.md").is_file()
+
+
+def assert_refused(command, options, capsys, message):
     """Expect exit status 2 and one line on standard error."""
     with pytest.raises(SystemExit) as caught:
-        script.main([str(option) for option in options])
+        command.main([str(option) for option in options])
     assert caught.value.code == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1, error

@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 
 from benchmarks.tinyllama_shape import write_base
-from clinora.classifier import choose_dtype
+from clinora.device import choose_dtype
 
 pytestmark = pytest.mark.slow
 

@@ -2,6 +2,10 @@
 
 import json
 import math
+import os
+import re
+import struct
+import sys
 
 import hypothesis
 import peft
@@ -12,10 +16,10 @@ from hypothesis import strategies
 
 import clinora
 from clinora.checkpoint import BUNDLED
-from clinora.evaluation import targets
-from clinora.notes import Note
+from clinora.notes import Note, soft_targets
 from clinora.training import (
     METRICS,
+    Progress,
     TrainingConfig,
     batches,
     learning_rate_factor,
@@ -101,9 +105,9 @@ def test_training_follows_peft_and_transformers(tmp_path, accumulate):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_one_seed_gives_one_result_to_the_bit(tmp_path, dtype):
     results = []
-    for _ in range(2):
+    for run in ("a", "b"):
         classifier = fresh(dropout=0.1, dtype=dtype)
-        train(classifier, NOTES, [], TrainingConfig(steps=4), tmp_path)
+        train(classifier, NOTES, [], TrainingConfig(steps=3), tmp_path / run)
         results.append(clinora.lora_state_dict(classifier.model))
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
@@ -122,7 +126,7 @@ def test_activation_checkpointing_changes_no_bit(tmp_path, dtype):
     for recompute in (False, True):
         classifier = fresh(dropout=0.1, dtype=dtype)
         config = TrainingConfig(steps=3, activation_checkpointing=recompute)
-        train(classifier, NOTES, [], config, tmp_path)
+        train(classifier, NOTES, [], config, tmp_path / str(recompute))
         results.append(clinora.lora_state_dict(classifier.model))
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
@@ -139,7 +143,13 @@ def test_float16_is_scaled_and_trains(tmp_path):
     results = {}
     for dtype in (torch.float32, torch.float16):
         classifier = shrunk(dtype)
-        train(classifier, NOTES, [], TrainingConfig(steps=5, learning_rate=5e-4), tmp_path)
+        train(
+            classifier,
+            NOTES,
+            [],
+            TrainingConfig(steps=5, learning_rate=5e-4),
+            tmp_path / str(dtype),
+        )
         results[dtype] = clinora.lora_state_dict(classifier.model)
     start = clinora.lora_state_dict(shrunk(torch.float32).model)
     for name, exact in results[torch.float32].items():
@@ -151,12 +161,13 @@ def test_float16_is_scaled_and_trains(tmp_path):
 
 
 def test_the_parameters_that_validated_best_are_kept(tmp_path):
+    """The learning rate rises to the end, so the last parameters are far from the best."""
     classifier = fresh()
-    config = TrainingConfig(steps=24, learning_rate=0.05, validate_every=2, patience=99)
+    config = TrainingConfig(steps=8, learning_rate=0.1, warmup=0.95, validate_every=1, patience=99)
     train(classifier, NOTES[:3], VALIDATION, config, tmp_path)
-    losses = [p["validation_loss"] for p in points(tmp_path) if "validation_loss" in p]
-    assert len(losses) == 12
-    assert min(losses) < losses[-1]  # else any way of choosing would pass
+    losses = [p["validation_loss"] for p in points(tmp_path)]
+    assert len(losses) == 8
+    assert min(losses) < losses[-1] - 0.1  # else any way of choosing would pass
     probabilities, _ = classifier.probabilities([note.text for note in VALIDATION])
     log_p = torch.tensor(probabilities).double().log()
     loss = -torch.stack([log_p[i, list(n.labels)].mean() for i, n in enumerate(VALIDATION)]).mean()
@@ -184,8 +195,8 @@ def test_few_validation_notes_choose_nothing(tmp_path):
     results = []
     for validation in ([], VALIDATION[:49]):
         classifier = fresh(dropout=0.1)
-        config = TrainingConfig(steps=6, learning_rate=0.05, validate_every=1, patience=1)
-        train(classifier, NOTES[:3], validation, config, tmp_path)
+        config = TrainingConfig(steps=4, learning_rate=0.05, validate_every=1, patience=1)
+        train(classifier, NOTES[:3], validation, config, tmp_path / f"{len(validation)}")
         results.append(clinora.lora_state_dict(classifier.model))
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
@@ -226,9 +237,76 @@ def test_a_loss_that_is_not_finite_stops_with_the_step(tmp_path):
         train(classifier, NOTES, [], TrainingConfig(steps=2), tmp_path)
 
 
-def test_no_notes_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="no notes"):
-        train(fresh(), [], [], TrainingConfig(), tmp_path)
+def test_training_without_notes_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="training notes"):
+        train(fresh(), [], VALIDATION, TrainingConfig(), tmp_path)
+
+
+@pytest.mark.parametrize("labels", [(), (5,), (-1, 2)])
+@pytest.mark.parametrize("split", ["training", "validation"])
+def test_a_label_that_the_classifier_lacks_is_refused_with_its_place(tmp_path, split, labels):
+    """The message names the note by its position; the text is private."""
+    notes = {"training": list(NOTES), "validation": list(VALIDATION)}
+    notes[split][2] = Note("secret complaint", labels)
+    with pytest.raises(ValueError, match=f"{split} note 2") as caught:
+        train(fresh(), notes["training"], notes["validation"], TrainingConfig(), tmp_path)
+    assert "secret" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("file", [METRICS, "clinora.json"])
+def test_a_folder_that_holds_a_run_is_refused_and_left_alone(tmp_path, file):
+    (tmp_path / file).write_text("{}")
+    with pytest.raises(ValueError, match=tmp_path.name):
+        train(fresh(), NOTES, [], TrainingConfig(steps=1), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [file]
+    assert (tmp_path / file).read_text() == "{}"
+
+
+# Progress
+
+
+METRICS_OF_A_STEP = {"loss": 0.6934, "tokens": 900, "padding": 0.03, "validation_loss": 0.512}
+
+
+def test_without_a_terminal_progress_is_a_line_every_ten_steps(capsys):
+    progress = Progress(done=5, steps=40, seconds=10.0)
+    for step in range(6, 36):
+        progress.show(METRICS_OF_A_STEP | {"step": step, "seconds": 10.0 + step})
+    progress.bar.close()
+    lines = capsys.readouterr().err.split("\n")
+    assert lines.pop() == ""  # the last line has an end
+    assert [re.search(r"\d+/40", line).group() for line in lines] == ["10/40", "20/40", "30/40"]
+    assert all("loss 0.693" in line and "tokens/s=900" in line for line in lines)
+    assert all("left" in line and "step/s" in line for line in lines)
+    assert all(line.isprintable() for line in lines)  # no carriage return, no control sequence
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="opens a terminal as POSIX does")
+@pytest.mark.parametrize("columns", [24, 40, 120])
+def test_a_narrow_terminal_shows_loss_and_time_left_first(monkeypatch, columns):
+    fcntl = pytest.importorskip("fcntl")
+    termios = pytest.importorskip("termios")
+    ours, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    with open(theirs, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        progress = Progress(done=0, steps=40, seconds=0.0)
+        progress.show(METRICS_OF_A_STEP | {"step": 1, "seconds": 1.0})
+        progress.bar.refresh()
+        progress.bar.close()
+        terminal.flush()
+        shown = os.read(ours, 100_000).decode()
+    os.close(ours)
+    frames = [frame.strip() for frame in shown.split("\r") if "loss" in frame]
+    assert frames
+    for frame in frames:
+        assert re.match(r"loss 0\.693, [\d:?]+ left", frame)
+        assert len(frame) <= columns
+        assert ("tokens/s=900" in frame) == (columns == 120)
+
+
+# Order and schedule
 
 
 @hypothesis.given(
@@ -263,7 +341,7 @@ def test_the_learning_rate_warms_up_linearly_and_falls_as_a_cosine():
 
 
 def test_several_labels_share_the_target():
-    assert targets([Note("a", (2, 2, 0)), Note("b", (1,))], 4).tolist() == [
+    assert soft_targets([Note("a", (2, 2, 0)), Note("b", (1,))], 4).tolist() == [
         [0.5, 0, 0.5, 0],
         [0, 1, 0, 0],
     ]

@@ -1,11 +1,11 @@
-"""What does the rank buy? Head, LoRA and full fine-tuning, over ranks and seeds, side by side.
+"""Compare fine-tuning of the head, LoRA and full fine-tuning, over ranks and seeds.
 
     python -m tools.compare --notes mtsamples --out runs/compare --ranks 1 4 8 16 64 --seeds 0 1 2
 
-Each training runs in a process of its own, which gives its peak of memory. One that was stopped
-goes on from its checkpoint; those that are done are not repeated, and all that the folder holds are
-summed up. LoRA's alpha is twice the rank, so that the scaling is the same at every rank. The last
-column sets each beside the better linear model on TF-IDF of the same training texts.
+Each training runs in its own process, so that its peak memory can be measured. A training that was
+stopped resumes from its checkpoint; finished trainings are not repeated; the table has all results
+in the folder. LoRA's alpha is twice the rank, so that the scaling is the same at every rank. The
+last column compares each with the better linear model on TF-IDF of the same training texts.
 """
 
 import argparse
@@ -27,20 +27,21 @@ from torch import nn
 
 import clinora
 from clinora.checkpoint import find_base, write_atomically
-from clinora.classifier import base_hashes, choose_device, choose_dtype, keep_freed_memory
-from clinora.evaluation import baselines, bootstrap, classify, share_of
+from clinora.classifier import TOKEN_LIMIT
+from clinora.device import choose_device, choose_dtype, keep_freed_memory
+from clinora.evaluation import baselines, bootstrap_mean, classify, share_of
 from clinora.figures import BLACK
-from clinora.notes import SPLITS
+from clinora.notes import SPLITS, are_correct, choose_classes
 from clinora.report import png, read_steps
 from clinora.resume import unlike
+from clinora.run import base_hashes
 from clinora.training import METRICS, InterruptedTraining, TrainingConfig, train
-from train import choose_classes
 
 TUNES = ("head", "lora", "full")
-# Peaks: the fewer parameters, the larger. Starting points, not the result of a search.
+# Peaks, larger for fewer parameters. They were not tuned.
 LEARNING_RATES = {"head": 1e-2, "lora": TrainingConfig().learning_rate, "full": 2e-4}
 
-KEPT_RANKS = (0, 1, 2, 4, 8, 16, 64)  # of what full fine-tuning changed
+KEPT_RANKS = (0, 1, 2, 4, 8, 16, 64)  # of the updates of full fine-tuning
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,12 +60,12 @@ class Point:
 
     @property
     def group(self) -> str:
-        """What it has in common with the other seeds."""
+        """Name of the way of tuning, which all seeds share."""
         return f"r={self.rank}" if self.tune == "lora" else self.tune
 
     @property
     def name(self) -> str:
-        """What its files are called."""
+        """Name of its files."""
         return f"{self.group}-seed{self.seed}"
 
 
@@ -82,25 +83,25 @@ def measure(point: Point, args: argparse.Namespace) -> dict:
     """Train one point, and classify the test notes."""
     keep_freed_memory()
     notes = read(args)
-    torch.manual_seed(point.seed)
     device = choose_device(args.device)
-    dtype = choose_dtype(device, args.precision)
-    model = clinora.load_model(
-        args.base,
-        num_labels=len(notes.classes),
-        # What trains is float32 always, and of full fine-tuning that is everything.
-        dtype=torch.float32 if point.tune == "full" else dtype,
-        device=device,
-    )
     lora = None
     if point.tune == "lora":
         targets = tuple(args.targets)
         lora = clinora.LoRAConfig(rank=point.rank, alpha=2 * point.rank, targets=targets)
-        clinora.apply_lora(model, lora)
-    elif point.tune == "head":
+    classifier = clinora.Classifier.new(
+        args.base,
+        notes.classes,
+        lora,
+        point.seed,
+        token_limit=args.token_limit,
+        device=args.device,
+        # Trained parameters are always float32; in full fine-tuning those are all parameters.
+        precision="fp32" if point.tune == "full" else args.precision,
+    )
+    classifier.dtype = choose_dtype(device, args.precision)
+    model = classifier.model
+    if point.tune == "head":
         model.model.requires_grad_(False)
-    tokenizer = clinora.Tokenizer(model.source.folder / "tokenizer.model")
-    classifier = clinora.Classifier(model, tokenizer, notes.classes, args.token_limit, dtype=dtype)
     config = TrainingConfig(
         steps=args.steps,
         tokens_per_batch=args.tokens_per_batch,
@@ -114,7 +115,7 @@ def measure(point: Point, args: argparse.Namespace) -> dict:
         "base": base_hashes(model.source),
         "lora": lora and dataclasses.asdict(lora),
         "token_limit": args.token_limit,
-        "precision": str(dtype),
+        "precision": str(classifier.dtype),
     }
     train(
         classifier, notes.on("training"), notes.on("validation"), config, run,
@@ -128,12 +129,12 @@ def measure(point: Point, args: argparse.Namespace) -> dict:
         "steps": len(steps),
         "seconds": steps[-1]["seconds"],
         "peak_bytes": peak,
-        "right": answers.right.astype(int).tolist(),
+        "right": answers.correct.astype(int).tolist(),
     }
     if point.tune == "full":
         base = clinora.load_model(args.base, num_labels=len(notes.classes), dtype=torch.float32)
         result |= study_updates(classifier, base.to(device), notes.on("test"))
-    shutil.rmtree(run)  # of full fine-tuning, several times the base
+    shutil.rmtree(run)  # in full fine-tuning it holds several times the base
     return result
 
 
@@ -141,14 +142,15 @@ def measure(point: Point, args: argparse.Namespace) -> dict:
 def study_updates(
     classifier: clinora.Classifier, base: nn.Module, notes: Sequence[clinora.Note]
 ) -> dict:
-    """Look at ΔW = W_tuned − W_base of the decoder's linear layers, and throw most of it away.
+    """Measure how much of ΔW = W_tuned − W_base a low rank keeps, in the decoder's linear layers.
 
-    Changes the classifier: at the end W_base + ΔW_r stands in its layers, ΔW_r the best
-    approximation of rank r (Eckart & Young 1936), of the largest r of ``KEPT_RANKS``.
+    Changes the classifier: at the end its layers have W_base + ΔW_r, with ΔW_r the best
+    approximation of rank r (Eckart & Young 1936) and r the largest of ``KEPT_RANKS``.
 
     Returns:
         singular_values: of each layer by its full name, the largest first, to four digits;
-        right_at_rank: for each r of ``KEPT_RANKS``, 1 or 0 for each note that is right so.
+        right_at_rank: for each r of ``KEPT_RANKS``, of each note 1 if its prediction is correct
+        at that rank, else 0.
     """
     updates = {}
     for name, layer in classifier.model.model.named_modules():
@@ -156,29 +158,29 @@ def study_updates(
             before = base.model.get_submodule(name).weight
             update = torch.linalg.svd((layer.weight - before).cpu(), full_matrices=False)
             updates[name] = (layer.weight, before, update)
-    right = {}
+    correct = {}
     for rank in KEPT_RANKS:
         for weight, before, (U, S, Vh) in updates.values():
-            weight.copy_(before + ((U[:, :rank] * S[:rank]) @ Vh[:rank]).to(before.device))
-        right[rank] = classify(classifier, notes).right.astype(int).tolist()
-    return {
-        "singular_values": {
-            name: [float(f"{s:.4g}") for s in update.S.tolist()]
-            for name, (_, _, update) in updates.items()
-        },
-        "right_at_rank": right,
-    }
+            kept = (U[:, :rank] * S[:rank]) @ Vh[:rank]
+            weight.copy_(before + kept.to(before.device))
+        correct[rank] = classify(classifier, notes).correct.astype(int).tolist()
+    singular_values = {}
+    for name, (_, _, update) in updates.items():
+        singular_values[name] = [float(f"{value:.4g}") for value in update.S.tolist()]
+    return {"singular_values": singular_values, "right_at_rank": correct}
 
 
 def peak_bytes(device: torch.device) -> int | None:
-    """Give the most memory that a process has held on its device; None if no one tells."""
+    """Give the most memory that this process has held on a device; None if it is not known."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
-        with open("/proc/self/status") as status:
-            return 1024 * next(int(x.split()[1]) for x in status if x.startswith("VmHWM"))
-    except OSError:
+        status = Path("/proc/self/status").read_text()
+    except OSError:  # not Linux
         return None
+    (peak,) = [line for line in status.splitlines() if line.startswith("VmHWM:")]
+    _, kilobytes, _ = peak.split()
+    return 1024 * int(kilobytes)
 
 
 def summarise(
@@ -186,26 +188,25 @@ def summarise(
 ) -> list[dict]:
     """Pool the seeds of each way of tuning.
 
-    The intervals are bootstraps over notes of the mean over seeds, and of its difference from the
+    The intervals are bootstraps, over notes, of the mean over seeds and of its difference from the
     baseline.
 
     Args:
         results: Of each training.
         notes: The N notes that all were measured on.
-        baseline: (N,) 1 where the baseline is right, 0 elsewhere; None if there is none.
+        baseline: (N,) 1 where the baseline is correct, 0 elsewhere; None if there is none.
     """
     groups = {}
     for result in results:
         groups.setdefault((result["tune"], result["rank"]), []).append(result)
     rows = []
     for (tune, rank), group in groups.items():
-        right = np.array([result["right"] for result in group], float)  # (seeds, N)
-        share = right.mean(0)
-        (accuracy,) = bootstrap(lambda w, s=share: np.array([w @ s / w.sum()]), notes)
-        accuracy, against = share_of(accuracy, len(notes)), None
+        correct = np.array([result["right"] for result in group], float)  # (seeds, N)
+        share = correct.mean(0)
+        accuracy = share_of(bootstrap_mean(share, notes), len(notes))
+        against = None
         if baseline is not None:
-            gain = share - baseline
-            (against,) = bootstrap(lambda w, g=gain: np.array([w @ g / w.sum()]), notes)
+            against = bootstrap_mean(share - baseline, notes)
         peaks = [result["peak_bytes"] for result in group if result["peak_bytes"]]
         rows.append(
             {
@@ -219,7 +220,7 @@ def summarise(
                 "low": accuracy.low,
                 "high": accuracy.high,
                 "against_baseline": against,
-                "between_seeds": float(right.mean(1).std(ddof=1)) if len(group) > 1 else None,
+                "between_seeds": float(correct.mean(1).std(ddof=1)) if len(group) > 1 else None,
             }
         )
     return rows
@@ -228,7 +229,7 @@ def summarise(
 def table(rows: Sequence[dict]) -> str:
     """Put the summary into a Markdown table."""
     lines = [
-        "| tuned | parameters trained | seeds | peak MB | notes right | 95% interval | "
+        "| tuned | parameters trained | seeds | peak MB | notes correct | 95% interval | "
         "points above TF-IDF |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
@@ -247,7 +248,7 @@ def table(rows: Sequence[dict]) -> str:
 
 
 def rank_figure(points: Sequence[dict]) -> Figure:
-    """Draw what the rank buys: any-label accuracy against parameters trained.
+    """Draw any-label accuracy against the number of trained parameters.
 
     Args:
         points: Of each way of tuning: name; tune ("head", "lora" or "full"); trainable; and
@@ -276,7 +277,7 @@ def rank_figure(points: Sequence[dict]) -> Figure:
     axes.margins(x=0.12, y=0.2)
     axes.set(xlabel="parameters trained", ylabel="any-label accuracy")
     axes.yaxis.set_major_formatter(PercentFormatter(1))
-    axes.set_title("What does the rank buy?")
+    axes.set_title("Accuracy and the number of trained parameters")
     figure.legend(loc="outside lower center", fontsize=8, ncols=3)
     return figure
 
@@ -293,7 +294,7 @@ def read(args: argparse.Namespace) -> clinora.Notes:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train what is not there yet, then write table and figure; returns the exit status."""
+    """Run the tool; returns the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -312,7 +313,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--split", choices=SPLITS, default="texts", help="rows: as published, for comparison")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--precision", default="auto", help="auto, bf16, fp16 or fp32")
-    add("--token-limit", type=int, default=512, help="tokens read of a note")
+    add("--token-limit", type=int, default=TOKEN_LIMIT, help="tokens read of a note")
     add("--steps", type=int, default=defaults.steps, help="optimiser steps of each training")
     add("--tokens-per-batch", type=int, default=defaults.tokens_per_batch, help="of a batch")
     for tune, rate in LEARNING_RATES.items():
@@ -330,19 +331,23 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         parser.exit(2, f"compare.py: {error}\n")
     except KeyboardInterrupt:
-        parser.exit(130, "compare.py: stopped; the same command goes on\n")
+        parser.exit(130, "compare.py: stopped; run the same command to resume\n")
 
 
 def compare(args: argparse.Namespace, points: Sequence[Point]) -> int:
-    """Do what ``main`` says."""
-    notes, out = read(args), args.out
-    fixed = {k: v for k, v in vars(args).items() if k not in ("out", "seeds", "ranks", "tune")}
+    """Train each point that has no result yet, then write table and figure."""
+    notes = read(args)
+    out = args.out
+    free = ("out", "seeds", "ranks", "tune")  # a later call with others adds to the folder
+    fixed = {name: value for name, value in vars(args).items() if name not in free}
     fixed["notes"] = [notes.fingerprint, notes.split_fingerprint]
     fixed["base"] = base_hashes(find_base(args.base))
     fixed = json.loads(json.dumps(fixed))  # tuples become lists, as in the file
     options = out / "options.json"
-    if options.is_file() and (differences := unlike(json.loads(options.read_text()), fixed)):
-        raise ValueError(f"{out} holds other results: {'; '.join(differences)}")
+    if options.is_file():
+        differences = unlike(json.loads(options.read_text()), fixed)
+        if differences:
+            raise ValueError(f"{out} holds other results: {'; '.join(differences)}")
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(options, (json.dumps(fixed, indent=2) + "\n").encode())
     print(f"Notes: {notes}; {len(points)} trainings", flush=True)
@@ -355,18 +360,17 @@ def compare(args: argparse.Namespace, points: Sequence[Point]) -> int:
         process.start()
         process.join()
         if not path.is_file():
-            raise ValueError(f"{point.name} did not end well: the same command tries it again")
+            raise ValueError(f"{point.name} failed: run the same command to try it again")
         share = np.mean(json.loads(path.read_text())["right"])
         print(f"{point.group}, seed {point.seed}: {share:.1%}", flush=True)
     # Of earlier calls, too: seeds can be added where they are worth their time.
     results = [json.loads(path.read_text()) for path in out.glob("*-seed*.json")]
     results.sort(key=lambda result: (TUNES.index(result["tune"]), result["rank"], result["seed"]))
     test = notes.on("test")
-    simpler = {
-        name: np.array([n in note.labels for n, note in zip(named, test, strict=True)], float)
-        for name, named in baselines(notes.on("training"), test).items()
-        if "TF-IDF" in name
-    }
+    simpler = {}
+    for name, predicted in baselines(notes.on("training"), test).items():
+        if "TF-IDF" in name:
+            simpler[name] = are_correct(test, predicted).astype(float)
     better = max(simpler, key=lambda name: simpler[name].mean(), default=None)
     rows = summarise(results, test, simpler.get(better))
     if better:

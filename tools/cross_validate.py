@@ -1,9 +1,9 @@
-"""How right is a training on few notes? Every note is classified by a run that has not seen it.
+"""Cross-validate training on few notes: a run that has not seen it classifies each note.
 
     python -m tools.cross_validate --notes bundled --folds 5
 
 The different texts, in the order of their hashes, are dealt to the folds one by one. For each fold
-a base is trained anew on the others, as ``train.py`` does with no validation side.
+a new classifier is trained on the other folds, as ``train.py`` does without validation notes.
 """
 
 import argparse
@@ -13,11 +13,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 
 import clinora
-from clinora.classifier import choose_device, choose_dtype, keep_freed_memory
-from clinora.evaluation import baselines, bootstrap, classify, evaluate_random_heads, share_of
+from clinora.classifier import TOKEN_LIMIT
+from clinora.device import keep_freed_memory
+from clinora.evaluation import (
+    baselines,
+    bootstrap_mean,
+    classify,
+    evaluate_random_heads,
+    share_of,
+)
+from clinora.notes import are_correct
 from clinora.training import InterruptedTraining, TrainingConfig, train
 
 
@@ -36,14 +43,15 @@ def deal(notes: Sequence[clinora.Note], folds: int) -> list[list[clinora.Note]]:
 def train_fold(
     args: argparse.Namespace, labels: Sequence[str], training: Sequence[clinora.Note]
 ) -> clinora.Classifier:
-    """Train the base anew on some notes."""
-    torch.manual_seed(args.seed)
-    device = choose_device(args.device)
-    dtype = choose_dtype(device, args.precision)
-    model = clinora.load_model(args.base, num_labels=len(labels), dtype=dtype, device=device)
-    clinora.apply_lora(model, clinora.LoRAConfig())
-    tokenizer = clinora.Tokenizer(model.source.folder / "tokenizer.model")
-    classifier = clinora.Classifier(model, tokenizer, labels, args.token_limit)
+    """Train a new classifier on some notes."""
+    classifier = clinora.Classifier.new(
+        args.base,
+        labels,
+        seed=args.seed,
+        token_limit=args.token_limit,
+        device=args.device,
+        precision=args.precision,
+    )
     config = TrainingConfig(steps=args.steps, learning_rate=args.learning_rate, seed=args.seed)
     with tempfile.TemporaryDirectory() as run:
         train(classifier, training, [], config, Path(run))
@@ -54,27 +62,28 @@ def cross_validate(args: argparse.Namespace) -> None:
     """Train and measure all folds; print the table."""
     notes = clinora.read_notes(args.notes)
     folds = deal(notes.notes, args.folds)
-    right, before = {}, []
-    for fold, measured in enumerate(folds):
-        training = [note for other in folds if other is not measured for note in other]
+    correct: dict[str, list[np.ndarray]] = {}  # of each classifier, one array of each fold
+    before = []
+    for number, measured in enumerate(folds, 1):
+        training = []
+        for fold in folds:
+            if fold is not measured:
+                training += fold
         classifier = train_fold(args, notes.classes, training)
-        before.append(evaluate_random_heads(classifier, measured).any_label_accuracy[0])
-        answers = {"LoRA": classify(classifier, measured).named}
-        answers |= baselines(training, measured)
-        for name, named in answers.items():
-            hits = [n in note.labels for n, note in zip(named, measured, strict=True)]
-            right.setdefault(name, []).extend(hits)
-        share = np.mean(right["LoRA"][-len(measured) :])
-        print(f"fold {fold + 1}: {share:.1%} of {len(measured)} notes", flush=True)
+        mean, _ = evaluate_random_heads(classifier, measured).any_label_accuracy
+        before.append(mean)
+        lora = classify(classifier, measured)
+        correct.setdefault("LoRA", []).append(lora.correct)
+        for name, predicted in baselines(training, measured).items():
+            correct.setdefault(name, []).append(are_correct(measured, predicted))
+        print(f"fold {number}: {lora.correct.mean():.1%} of {len(measured)} notes", flush=True)
     order = [note for fold in folds for note in fold]
     weights = [len(fold) for fold in folds]
-    print(f"\n| {len(order)} notes, {len(folds)} folds | notes right | 95% interval |")
+    print(f"\n| {len(order)} notes, {len(folds)} folds | notes correct | 95% interval |")
     print("|---|---:|---:|")
     print(f"| before: random heads | {np.average(before, weights=weights):.1%} | |")
-    for name, hits in right.items():
-        hits = np.array(hits, float)
-        (share,) = bootstrap(lambda w, hits=hits: np.array([w @ hits / w.sum()]), order)
-        share = share_of(share, len(order))
+    for name, of_folds in correct.items():
+        share = share_of(bootstrap_mean(np.concatenate(of_folds), order), len(order))
         print(f"| {name} | {share.value:.1%} | {share.low:.1%} to {share.high:.1%} |")
 
 
@@ -90,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--folds", type=int, default=5)
     add("--steps", type=int, default=defaults.steps, help="optimiser steps of each training")
     add("--learning-rate", type=float, default=defaults.learning_rate, help="peak")
-    add("--token-limit", type=int, default=512, help="tokens read of a note")
+    add("--token-limit", type=int, default=TOKEN_LIMIT, help="tokens read of a note")
     add("--seed", type=int, default=0)
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--precision", default="auto", help="auto, bf16, fp16 or fp32")

@@ -1,11 +1,12 @@
-"""Make the README's pictures: LoRA drawn, and the page as a browser shows it.
+"""Make the README's pictures: a drawing of LoRA, a chart of the results, the page in a browser.
 
     python -m tools.pictures
 
-The second needs playwright and Debian's chromium.
+The page needs playwright and Debian's chromium.
 """
 
 import argparse
+import json
 import shutil
 import socket
 import sys
@@ -16,11 +17,15 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Polygon
+from matplotlib.ticker import PercentFormatter
 
 import clinora
-from clinora.checkpoint import write_atomically
+from clinora.checkpoint import BUNDLED, write_atomically
 from clinora.figures import BLACK, BLUE, GREY, LIGHT
 from clinora.report import png
+
+# Confidence above the threshold, so that the page shows an answer and not a referral.
+ANSWERED_NOTE = "severe COPD (FEV1 38"
 
 
 def lora_figure() -> Figure:
@@ -56,14 +61,83 @@ def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float]) -> 
     axes.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": BLACK})
 
 
+def results_figure(metrics: dict) -> Figure:
+    """Draw the accuracy over notes and over rows of a run, its base, TF-IDF and the best possible.
+
+    Args:
+        metrics: The content of a report's ``metrics.json``.
+    """
+    before = metrics["before"]
+    after = metrics["after"]
+    baselines = {baseline["name"]: baseline for baseline in metrics["baselines"]}
+    tf_idf = baselines["TF-IDF + logistic regression"]
+    notes = [
+        _mean_and_spread(before["any_label_accuracy"]),
+        _value_and_interval(after["by_note"]["accuracy"]),
+        _value_and_interval(tf_idf["any_label_accuracy"]),
+        (1.0, 1.0, 1.0),
+    ]
+    ceiling = metrics["test_ceiling"]
+    rows = [
+        _mean_and_spread(before["accuracy"]),
+        _value_and_interval(after["by_row"]["accuracy"]),
+        _value_and_interval(tf_idf["accuracy"]),
+        (ceiling, ceiling, ceiling),
+    ]
+    names = [
+        f"before training\n({before['heads']} random heads)",
+        "LoRA, r = 8",
+        "TF-IDF +\nlogistic regression",
+        "best possible",
+    ]
+    figure = Figure(figsize=(8.2, 3), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    _bars(left, notes)
+    _bars(right, rows)
+    left.set_yticks(range(len(names)), names)
+    left.invert_yaxis()
+    left.set_title(f"{metrics['notes']} test notes, each with\none or more labels")
+    right.set_title(f"{metrics['rows']} rows of the file with these\nnotes, each with one label")
+    figure.supxlabel(
+        "accuracy, with 95% bootstrap intervals; before training: ± one standard deviation",
+        fontsize=9,
+    )
+    return figure
+
+
+def _mean_and_spread(figures: list[float]) -> tuple[float, float, float]:
+    mean, deviation = figures
+    return mean, mean - deviation, mean + deviation
+
+
+def _value_and_interval(estimate: dict) -> tuple[float, float, float]:
+    return estimate["value"], estimate["low"], estimate["high"]
+
+
+def _bars(axes: Axes, shares: list[tuple[float, float, float]]) -> None:
+    """Draw one bar for each (value, low, high), with the value as text right of the interval."""
+    colours = [LIGHT, BLUE, GREY, "white"]
+    for place, (value, low, high) in enumerate(shares):
+        axes.barh(place, value, height=0.65, facecolor=colours[place], edgecolor=BLACK)
+        if low < high:
+            interval = [[value - low], [high - value]]
+            axes.errorbar(value, place, xerr=interval, color=BLACK, capsize=4)
+        axes.text(high + 0.02, place, f"{value:.1%}", va="center")
+    axes.set_xlim(0, 1.25)
+    axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
+    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.title.set_fontsize(10)
+
+
 def page_picture(chromium: str) -> bytes:
-    """Serve the bundled run, submit a bundled note and give what the browser shows as PNG."""
+    """Serve the bundled run, submit a bundled note and return the browser's picture as PNG."""
     from playwright.sync_api import expect, sync_playwright
 
     from clinora.serving.app import create_app, serve
 
     notes = clinora.read_notes("bundled").notes
-    note = next(note.text for note in notes if "acute pericarditis" in note.text)
+    note = next(note.text for note in notes if ANSWERED_NOTE in note.text)
     classifier = clinora.Classifier.load("bundled")
     with tempfile.TemporaryDirectory() as flags, socket.create_server(("127.0.0.1", 0)) as listener:
         app = create_app(classifier, flags)
@@ -83,7 +157,7 @@ def page_picture(chromium: str) -> bytes:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Make both; returns the exit status."""
+    """Make the pictures; returns the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -93,9 +167,15 @@ def main(argv: list[str] | None = None) -> int:
     if chromium is None:
         parser.exit(2, "pictures.py: no chromium on the PATH: install Debian's\n")
     args.out.mkdir(parents=True, exist_ok=True)
-    write_atomically(args.out / "lora.png", png(lora_figure()))
-    write_atomically(args.out / "page.png", page_picture(chromium))
-    print(f"{args.out / 'lora.png'} and {args.out / 'page.png'}")
+    metrics = json.loads((BUNDLED / "adapter" / "report" / "metrics.json").read_text())
+    pictures = {
+        "lora.png": png(lora_figure()),
+        "results.png": png(results_figure(metrics)),
+        "page.png": page_picture(chromium),
+    }
+    for name, picture in pictures.items():
+        write_atomically(args.out / name, picture)
+        print(args.out / name)
     return 0
 
 

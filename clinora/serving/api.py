@@ -16,7 +16,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from clinora.classifier import Classifier, Prediction
-from clinora.notes import has_visible
+from clinora.notes import clean_text, has_visible
 from clinora.serving import report_error
 from clinora.serving.batcher import Batcher, BusyError
 from clinora.serving.proxy import network_of
@@ -83,10 +83,6 @@ def refuse(note: str) -> str | None:
         return "The note is empty."
     if len(note) > MOST_CHARACTERS:
         return f"The note has {len(note):,} characters, more than {MOST_CHARACTERS:,}."
-    try:
-        note.encode()
-    except UnicodeEncodeError:  # "\\ud83d" in JSON: half of an emoji, as UTF-16 writes it
-        return "The note has a lone surrogate, which is no character: was it cut inside an emoji?"
     return None
 
 
@@ -115,7 +111,8 @@ def add_routes(app: FastAPI, batcher: Batcher) -> None:
 
     async def classify(request: Request) -> JSONResponse:
         question = read_question(request.headers.get("Content-Type", ""), await request.body())
-        notes = question.notes or [question.note]
+        asked = question.notes or [question.note]
+        notes = [clean_text(note) for note in asked]
         results = [{"error": why} if (why := refuse(note)) else None for note in notes]
         good = [note for note, refused in zip(notes, results, strict=True) if not refused]
         try:

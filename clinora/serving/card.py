@@ -45,14 +45,15 @@ def model_card(classifier: Classifier, run: str | Path) -> str:
         run: Its folder, or "bundled".
     """
     folder = BUNDLED / "adapter" if str(run) == "bundled" else Path(run)
-    notes, calibration = classifier.about.get("notes", {}), classifier.calibration
+    calibration = classifier.calibration
+    trained_on = classifier.data
     data = "Not recorded."
-    if {"source", "split", "seen"} <= notes.keys():
-        name = Path(notes["source"]).name
-        split = _literal(str(notes["split"]))
-        data = f"Notes: {_literal(name)}, split by {split}; {len(notes['seen']):,} texts were "
-        data += "trained and calibrated on."
-    figures = "This run has no report: `eval.py` writes one."
+    if trained_on is not None:
+        data = f"{len(trained_on.seen):,} texts were trained and calibrated on."
+        if trained_on.source is not None and trained_on.split is not None:
+            name = _literal(Path(trained_on.source).name)
+            data = f"Notes: {name}, split by {_literal(trained_on.split)}; {data}"
+    figures = "This run has no report: `clinora eval` writes one."
     report = folder / "report" / "report.md"
     if report.is_file():
         _, _, rest = report.read_text(encoding="utf-8").partition("```\n")

@@ -23,7 +23,7 @@ from clinora.classifier import Classifier, Prediction
 from clinora.explain import Sentence, explain, layer_updates
 from clinora.figures import singular_values_figure, updates_figure
 from clinora.llama import LlamaConfig
-from clinora.notes import Note, has_visible
+from clinora.notes import Note, clean_text, has_visible
 from clinora.serving import report_error
 from clinora.serving.api import REQUEST_SECONDS, describe, refuse
 from clinora.serving.batcher import MOST_TOGETHER, Batcher, BusyError
@@ -166,7 +166,7 @@ def _classify_tab(batcher: Batcher, flags: Flags) -> None:
             raise _message("Choose a reason first.")
         record = record | {"reason": reason}
         if consent is True:
-            note = (note or "").strip()
+            note = clean_text(note or "")
             if Note(note, ()).sha256 != record["sha256"]:
                 raise _message("The note has changed since its prediction: submit it again.")
             record["note"] = note
@@ -223,7 +223,7 @@ def _classify_tab(batcher: Batcher, flags: Flags) -> None:
 
 
 def _checked(note: str | None) -> str:
-    note = (note or "").strip()
+    note = clean_text(note or "")
     if not has_visible(note):
         raise _message("Enter a clinical note first.")
     if why := refuse(note):
@@ -312,7 +312,7 @@ def _internals_tab(batcher: Batcher) -> None:
                     replaced[f"{name}.weight"] = clinora.merged_weight(layer)
                     replaced[f"{name}.lora_B"] = layer.lora_B.new_zeros(layer.lora_B.shape)
             ids = classifier.tokenizer.encode(note, classifier.token_limit)
-            merged = classifier.run([ids], lambda *x: functional_call(model, replaced, x))
+            merged = classifier.logits([ids], lambda *x: functional_call(model, replaced, x))
             return classifier([note])[0].probabilities, merged.softmax(-1)[0].tolist()
 
         beside, merged = _wait(batcher.submit_job(job, client=_client()))
@@ -452,7 +452,8 @@ def _notes_of(content: bytes, column: str) -> list[tuple[str, str | None]]:
         if len(row) != len(table.header):
             notes.append(("", f"The row has {len(row)} fields, the header {len(table.header)}."))
         else:
-            notes.append((row[place], refuse(row[place])))
+            note = clean_text(row[place])
+            notes.append((note, refuse(note)))
     return notes
 
 

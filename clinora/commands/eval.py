@@ -1,0 +1,128 @@
+"""Measure a trained run on notes that it was not trained on.
+
+Without options: the bundled adapter on the bundled notes. With --run: on the test side of the notes
+that the run was trained on.
+
+Example: {command} --run runs/demo
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from clinora.commands import (
+    add_machine_options,
+    as_typed,
+    check_run,
+    make_folder,
+    new_parser,
+    one_line_errors,
+)
+
+
+def build_parser(prog: str = "clinora eval") -> argparse.ArgumentParser:
+    """Describe the options."""
+    parser = new_parser(prog, __doc__.format(command=as_typed(prog, "eval")))
+    add = parser.add_argument
+    add("--run", default="bundled", help="folder of a trained run (default: %(default)s)")
+    add("--base", help="where the base is, if it has moved (default: the run's)")
+    add("--notes", help="bundled, mtsamples or a CSV file (default: the run's)")
+    add("--text-column", help="the notes' column (default: the run's)")
+    add("--label-column", help="the classes' column (default: the run's)")
+    add(
+        "--include-seen",
+        action="store_true",
+        help="measure on training notes, too; then the result is not a test (default: off)",
+    )
+    add("--report", type=Path, help="folder to write (default: report/ in the run's folder)")
+    add(
+        "--show-text",
+        action="store_true",
+        help="quote wrongly predicted notes in the report (default: off)",
+    )
+    add_machine_options(parser)
+    return parser
+
+
+def main(argv: list[str] | None = None, prog: str = "clinora eval") -> int:
+    """Evaluate and report; returns the exit status."""
+    with one_line_errors(prog):
+        args = build_parser(prog).parse_args(argv)
+        sys.stdout.reconfigure(errors="replace")  # a console may lack a letter of a class's name
+        evaluate_run(args, prog)
+    return 0
+
+
+def evaluate_run(args: argparse.Namespace, prog: str) -> None:
+    """Load the run, read notes, leave out those it has seen, measure and write the report."""
+    check_run(args.run, prog)
+    from clinora.classifier import Classifier
+    from clinora.device import keep_freed_memory
+    from clinora.evaluation import assess
+    from clinora.notes import LABEL_COLUMN, TEXT_COLUMN, read_notes
+    from clinora.report import read_steps, results_table, write_report
+    from clinora.training import METRICS
+
+    keep_freed_memory()
+    classifier = Classifier.load(
+        args.run, base=args.base, device=args.device, precision=args.precision
+    )
+    data = classifier.data
+    if data is None:
+        raise ValueError(
+            f"{args.run} does not record which notes it has seen: nothing would be a test"
+        )
+    bundled = args.run == "bundled"
+    source = args.notes or ("bundled" if bundled else data.source)
+    if source is None:
+        raise ValueError(f"{args.run} does not record its notes: name a file with --notes")
+    notes = read_notes(
+        source,
+        text_column=args.text_column or data.text_column or TEXT_COLUMN,
+        label_column=args.label_column or data.label_column or LABEL_COLUMN,
+        classes=classifier.labels,
+        split=data.split or "texts",
+    )
+
+    own_split = data.is_split_of(notes)
+    trained_on = 0
+    if args.include_seen:
+        measured = list(notes.notes)
+        trained_on = sum(data.has_seen(note) for note in measured)
+    elif own_split:
+        measured = notes.on("test")
+    else:
+        measured = [note for note in notes.notes if not data.has_seen(note)]
+    if not measured:
+        raise ValueError(
+            f"the run was trained on all {len(notes.notes):,} notes: --include-seen measures on "
+            "them all the same"
+        )
+    left_out = len(notes.notes) - len(measured)
+    about = f"Notes: {notes}. {left_out:,} of them, which the run has seen, are left out."
+    print(about, flush=True)
+
+    run = Path("runs", "bundled") if bundled else Path(args.run)
+    name = "report" if own_split else f"report-{Path(source).stem}"
+    if args.include_seen:
+        name += "-seen"
+    folder = args.report or run / name
+    make_folder(folder, "--report")
+    results, answers = assess(
+        classifier,
+        notes,
+        measured,
+        trained_on=trained_on,
+        own_split=own_split,
+    )
+    write_report(
+        folder,
+        results,
+        answers,
+        measured,
+        token_limit=classifier.token_limit,
+        about=about,
+        steps=read_steps(run / METRICS),
+        show_text=args.show_text,
+    )
+    print(f"\n{results_table(results)}\n\nReport: {folder / 'report.md'}")

@@ -1,0 +1,351 @@
+"""Fine-tune a base model with LoRA on clinical notes, and measure it before and after.
+
+Without options: the bundled base on the bundled notes, offline.
+
+Examples:
+{command} --notes notes.csv --run runs/demo
+{command} --notes notes.csv --base TinyLlama/TinyLlama-1.1B-Chat-v1.0
+{on_two_processes} --run runs/two
+"""
+
+import argparse
+import dataclasses
+import gc
+import os
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+
+from clinora.commands import (
+    FAILED,
+    STOPPED,
+    add_machine_options,
+    as_typed,
+    end_with,
+    make_folder,
+    new_parser,
+    one_line_errors,
+)
+
+
+def build_parser(prog: str = "clinora train") -> argparse.ArgumentParser:
+    """Describe the options; those of training and LoRA are made from their configurations."""
+    from clinora.calibration import PROMISE
+    from clinora.classifier import TOKEN_LIMIT
+    from clinora.lora import LoRAConfig
+    from clinora.notes import LABEL_COLUMN, SPLITS, TEXT_COLUMN
+    from clinora.training import TrainingConfig
+
+    description = __doc__.format(
+        command=as_typed(prog, "train"), on_two_processes=shlex.join(torchrun(prog, 2))
+    )
+    parser = new_parser(prog, description)
+    add = parser.add_argument
+    add("--base", default="bundled", help="bundled, a folder or a Hub id (default: %(default)s)")
+    add("--revision", help="commit, branch or tag on the Hub (default: the Hub's main branch)")
+    add(
+        "--notes",
+        default="bundled",
+        help="bundled, mtsamples or a CSV file (default: %(default)s)",
+    )
+    add("--text-column", default=TEXT_COLUMN, help="the notes' column (default: %(default)s)")
+    add("--label-column", default=LABEL_COLUMN, help="the classes' column (default: %(default)s)")
+    add(
+        "--classes",
+        nargs="+",
+        help="names; one number k, for the k most frequent; or all (default: the five published "
+        "classes if the file has them, otherwise all)",
+    )
+    add(
+        "--split",
+        choices=SPLITS,
+        default=SPLITS[0],
+        help="texts: equal texts are on one side; rows: as published, for comparison "
+        "(default: %(default)s)",
+    )
+    add("--run", type=Path, help="folder to write (default: a new one in runs/)")
+    add(
+        "--resume",
+        action="store_true",
+        help="continue from the last checkpoint of --run (default: off)",
+    )
+    add_machine_options(parser)
+    add(
+        "--token-limit",
+        type=int,
+        default=TOKEN_LIMIT,
+        help="tokens read of a note (default: %(default)s)",
+    )
+    add(
+        "--promise",
+        type=float,
+        default=PROMISE,
+        help="share of correct predictions among those that are not referred to a person "
+        "(default: %(default)s)",
+    )
+    add(
+        "--show-text",
+        action="store_true",
+        help="quote wrongly predicted notes in the report (default: off)",
+    )
+    lora = LoRAConfig()
+    add(
+        "--rank",
+        type=int,
+        default=lora.rank,
+        help="r, the rank of the update B·A that LoRA adds to a weight; a larger r trains more "
+        "parameters and allows a richer update (default: %(default)s)",
+    )
+    add(
+        "--alpha",
+        type=float,
+        default=lora.alpha,
+        help="strength of the update: B·A is multiplied by alpha / r, so a larger alpha moves the "
+        "model further from its base (default: %(default)s)",
+    )
+    add(
+        "--dropout",
+        type=float,
+        default=lora.dropout,
+        help="share of LoRA's inputs that are set to zero in training (default: %(default)s)",
+    )
+    add(
+        "--targets",
+        nargs="+",
+        default=lora.targets,
+        help=f"layers that LoRA adapts (default: {' '.join(lora.targets)})",
+    )
+    for option in dataclasses.fields(TrainingConfig):
+        flag = f"--{option.name.replace('_', '-')}"
+        about = option.metadata["help"]
+        if option.type is bool:
+            add(flag, action="store_true", help=f"{about} (default: off)")
+        else:
+            default = option.default
+            add(flag, type=option.type, default=default, help=f"{about} (default: {default})")
+    return parser
+
+
+def main(argv: list[str] | None = None, prog: str = "clinora train") -> int:
+    """Train and report; returns the exit status."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    with one_line_errors(prog):
+        args = build_parser(prog).parse_args(words)
+        sys.stdout.reconfigure(errors="replace")  # a redirect on Windows is not UTF-8
+        with process_group():
+            if args.run is None:
+                args.run = new_run()
+                words += ["--run", str(args.run)]
+            if not args.resume:
+                words += ["--resume"]
+            how_to_resume = f"To go on: {shlex.join([*launcher(prog), *words])}"
+            with training_errors(prog, args.run, how_to_resume):
+                train_and_report(args, prog)
+    return 0
+
+
+def train_and_report(args: argparse.Namespace, prog: str) -> None:
+    """Read the notes, train and calibrate a classifier, save it, measure it before and after."""
+    import torch
+
+    from clinora.calibration import check_promise
+    from clinora.classifier import Classifier
+    from clinora.device import choose_device, keep_freed_memory, world
+    from clinora.evaluation import assess, calibrate
+    from clinora.lora import LoRAConfig
+    from clinora.notes import NAMED_NOTES, choose_classes, read_notes
+    from clinora.report import model_table, read_steps, results_table, write_report
+    from clinora.run import base_hashes
+    from clinora.training import METRICS, TrainingConfig, train
+
+    keep_freed_memory()
+    rank, processes = world()
+    first = rank == 0
+    names = [option.name for option in dataclasses.fields(TrainingConfig)]
+    config = TrainingConfig(**{name: getattr(args, name) for name in names})
+    lora = LoRAConfig(
+        rank=args.rank, alpha=args.alpha, dropout=args.dropout, targets=tuple(args.targets)
+    )
+    check_promise(args.promise)
+    if first:
+        check_run_folder(args.run, args.resume)
+    notes = read_notes(
+        args.notes,
+        text_column=args.text_column,
+        label_column=args.label_column,
+        classes=choose_classes(args.classes),
+        split=args.split,
+    )
+    training = notes.on("training")
+    validation = notes.on("validation")
+    test = notes.on("test")
+    if not training or not test:
+        raise ValueError(f"{len(training)} training and {len(test)} test notes: both must be there")
+
+    device = choose_device(args.device)
+    if device.type == "cuda" and processes > 1:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    classifier = Classifier.new(
+        args.base,
+        notes.classes,
+        lora,
+        config.seed,
+        revision=args.revision,
+        token_limit=args.token_limit,
+        device=str(device),
+        precision=args.precision,
+    )
+    precision = str(classifier.dtype).removeprefix("torch.")
+    if first:
+        make_folder(args.run, "--run")
+        print(f"Run: {args.run}\nNotes: {notes}\nModel:\n{model_table(classifier)}", flush=True)
+
+    identity = {
+        "data": {"notes": notes.fingerprint, "split": notes.split_fingerprint},
+        "base": base_hashes(classifier.model.source),
+        "lora": dataclasses.asdict(lora),
+        "token_limit": args.token_limit,
+        "precision": precision,
+        "device": device.type,
+    }
+    train(classifier, training, validation, config, args.run, identity=identity, resume=args.resume)
+    if not first:
+        return
+    steps = read_steps(args.run / METRICS)
+    print(f"Trained {len(steps)} steps in {steps[-1]['seconds']:.0f} s on {device}, {precision}.")
+    classifier.data = dataclasses.replace(
+        classifier.data,
+        source=args.notes if args.notes in NAMED_NOTES else str(Path(args.notes).resolve()),
+        text_column=args.text_column,
+        label_column=args.label_column,
+        split=args.split,
+        fingerprint=notes.fingerprint,
+        split_fingerprint=notes.split_fingerprint,
+    )
+    classifier.calibration = calibrate(classifier, validation, args.promise)
+    classifier.save(args.run)
+    results, answers = assess(classifier, notes, test, seed=config.seed)
+    report = args.run / "report"
+    write_report(
+        report,
+        results,
+        answers,
+        test,
+        token_limit=args.token_limit,
+        about=f"Notes: {notes}.",
+        steps=steps,
+        show_text=args.show_text,
+    )
+    print(f"\n{results_table(results)}\n\nReport: {report / 'report.md'}")
+    print(f"To measure it again: {as_typed(prog, 'eval')} --run {args.run}")
+    print(f"To open its page: {as_typed(prog, 'serve')} --run {args.run}")
+
+
+def check_run_folder(run: Path, resume: bool) -> None:
+    """Check that training overwrites nothing, or that there is training to resume.
+
+    Raises:
+        ValueError: The folder is not empty, or holds no training to resume.
+    """
+    from clinora.training import METRICS
+
+    if resume:
+        if not (run / METRICS).is_file():
+            raise ValueError(f"{run} holds no training to resume: give its folder with --run")
+        return
+    if not run.exists():
+        return
+    # A kill at the very beginning leaves a hidden beginning of the history, and nothing else.
+    if run.is_dir() and set(run.iterdir()) <= set(run.glob(f".{METRICS}.*")):
+        return
+    raise ValueError(
+        f"{run} exists and is not empty: choose another --run, remove it, or --resume it"
+    )
+
+
+# --- one process or several, errors and how to go on --------------------------------------------
+
+
+@contextmanager
+def process_group() -> Iterator[None]:
+    """Join the processes that torchrun started, if it started this one; leave them at the end."""
+    if "RANK" not in os.environ:  # torchrun sets it
+        yield
+        return
+    import torch.distributed as dist
+
+    dist.init_process_group()  # gloo for the CPU, nccl for GPUs
+    try:
+        yield
+    finally:
+        # What is left of training in reference cycles would hold the group's threads, and a
+        # thread that is still there at exit aborts the process.
+        gc.collect()
+        dist.destroy_process_group()
+
+
+def new_run() -> Path:
+    """Name a folder in ``runs/`` by the time; all processes take the first one's."""
+    from clinora.device import gathered
+
+    return gathered(Path("runs", datetime.now().strftime("%Y-%m-%d-%H%M%S")))[0]
+
+
+@contextmanager
+def training_errors(prog: str, run: Path, how_to_resume: str) -> Iterator[None]:
+    """Turn what may end training early into a message that says how to go on."""
+    from clinora.device import world
+    from clinora.training import METRICS, InterruptedTraining
+
+    try:
+        yield
+    except FloatingPointError as error:
+        end_with(prog, str(error), FAILED)
+    except InterruptedTraining as error:
+        text, number = error.args
+        if world()[0] == 0:
+            end_with(prog, f"{text}\n{how_to_resume}", 128 + number)
+        sys.exit(128 + number)
+    except KeyboardInterrupt:
+        has_begun = (run / METRICS).is_file()
+        end_with(prog, f"stopped\n{how_to_resume}" if has_begun else "stopped", STOPPED)
+    except RuntimeError as error:
+        if "memory" in str(error):  # of a GPU, or the CPU's allocator
+            end_with(prog, "out of memory: try fewer --tokens-per-batch", FAILED)
+        if world()[1] == 1:
+            raise
+        import torch.distributed as dist
+
+        reason = str(error).partition("\n")[0]
+        if isinstance(error, dist.DistBackendError) or "onnection" in reason:
+            reason = "another process has ended"
+        end_with(prog, f"{reason}. {how_to_resume}", FAILED)
+
+
+def launcher(prog: str) -> list[str]:
+    """Give the words before the options that start this command again, as it was started."""
+    if "RANK" in os.environ:
+        return torchrun(prog, int(os.environ["LOCAL_WORLD_SIZE"]))
+    return as_typed(prog, "train").split()
+
+
+def torchrun(prog: str, processes: int) -> list[str]:
+    """Give the words before the options that start this command on several processes.
+
+    Without the ``--`` torchrun would take ``--run`` for its own ``--run-path``.
+
+    >>> " ".join(torchrun("train.py", 2))
+    'torchrun --nproc-per-node=2 -- train.py'
+    >>> " ".join(torchrun("clinora train", 2))
+    'torchrun --nproc-per-node=2 --no-python -- clinora train'
+    """
+    program, *words = as_typed(prog, "train").split()
+    if program == "clinora":
+        return ["torchrun", f"--nproc-per-node={processes}", "--no-python", "--", program, *words]
+    if words[0] == "-m":
+        return ["torchrun", f"--nproc-per-node={processes}", "-m", "--", *words[1:]]
+    return ["torchrun", f"--nproc-per-node={processes}", "--", *words]

@@ -1,0 +1,264 @@
+"""A run on disk: ``clinora.json``, whose keys only this module knows.
+
+A run is bound to its base by the sha256 of the base's weights, tokenizer and configuration.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Any
+
+from clinora.calibration import Calibration
+from clinora.checkpoint import (
+    CheckpointError,
+    Source,
+    read_json,
+    weights_sha256,
+    write_atomically,
+)
+from clinora.llama import LlamaConfig
+from clinora.notes import Note, Notes, check_class_names
+
+RUN_FILE = "clinora.json"
+SCHEMA = 1
+HASH_DIGITS = 16  # of a text's sha256 in hexadecimal: enough to tell it from the others
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BaseRecord:
+    """The base that a run was trained on.
+
+    Attributes:
+        source: "bundled", a folder or a Hub id.
+        revision: The Hub's commit; None for a folder.
+        sha256: Of the weights.
+        tokenizer_sha256: Of ``tokenizer.model``.
+        config_sha256: Of the values in ``config.json``.
+    """
+
+    source: str
+    revision: str | None
+    sha256: str
+    tokenizer_sha256: str
+    config_sha256: str
+
+    @classmethod
+    def of(cls, source: Source) -> "BaseRecord":
+        """Record a base; ``base_hashes`` says what it raises."""
+        return cls(source=source.name, revision=source.revision, **base_hashes(source))
+
+    def check(self, source: Source, run: Path) -> None:
+        """Check that a base is the recorded one.
+
+        Raises:
+            CheckpointError: Its weights, tokenizer or configuration differ.
+        """
+        found = base_hashes(source)
+        files = {
+            "sha256": "weights",
+            "tokenizer_sha256": "tokenizer.model",
+            "config_sha256": "config.json",
+        }
+        for name, file in files.items():
+            if found[name] != getattr(self, name):
+                raise CheckpointError(
+                    f"the {file} in {source.folder} is not what {run} was trained on "
+                    f"({self.source}, sha256 {self.sha256[:12]}…): give the right base with --base"
+                )
+
+
+def base_hashes(source: Source) -> dict[str, str]:
+    """Give the sha256 of a base's weights, tokenizer and configuration.
+
+    Of the configuration, the values are hashed: the same values written in another way are the
+    same configuration.
+
+    Raises:
+        CheckpointError: The folder holds no weights.
+        FileNotFoundError: It holds no tokenizer or no configuration.
+        ValueError: The configuration is not a Llama's.
+    """
+    tokenizer = (source.folder / "tokenizer.model").read_bytes()
+    config = LlamaConfig.from_json(source.folder / "config.json")
+    values = json.dumps(dataclasses.asdict(config), sort_keys=True).encode()
+    return {
+        "sha256": weights_sha256(source.folder),
+        "tokenizer_sha256": hashlib.sha256(tokenizer).hexdigest(),
+        "config_sha256": hashlib.sha256(values).hexdigest(),
+    }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataRecord:
+    """The notes that a run was trained on. Only ``seen`` is known of every run.
+
+    Attributes:
+        seen: The first 16 hexadecimal digits of the sha256 of each text that the run was trained,
+            validated or calibrated on.
+        source: "bundled", "mtsamples" or the path of the file.
+        text_column: The file's column of the texts.
+        label_column: The file's column of the classes.
+        split: "texts" or "rows".
+        fingerprint: ``Notes.fingerprint`` of the file.
+        split_fingerprint: ``Notes.split_fingerprint`` of the file.
+    """
+
+    seen: frozenset[str]
+    source: str | None = None
+    text_column: str | None = None
+    label_column: str | None = None
+    split: str | None = None
+    fingerprint: str | None = None
+    split_fingerprint: str | None = None
+
+    def has_seen(self, note: Note) -> bool:
+        """Tell whether the run was trained, validated or calibrated on this text."""
+        return note.sha256[:HASH_DIGITS] in self.seen
+
+    def is_split_of(self, notes: Notes) -> bool:
+        """Tell whether the run was trained on the training and validation notes of this file."""
+        if self.fingerprint is None:
+            return self.seen == seen_hashes([*notes.on("training"), *notes.on("validation")])
+        recorded = (self.fingerprint, self.split_fingerprint)
+        return recorded == (notes.fingerprint, notes.split_fingerprint)
+
+
+def seen_hashes(notes: Sequence[Note]) -> frozenset[str]:
+    """Give the hashes of notes as ``DataRecord.seen`` holds them."""
+    return frozenset(note.sha256[:HASH_DIGITS] for note in notes)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunRecord:
+    """What ``clinora.json`` says of a run.
+
+    Attributes:
+        labels: Names of the classes, by index.
+        token_limit: How many tokens of a note are read.
+        base: The base model.
+        calibration: How confidence is computed; None if the run was not calibrated.
+        data: The notes that it was trained on; None if they were not recorded.
+        training_options: Those of ``TrainingConfig``, and the precision; may be empty.
+        versions: Of the libraries that trained it; may be empty.
+    """
+
+    labels: tuple[str, ...]
+    token_limit: int
+    base: BaseRecord
+    calibration: Calibration | None
+    data: DataRecord | None
+    training_options: dict[str, Any]
+    versions: dict[str, str]
+
+    @classmethod
+    def read(cls, folder: Path) -> "RunRecord":
+        """Read ``clinora.json`` from a run's folder.
+
+        Raises:
+            CheckpointError: The file is missing, of another schema, or not what it should be.
+        """
+        path = folder / RUN_FILE
+        # A run whose training was not recorded lacks these.
+        values = {"notes": None, "training": {}, "versions": {}} | read_json(path)
+        if values.get("schema") != SCHEMA:
+            raise CheckpointError(f"{path}: schema {values.get('schema')!r}, expected {SCHEMA}")
+        labels = _take(values, "labels", list, path)
+        try:
+            check_class_names(labels)
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {error}") from None
+        return cls(
+            labels=tuple(labels),
+            token_limit=_take(values, "token_limit", int, path),
+            base=_read_base(_take(values, "base", dict, path), path),
+            calibration=_read_calibration(_take(values, "calibration", dict | None, path), path),
+            data=_read_data(_take(values, "notes", dict | None, path), path),
+            training_options=_take(values, "training", dict, path),
+            versions=_take(values, "versions", dict, path),
+        )
+
+    def write(self, folder: Path) -> None:
+        """Write ``clinora.json`` into a run's folder.
+
+        Raises:
+            OSError: The folder cannot be written.
+        """
+        values = {}
+        if self.data is not None:
+            values["notes"] = _data_as_json(self.data)
+        if self.training_options:
+            values["training"] = self.training_options
+        if self.versions:
+            values["versions"] = self.versions
+        values["schema"] = SCHEMA
+        values["labels"] = list(self.labels)
+        values["base"] = dataclasses.asdict(self.base)
+        values["token_limit"] = self.token_limit
+        values["calibration"] = self.calibration and dataclasses.asdict(self.calibration)
+        write_atomically(folder / RUN_FILE, (json.dumps(values, indent=2) + "\n").encode())
+
+
+def _take(values: dict, name: str, kind: type | UnionType, path: Path) -> Any:
+    """Give a value that must be there and of a kind."""
+    if name not in values or not isinstance(values[name], kind):
+        raise CheckpointError(f"{path}: {name} is missing or of another kind")
+    return values[name]
+
+
+def _read_base(values: dict, path: Path) -> BaseRecord:
+    _take(values, "revision", str | None, path)
+    for name in ("source", "sha256", "tokenizer_sha256", "config_sha256"):
+        _take(values, name, str, path)
+    return BaseRecord(
+        source=values["source"],
+        revision=values["revision"],
+        sha256=values["sha256"],
+        tokenizer_sha256=values["tokenizer_sha256"],
+        config_sha256=values["config_sha256"],
+    )
+
+
+def _read_calibration(values: dict | None, path: Path) -> Calibration | None:
+    if values is None:
+        return None
+    try:
+        return Calibration(**values)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: calibration: {error}") from None
+
+
+def _read_data(values: dict | None, path: Path) -> DataRecord | None:
+    if values is None:
+        return None
+    seen = _take(values, "seen", list, path)
+    if not all(isinstance(sha256, str) for sha256 in seen):
+        raise CheckpointError(f"{path}: seen holds other values than texts' sha256")
+    # Training from Python knows no file, and so none of these.
+    values = {"fingerprints": {}} | values
+    fingerprints = _take(values, "fingerprints", dict, path)
+    return DataRecord(
+        seen=frozenset(seen),
+        source=values.get("source"),
+        text_column=values.get("text_column"),
+        label_column=values.get("label_column"),
+        split=values.get("split"),
+        fingerprint=fingerprints.get("notes"),
+        split_fingerprint=fingerprints.get("split"),
+    )
+
+
+def _data_as_json(data: DataRecord) -> dict[str, Any]:
+    """Give the values that are known, in the order in which they are written."""
+    values = {}
+    for name in ("source", "text_column", "label_column", "split"):
+        value = getattr(data, name)
+        if value is not None:
+            values[name] = value
+    if data.fingerprint is not None:
+        values["fingerprints"] = {"notes": data.fingerprint, "split": data.split_fingerprint}
+    values["seen"] = sorted(data.seen)
+    return values

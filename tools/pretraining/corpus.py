@@ -1,0 +1,179 @@
+"""What the base reads: the corpus, the training notes, and how often each is read."""
+
+import gzip
+import json
+import random
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+import clinora
+from clinora.notes import clean_text, find_notes
+
+# Of each source, how often it is read, and the GitHub repositories that it comes from, at the
+# revision used. Texts that resemble notes are read more often than articles and leaflets.
+SOURCES = {
+    "acibench_notes": (4, "wyim/aci-bench@b909b2b"),
+    "primock57_notes": (4, "babylonhealth/primock57@cd2ac70"),
+    "trec_patient_topics": (4, "ncbi-nlp/TrialGPT@f621313"),
+    "medec_ms": (4, "abachaa/MEDEC@70268d2"),
+    "e3c_case_reports": (2, "hltfbk/E3C-Corpus@8196181e"),
+    "roco_captions": (2, "razorx89/roco-dataset@a1f0ad6"),
+    "casimedicos": (1, "ixa-ehu/antidote-casimedicos@bead23e"),
+    "vaers_narratives": (1, "rferrisx/VAERS@c5b6141", "OHNLP/covid19vaxae@b328bfe"),
+    "docsref_im_guide": (1, "jzstraley/docsref@87c198ef2"),
+    "medical_abstracts": (1, "sebischair/Medical-Abstracts-TC-Corpus@70a2d91"),
+    "pubmedqa": (1, "pubmedqa/pubmedqa@1cbae8e"),
+    "fda_label_sections": (1, "LHNCBC/fda-ars@8a5f850"),
+    # Later revisions have another licence.
+    "openstax": (
+        1,
+        "openstax/osbooks-anatomy-physiology@b0058a7",
+        "openstax/osbooks-microbiology@ecf34da",
+        "openstax/osbooks-psychology@e061043",
+    ),
+    "neiss_fireworks": (1, "drusho/Analysis_of_US_Firework_Sales_and_Injuries@be98cd9"),
+    "medquad": (1, "abachaa/MedQuAD@577bd37"),
+    "evidence_inference": (0.5, "jayded/evidence-inference@b9831b6c"),
+}
+NOTES_REPEATS = 4
+NOTES_ORIGIN = (
+    "[harishnair04/mtsamples](https://huggingface.co/datasets/harishnair04/mtsamples), published "
+    "as CC0 on [Kaggle](https://www.kaggle.com/datasets/tboyle10/medicaltranscriptions)"
+)
+HELD_OUT = 100  # one of so many texts measures the loss
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """Texts of one origin.
+
+    Attributes:
+        name: Name of the file, without its endings.
+        texts: To train on.
+        held_out: To measure the loss on.
+        titles: What follows a text, if anything.
+        licenses: The licences of the texts.
+        repeats: How often the texts are read.
+        origin: Where they were published, in Markdown.
+    """
+
+    name: str
+    texts: list[str]
+    held_out: list[str]
+    titles: dict[str, str]
+    licenses: tuple[str, ...]
+    repeats: float
+    origin: str
+
+
+def read_sources(corpus: Path, notes: str, seed: int) -> list[Source]:
+    """Read the training notes, which come first, and the corpus; hold out a hundredth of each.
+
+    Raises:
+        FileNotFoundError: The folder holds no ``*.jsonl.gz`` file.
+        ValueError: A file is not what it should be.
+    """
+    files = sorted(corpus.glob("*.jsonl.gz"))
+    if not files:
+        raise FileNotFoundError(f"no *.jsonl.gz file in {corpus}")
+    return [_read_notes(notes, seed), *(_read_file(file, seed) for file in files)]
+
+
+def _read_notes(notes: str, seed: int) -> Source:
+    """Read the notes of the training split, and what the file says of them."""
+    training = [note.text for note in clinora.read_notes(notes, classes="all").on("training")]
+    titles = read_titles(notes)
+    texts, held_out = _hold_out(training, seed)
+    return Source(
+        name="mtsamples",
+        texts=texts,
+        held_out=held_out,
+        titles={text: titles[text] for text in training if text in titles},
+        licenses=("CC0",),
+        repeats=NOTES_REPEATS,
+        origin=NOTES_ORIGIN,
+    )
+
+
+def _read_file(file: Path, seed: int) -> Source:
+    """Read a file of the corpus.
+
+    Raises:
+        ValueError: It is not gzip, or a line is not a JSON object with text and license.
+    """
+    rows = []
+    try:
+        with gzip.open(file, "rt", encoding="utf-8") as lines:
+            for line in lines:
+                row = json.loads(line)
+                rows.append((row["text"], row["license"]))
+        if not all(isinstance(value, str) for row in rows for value in row):
+            raise TypeError
+    except (gzip.BadGzipFile, zlib.error, EOFError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{file} ({type(error).__name__}): expected gzip, and in each line a JSON object "
+            "with text and license, both strings"
+        ) from None
+    name = file.name.removesuffix(".jsonl.gz")
+    repeats, *places = SOURCES.get(name, (1,))
+    links = [f"[{place}](https://github.com/{place.replace('@', '/tree/')})" for place in places]
+    texts, held_out = _hold_out([text for text, _ in rows], seed)
+    return Source(
+        name=name,
+        texts=texts,
+        held_out=held_out,
+        titles={},
+        licenses=tuple(sorted({license for _, license in rows})),
+        repeats=repeats,
+        origin=", ".join(links) or "unknown",
+    )
+
+
+def _hold_out(texts: Sequence[str], seed: int) -> tuple[list[str], list[str]]:
+    """Shuffle texts; give those to train on and those that are held out."""
+    shuffled = random.Random(seed).sample(texts, len(texts))
+    cut = len(texts) // HELD_OUT
+    return shuffled[cut:], shuffled[:cut]
+
+
+def read_titles(notes: str) -> dict[str, str]:
+    """Read the name and description of each text, but not its specialty, from the notes' file."""
+    with find_notes(notes).open(encoding="utf-8-sig") as file:  # its line ends become \n
+        table = pd.read_csv(file, dtype=str, keep_default_na=False)
+    if not {"sample_name", "description"} <= set(table.columns):
+        return {}
+    names = table["sample_name"].str.replace(r" - \d+$", "", regex=True).str.strip()
+    titles = names + ": " + table["description"].str.strip()
+    return dict(zip(table["transcription"].map(clean_text), titles, strict=True))
+
+
+def mix(sources: Sequence[Source], seed: int) -> list[str]:
+    """Repeat the texts of each source as often as it says, and shuffle them all.
+
+    Where a title follows, every second reading cuts the text after some words and continues with
+    the title, so that one window holds both.
+    """
+    draw = random.Random(seed)
+    texts = []
+    for source in sources:
+        whole, part = divmod(source.repeats, 1)
+        for reading in range(int(whole)):
+            cut = reading % 2 == 1
+            for text in source.texts:
+                texts.append(_with_title(text, source.titles.get(text), cut, draw))
+        texts += draw.sample(source.texts, round(len(source.texts) * part))
+    draw.shuffle(texts)
+    return texts
+
+
+def _with_title(text: str, title: str | None, cut: bool, draw: random.Random) -> str:
+    if not title:
+        return text
+    if cut:
+        words = text.split(" ")
+        text = " ".join(words[: draw.randint(50, 300)])
+    return f"{text}\n{title}"

@@ -1,0 +1,58 @@
+"""The base's tokenizer, and the texts as one stream of its ids."""
+
+import io
+import random
+from collections.abc import Sequence
+
+import numpy as np
+import sentencepiece
+from tqdm import tqdm
+
+TOKENIZER_LINES = 50_000  # that the tokenizer is trained on
+
+
+def train_tokenizer(texts: Sequence[str], vocab_size: int) -> bytes:
+    """Train a BPE SentencePiece model with Llama's conventions; returns the file's bytes.
+
+    Raises:
+        ValueError: The texts are too few for that many pieces.
+    """
+    model = io.BytesIO()
+    lines = [line for text in texts for line in text.split("\n") if line]
+    if len(lines) > TOKENIZER_LINES:  # drawn here: SentencePiece's own draw has no seed
+        lines = random.Random(0).sample(lines, TOKENIZER_LINES)
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            split_digits=True,
+            character_coverage=0.9999,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            max_sentence_length=2**20,  # bytes; by default it drops lines of more than 4,192
+            num_threads=1,  # the result depends on the number of threads
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise ValueError(
+            f"the texts make no tokenizer of {vocab_size:,} pieces: {str(error).strip()}"
+        ) from None
+    return model.getvalue()
+
+
+def encode(texts: Sequence[str], tokenizer: bytes) -> np.ndarray:
+    """Join all texts as ``bos text eos``: (N,) uint16."""
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=tokenizer)
+    ids = [np.empty(0, np.uint16)]
+    for start in tqdm(range(0, len(texts), 256), desc="tokens", unit_scale=256, unit="text"):
+        for text in pieces.encode(texts[start : start + 256], add_bos=True, add_eos=True):
+            ids.append(np.asarray(text, dtype=np.uint16))
+    return np.concatenate(ids)
