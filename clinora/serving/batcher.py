@@ -9,7 +9,7 @@ an explanation) is a request too and has the model for itself.
 import itertools
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TypeVar
@@ -106,6 +106,7 @@ class Batcher:
 
     def _queue(self, items: Sequence[str | Callable], wait: float, client: str) -> list[Future]:
         waiting = deque(_Work(item, client, Future()) for item in items)
+        futures = [work.future for work in waiting]  # now: the thread takes work out of the deque
         with self._changed:
             self._changed.wait_for(
                 lambda: not self._open or self._has_room(len(items), client), wait
@@ -115,7 +116,7 @@ class Batcher:
             if waiting:
                 self._requests.append(waiting)
                 self._changed.notify_all()
-        return [work.future for work in waiting]
+        return futures
 
     def _has_room(self, items: int, client: str) -> bool:
         """Tell whether a client's request of so many notes finds room; cancelled ones need none."""
@@ -154,7 +155,7 @@ class Batcher:
         self._requests = deque(request for request in self._requests if request)
 
     def _candidates(self) -> list[_Work]:
-        """Choose what may go next: a job, or notes, one of each request in turn.
+        """Choose what may go next: a job, or notes, one of each client and request in turn.
 
         Notes do not wait for the jobs between them; the job that comes first has the next turn.
         """
@@ -163,9 +164,11 @@ class Batcher:
         first = self._requests[0][0]
         if not first.is_note:
             return [first]
-        requests = [request for request in self._requests if request[0].is_note]
-        turns = itertools.chain.from_iterable(itertools.zip_longest(*requests))
-        notes = (work for work in turns if work is not None)
+        of_clients: dict[str, list[deque[_Work]]] = {}
+        for request in self._requests:
+            if request[0].is_note:
+                of_clients.setdefault(request[0].client, []).append(request)
+        notes = _in_turn([_in_turn(requests) for requests in of_clients.values()])
         return list(itertools.islice(notes, self.most_together))
 
     def _fitting(self, candidates: list[_Work]) -> list[_Work]:
@@ -216,3 +219,9 @@ class Batcher:
         for work, answer in zip(taken, answers, strict=True):
             work.future.set_result(answer)
         return True
+
+
+def _in_turn(sources: Sequence[Iterable[T]]) -> Iterator[T]:
+    """Give one item of each source, then another of each, until all are given."""
+    for round_of_items in itertools.zip_longest(*sources):
+        yield from (item for item in round_of_items if item is not None)
