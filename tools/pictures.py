@@ -24,8 +24,8 @@ from clinora.checkpoint import BUNDLED, write_atomically
 from clinora.figures import BLACK, BLUE, GREY, LIGHT
 from clinora.report import png
 
-# Confidence above the threshold, so that the page shows an answer and not a referral.
-ANSWERED_NOTE = "severe COPD (FEV1 38"
+# A bundled note with a confidence above the threshold: the page shows an answer, not a referral.
+ANSWERED_NOTE = "laparoscopic cholecystectomy with intraoperative cholangiogram"
 
 
 def lora_figure() -> Figure:
