@@ -82,11 +82,12 @@ def base_hashes(source: Source) -> dict[str, str]:
         FileNotFoundError: It holds no tokenizer or no configuration.
         ValueError: The configuration is not a Llama's.
     """
+    weights = weights_sha256(source.folder)  # first: a folder without weights is no base at all
     tokenizer = (source.folder / "tokenizer.model").read_bytes()
     config = LlamaConfig.from_json(source.folder / "config.json")
     values = json.dumps(dataclasses.asdict(config), sort_keys=True).encode()
     return {
-        "sha256": weights_sha256(source.folder),
+        "sha256": weights,
         "tokenizer_sha256": hashlib.sha256(tokenizer).hexdigest(),
         "config_sha256": hashlib.sha256(values).hexdigest(),
     }

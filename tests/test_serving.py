@@ -29,10 +29,11 @@ import clinora
 from clinora.calibration import Calibration
 from clinora.commands import serve as serve_command
 from clinora.serving.api import MOST_CHARACTERS
-from clinora.serving.app import AT_ONCE, MOST_EVENTS, create_app
+from clinora.serving.app import create_app
 from clinora.serving.flags import Flags, FlagsFullError
 from clinora.serving.page import CURL, EXAMPLES, PYTHON, REASONS
 from clinora.serving.server import DEFAULT_LIMITS, MOST_BODY_BYTES
+from clinora.serving.sessions import MOST_EVENTS
 from tests.served import ROOT, Person, call, join
 
 PUBLISHED_NOTE = (
@@ -141,16 +142,12 @@ def test_an_uncalibrated_run_claims_no_confidence_and_refers_nobody(client):
     assert (sure, verdict) == ("not calibrated", "")
 
 
-def test_a_full_queue_refuses_at_once(client, classifier, monkeypatch):
-    may_go_on, run = threading.Event(), classifier.logits
-    monkeypatch.setattr(classifier, "logits", lambda *a: may_go_on.wait(30) and run(*a))
-    codes = [
-        join(client, "predict", "fever", session=f"s{i}").status_code
-        for i in range(MOST_EVENTS + AT_ONCE + 1)
-    ]
+def test_a_client_with_too_many_events_is_refused_at_once(client, classifier, monkeypatch):
+    may_go_on, logits = threading.Event(), classifier.logits
+    monkeypatch.setattr(classifier, "logits", lambda *a: may_go_on.wait(30) and logits(*a))
+    answers = [join(client, "predict", "fever", session=f"s{i}") for i in range(MOST_EVENTS + 1)]
     may_go_on.set()
-    assert codes[:MOST_EVENTS] == [200] * MOST_EVENTS  # the others may have left the queue
-    assert codes[-1] == 503
+    assert [answer.status_code for answer in answers] == [200] * MOST_EVENTS + [503]
 
 
 # --- Flags ---
