@@ -210,9 +210,25 @@ def test_a_visit_is_known_by_a_cookie_that_scripts_and_other_sites_do_not_get(ap
     assert "set-cookie" not in client.get("/").headers
     value = re.match(r"clinora_visit=([\w-]+);", cookie)[1]
     assert len(value) >= 22  # 128 bits
-    for word in ("HttpOnly", "SameSite=Strict", "Secure", "Path=/"):
+    for word in ("HttpOnly", "SameSite=Lax", "Secure", "Path=/"):
         assert word in cookie
     assert "Secure" not in TestClient(app, "http://127.0.0.1").get("/").headers["set-cookie"]
+
+
+@pytest.mark.slow
+def test_a_link_on_another_site_does_not_end_the_visit(chromium, served):
+    context = chromium.new_context()
+    page = context.new_page()
+    page.goto(served.url())
+    visit = context.cookies()
+    elsewhere = "http://elsewhere.example/"
+    link = f'<a href="{served.url()}/">the classifier</a>'
+    context.route(elsewhere, lambda route: route.fulfill(content_type="text/html", body=link))
+    page.goto(elsewhere)
+    page.get_by_text("the classifier").click()
+    page.wait_for_url(f"{served.url()}/")
+    assert context.cookies() == visit
+    context.close()
 
 
 @pytest.mark.parametrize("value", [b"", b'"a"', b"\xff", b"a b", b"x" * 65, b'"' + b"\\" * 2_000])

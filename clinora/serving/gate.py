@@ -347,7 +347,9 @@ class Forward:
 
         async def send_with_cookie(message: Message) -> None:
             if self.new_visit is not None and message["type"] == "http.response.start":
-                cookie = f"{VISIT_COOKIE}={self.new_visit}; HttpOnly; SameSite=Strict; Path=/"
+                # Not Strict: a link on another site would come without it, and the cookie of the
+                # answer would end the visit in another tab.
+                cookie = f"{VISIT_COOKIE}={self.new_visit}; HttpOnly; SameSite=Lax; Path=/"
                 if scope["scheme"] == "https":
                     cookie += "; Secure"
                 MutableHeaders(scope=message).append("set-cookie", cookie)
