@@ -118,12 +118,6 @@ def test_the_code_runs(tmp_path, monkeypatch):
     clinora.load_adapter(model, tmp_path / "adapter")
 
 
-def test_the_first_example_prints_what_is_shown_below_it(capsys):
-    shown = re.search(r"^```text\n(.*?)^```", README, re.MULTILINE | re.DOTALL)[1]
-    exec(python_blocks()[0], {})
-    assert capsys.readouterr().out == shown
-
-
 def test_the_unit_test_passes_and_can_fail(monkeypatch):
     (block,) = [block for block in python_blocks() if "def test_" in block]
     names = {}
