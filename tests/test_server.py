@@ -278,13 +278,13 @@ from clinora.serving.app import create_app
 from clinora.serving.server import serve
 
 classifier = clinora.Classifier.load(sys.argv[1])
-run = classifier.run
+logits = classifier.logits
 
-def run_slowly(ids, *rest):
+def logits_slowly(ids, *rest):
     time.sleep(float(sys.argv[2]))
-    return run(ids, *rest)
+    return logits(ids, *rest)
 
-classifier.run = run_slowly
+classifier.logits = logits_slowly
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
 with socket.create_server(("127.0.0.1", 0)) as listener:
     print(listener.getsockname()[1], flush=True)
