@@ -1,8 +1,8 @@
-"""Clinical notes from CSV files: reading, classes, label sets, and which side a note is on.
+"""Clinical notes from CSV files: reading, cleaning, label sets and splits.
 
 Public note collections file the same text under several specialties. Here a note is a text with
-the set of its labels, so that no text can stand on both sides of a split. The published way, each
-row an example with its own label, is there for comparison.
+the set of its labels, so that no text is in two splits. The published split, in which each row is
+an example with its own label, is supported for comparison.
 """
 
 import csv
@@ -22,7 +22,7 @@ NAMED_NOTES = ("bundled", "mtsamples")
 
 BUNDLED_NOTES = Path(__file__).parent / "bundled" / "notes.csv"
 
-# The five specialties of MTSamples that the published results are about, sorted.
+# The five specialties of MTSamples in the published results, sorted.
 PUBLISHED_CLASSES = (
     "Cardiovascular / Pulmonary",
     "Consult - History and Phy.",
@@ -37,10 +37,10 @@ TEXT_COLUMN = "transcription"
 LABEL_COLUMN = "medical_specialty"
 SPLITS = ("texts", "rows")
 SIDES = ("training", "validation", "test")
-SHORT = 50  # characters; a shorter text hardly says what it is about
+SHORT = 50  # characters; shorter texts rarely tell their class
 LONGEST_COLUMN_NAME = 40  # characters; a longer one is a note, in a file without a header
-LONGEST_CLASS_NAME = 100  # characters; longer ones are notes, taken for classes by mistake
-MOST_CLASSES_LISTED = 100  # in a message, likewise
+LONGEST_CLASS_NAME = 100  # characters; a longer one is a note, mistaken for a class
+MOST_CLASSES_LISTED = 100  # in a message; more are notes, mistaken for classes
 
 # What clean_text writes in place of half a character.
 REPLACEMENT = "\ufffd"
@@ -183,16 +183,16 @@ def soft_targets(notes: Sequence[Note], classes: int) -> np.ndarray:
 
 @dataclass(frozen=True, slots=True)
 class Notes:
-    """The notes of a file that are filed under the chosen classes.
+    """The notes of a file that have one of the chosen classes.
 
     Attributes:
         classes: Names of the classes; a label is an index into them.
-        notes: The different texts, in the file's order; split by rows, one note a row.
-        sides: Side of each: "training", "validation" or "test".
+        notes: The different texts, in the file's order; with split "rows", one note for each row.
+        sides: The split of each note: "training", "validation" or "test".
         split: "texts" or "rows".
-        rows: Rows of the file.
-        without_text: Rows with nothing visible as text or no label, left out.
-        other_classes: Rows of other classes, left out.
+        rows: Number of rows in the file.
+        without_text: Number of rows without visible text or without label, which are left out.
+        other_classes: Number of rows of other classes, which are left out.
     """
 
     classes: tuple[str, ...]
@@ -244,19 +244,19 @@ def read_notes(
     """Read notes from a CSV file.
 
     Args:
-        source: A UTF-8 CSV file; "bundled"; or "mtsamples", which the Hub is asked for.
+        source: A UTF-8 CSV file; "bundled"; or "mtsamples", which is downloaded from the Hub.
         text_column: Name of the column with the texts.
         label_column: Name of the column with the class of each row.
         classes: The classes to keep, k for the k most frequent, or "all". None: the published
-            five if the file has them all, else all that it has.
-        split: "texts": equal texts are one note, on the side that its hash decides. "rows": each
-            row is a note with its own label, a random tenth of them test and another validation,
-            as published; equal texts fall on both sides.
+            five if the file has them all, else all classes of the file.
+        split: "texts": equal texts are one note, and its hash decides its side. "rows": each row
+            is a note with its own label, a random tenth of them test and another tenth validation,
+            as published; equal texts may be on several sides.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It is no such CSV file, or leaves fewer than two classes. No message holds
-            any text of a note.
+        ValueError: The file is not such a CSV file, or leaves fewer than two classes. No message
+            contains text of a note.
     """
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}: expected one of {', '.join(SPLITS)}")
@@ -278,7 +278,7 @@ def read_notes(
             "download it by hand and give its path"
         )
     counts = Counter(label for places in filed.values() for _, label in places)
-    # More classes than texts, and longer ones: the names of classes, which are shown, are notes.
+    # More classes than texts, and longer ones, are notes: class names are shown, notes never.
     if len(counts) > len(filed) and _mean_length(counts) > _mean_length(filed):
         raise ValueError(
             f"{path} has {len(counts):,} classes for {len(filed):,} texts: is {text_column!r} the "
@@ -287,7 +287,7 @@ def read_notes(
     chosen = _select_classes(counts, classes, path)
     index = {name: i for i, name in enumerate(chosen)}
     notes = []
-    order = []  # split by rows, the row of each note
+    order = []  # with split "rows", the row of each note
     for text, places in filed.items():
         kept = [(row, index[label]) for row, label in places if label in index]
         if split == "rows":
@@ -444,26 +444,45 @@ def _check_encoding(path: Path) -> None:
 def _select_classes(
     counts: Counter, classes: Sequence[str] | int | str | None, path: Path
 ) -> tuple[str, ...]:
+    """Select the classes to keep from those of a file, given the number of rows of each."""
     if not counts:
         raise ValueError(f"{path}: no row has text and label")
     if isinstance(classes, int):
-        if classes < 2:
-            raise ValueError(f"the {classes} most frequent classes: expected two or more")
-        chosen = [name for name, _ in sorted(counts.items(), key=lambda c: (-c[1], c[0]))[:classes]]
-    elif classes is None or classes == "all":
-        published = classes is None and all(name in counts for name in PUBLISHED_CLASSES)
-        chosen = list(PUBLISHED_CLASSES if published else counts)
-    else:
+        chosen = _most_frequent(counts, classes)
+    elif classes == "all":
+        chosen = list(counts)
+    elif classes is not None:
         chosen = list(dict.fromkeys(classes))
-        if unknown := [name for name in chosen if name not in counts]:
-            many = len(counts) > MOST_CLASSES_LISTED
-            there = f"{len(counts):,} others" if many else ", ".join(sorted(counts))
-            raise ValueError(
-                f"{path} has no notes of class {', '.join(map(repr, unknown))}; it has: {there}"
-            )
+        _check_chosen(chosen, counts, path)
+    elif all(name in counts for name in PUBLISHED_CLASSES):
+        chosen = list(PUBLISHED_CLASSES)
+    else:
+        chosen = list(counts)
     if len(chosen) < 2:
         raise ValueError(
             f"{path} leaves {len(chosen)} class to choose from "
             f"({', '.join(map(repr, chosen))}): expected two or more"
         )
     return tuple(sorted(chosen))
+
+
+def _most_frequent(counts: Counter, k: int) -> list[str]:
+    """Give the k classes with the most rows; of equally frequent ones, the first by name."""
+    if k < 2:
+        raise ValueError(f"the {k} most frequent classes: expected two or more")
+    by_name = sorted(counts)
+    by_frequency = sorted(by_name, key=counts.__getitem__, reverse=True)  # it keeps equals in order
+    return by_frequency[:k]
+
+
+def _check_chosen(chosen: Sequence[str], counts: Counter, path: Path) -> None:
+    """Refuse classes that a file does not have, with those that it has."""
+    unknown = [name for name in chosen if name not in counts]
+    if not unknown:
+        return
+    there = ", ".join(sorted(counts))
+    if len(counts) > MOST_CLASSES_LISTED:
+        there = f"{len(counts):,} others"
+    raise ValueError(
+        f"{path} has no notes of class {', '.join(map(repr, unknown))}; it has: {there}"
+    )
