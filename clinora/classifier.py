@@ -214,7 +214,9 @@ class Classifier:
         """
         folder = BUNDLED / "adapter" if str(folder) == "bundled" else Path(folder)
         if not folder.is_dir():
-            raise CheckpointError(f"there is no run {folder}: train.py --run {folder} makes one")
+            raise CheckpointError(
+                f"there is no run {folder}: clinora train --run {folder} makes one"
+            )
         record = RunRecord.read(folder)
         if base is None:
             source = find_base(record.base.source, record.base.revision)

@@ -33,7 +33,7 @@ from clinora.calibration import FEWEST_VALIDATION
 from clinora.checkpoint import write_atomically
 from clinora.classifier import Classifier, group_by_length, pad
 from clinora.device import gathered, summed, world
-from clinora.notes import Note, are_correct, soft_targets, text_sha256
+from clinora.notes import Note, are_correct, clean_text, soft_targets, text_sha256
 from clinora.resume import State
 from clinora.run import RUN_FILE
 
@@ -268,7 +268,8 @@ def encode(classifier: Classifier, notes: Sequence[Note]) -> Examples:
     """Tokenise notes up to the token limit."""
     ids = []
     for note in notes:
-        tokens = classifier.tokenizer.encode(note.text, classifier.token_limit)
+        text = clean_text(note.text)  # as in prediction; notes from a file are clean already
+        tokens = classifier.tokenizer.encode(text, classifier.token_limit)
         ids.append(torch.tensor(tokens, dtype=torch.int32))
     shares = soft_targets(notes, len(classifier.labels))
     return Examples(notes, ids, torch.from_numpy(shares))

@@ -9,6 +9,11 @@ import os
 import shutil
 from pathlib import Path
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Side by side, with several threads each, workers wait for each other. Set before torch is
+    # imported, for this process and those that tests start.
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 import peft
 import pytest
 import sentencepiece

@@ -1,5 +1,6 @@
 """Serves the page as its users run it, and uses it as they do: by calls and in a browser."""
 
+import asyncio
 import json
 import os
 import signal
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -53,6 +55,12 @@ def hook(event, arguments):
             print(event, arguments[0 if "get" in event else 1], file=file)
 sys.addaudithook(hook)
 """
+
+
+def run_async(coroutine):
+    """Run a coroutine in another thread: Playwright keeps an event loop running in this one."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, coroutine).result()
 
 
 @contextmanager

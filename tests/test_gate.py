@@ -1,6 +1,5 @@
 """What is open, and that nothing else is: routes, events, inputs, and the files of a visit."""
 
-import asyncio
 import itertools
 import json
 import re
@@ -24,7 +23,7 @@ from clinora.serving.app import create_app
 from clinora.serving.flags import Flags
 from clinora.serving.guard import MOST_BODY_BYTES, MOST_FILE_BYTES
 from clinora.serving.page import EXAMPLES
-from tests.served import ROOT, Person, call, join
+from tests.served import ROOT, Person, call, join, run_async
 
 CANARY = "canary-7f3a"  # stands for what must not be given out
 TABLE = b"transcription\nKnee pain for two days.\n"
@@ -251,7 +250,7 @@ def test_cookies_and_passwords_do_not_reach_gradio():
 
     headers = [(b"host", b"x"), (b"cookie", b"a=b"), (b"authorization", b"c"), (b"cookie", b"d=e")]
     scope = {"type": "http", "scheme": "http", "path": "/", "headers": headers}
-    asyncio.run(gate.Forward(gradio_app)(scope, not_called, not_called))
+    run_async(gate.Forward(gradio_app)(scope, not_called, not_called))
     assert seen == [b"host"]
 
 

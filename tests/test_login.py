@@ -14,7 +14,6 @@ import time
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 
 import httpx
 import pytest
@@ -26,8 +25,8 @@ import clinora
 from clinora.serving import passwords
 from clinora.serving.app import create_app
 from clinora.serving.passwords import MOST_GUESSES, MOST_WAITING
+from tests.served import ROOT, run_async
 
-ROOT = Path(__file__).parents[1]
 CANARY = "canary-7f3a"
 NOTE = "Severe chest pain."
 RIGHT = "correct horse"
@@ -346,7 +345,7 @@ def statuses_of_a_flood(app, turns, flood, login):
             (last,) = await waiting([ask(app, *login)])
         return await asyncio.gather(*tasks), await last
 
-    return asyncio.run(run())
+    return run_async(run())
 
 
 @pytest.fixture
@@ -369,7 +368,7 @@ def test_a_new_address_comes_before_many_that_have_guessed(door, turns):
         for guess in flood:
             assert await ask(door, *guess) == 401
 
-    asyncio.run(guess_once())
+    run_async(guess_once())
     turns.passwords.clear()
     _, status = statuses_of_a_flood(door, turns, flood, ("192.0.2.1", RIGHT))
     assert status == 200
@@ -385,7 +384,7 @@ def test_addresses_take_turns(door, turns):
 
 
 def test_who_has_just_guessed_wrong_waits_for_one_turn_of_a_flood(door, turns):
-    assert asyncio.run(ask(door, "10.0.0.2", "a wrong guess")) == 401
+    assert run_async(ask(door, "10.0.0.2", "a wrong guess")) == 401
     flood = [("10.0.0.1", f"guess {i}") for i in range(40)]
     _, status = statuses_of_a_flood(door, turns, flood, ("10.0.0.2", RIGHT))
     assert status == 200
@@ -422,7 +421,7 @@ def test_a_cancelled_guess_leaves_its_place_and_its_turn(door, turns):
             first.cancel()
         return await asyncio.wait_for(ask(door, "10.0.0.1", RIGHT), 30)
 
-    assert asyncio.run(run()) == 200
+    assert run_async(run()) == 200
     assert "guess 1" not in turns.passwords
 
 
@@ -436,7 +435,7 @@ def test_the_memory_of_many_addresses_is_bounded(monkeypatch):
                 pass
 
     tracemalloc.start()
-    asyncio.run(flood())
+    run_async(flood())
     kept, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert kept < 500_000  # bytes; 10,000 remembered addresses take more than 1 MB
@@ -463,7 +462,7 @@ def flood_through(app, turns, peer, flooder, person):
             (login,) = await waiting([ask(app, peer, RIGHT, **{"X-Forwarded-For": person})])
         return await asyncio.gather(*tasks), await login
 
-    return asyncio.run(run())
+    return run_async(run())
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from clinora.training import (
     Progress,
     TrainingConfig,
     batches,
+    encode,
     learning_rate_factor,
     train,
 )
@@ -52,6 +53,13 @@ def fresh(dropout=0.0, dtype=torch.float32):
     clinora.apply_lora(model, clinora.LoRAConfig(dropout=dropout))
     tokenizer = clinora.Tokenizer(BUNDLED / "base" / "tokenizer.model")
     return clinora.Classifier(model, tokenizer, clinora.PUBLISHED_CLASSES, 512)
+
+
+def test_training_reads_a_note_as_prediction_does():
+    """A note made in Python may have Windows line ends and white space around it."""
+    classifier = fresh()
+    examples = encode(classifier, [Note(" No fever.\r\nChest pain.\n", (0,))])
+    assert examples.ids[0].tolist() == classifier.tokenizer.encode("No fever.\nChest pain.")
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

@@ -41,8 +41,8 @@ def read_question(content_type: str, body: bytes) -> Question:
     """Read the body of a request.
 
     Raises:
-        HTTPException: It is no question. The detail says what is wrong and what was expected, and
-            repeats nothing of the body.
+        HTTPException: The body does not have the expected form. The detail says what is wrong and
+            what was expected, and repeats nothing of the body.
     """
     if content_type.partition(";")[0].strip().lower() != "application/json":
         raise HTTPException(415, f"The Content-Type is not application/json; {EXPECTED}")
@@ -113,23 +113,26 @@ def add_routes(app: FastAPI, batcher: Batcher) -> None:
         question = read_question(request.headers.get("Content-Type", ""), await request.body())
         asked = question.notes or [question.note]
         notes = [clean_text(note) for note in asked]
-        results = [{"error": why} if (why := refuse(note)) else None for note in notes]
-        good = [note for note, refused in zip(notes, results, strict=True) if not refused]
+        refusals = [refuse(note) for note in notes]
+        accepted = [n for n, refusal in zip(notes, refusals, strict=True) if refusal is None]
         try:
-            futures = batcher.submit(good, client=network_of(request.client))
-            predictions = await _wait(futures, request)
+            futures = batcher.submit(accepted, client=network_of(request.client))
+            predictions = iter(await _wait(futures, request))
         except (BusyError, TimeoutError):
             return JSONResponse({"detail": "The service is busy: try again."}, 503, RETRY_AFTER)
-        answers = (
-            describe(p, batcher.classifier) if isinstance(p, Prediction) else _failed(p)
-            for p in predictions
-        )
-        results = [result or next(answers) for result in results]
+        results = []
+        for refusal in refusals:
+            if refusal is not None:
+                results.append({"error": refusal})
+            else:
+                results.append(_result(next(predictions), batcher.classifier))
         if question.notes is not None:
             return JSONResponse({"results": results})
-        if "error" in results[0]:
-            return JSONResponse({"detail": results[0]["error"]}, 500 if good else 422)
-        return JSONResponse(results[0])
+        (result,) = results
+        if "error" in result:
+            status = 422 if refusals[0] is not None else 500
+            return JSONResponse({"detail": result["error"]}, status)
+        return JSONResponse(result)
 
     app.add_route("/health", health, methods=["GET"])
     app.add_route("/ready", ready, methods=["GET"])
@@ -137,8 +140,9 @@ def add_routes(app: FastAPI, batcher: Batcher) -> None:
 
     @app.exception_handler(405)
     async def wrong_method(_request: Request, error: HTTPException) -> JSONResponse:
-        allowed = error.headers["Allow"]
-        return JSONResponse({"detail": f"Expected the method {allowed}."}, 405, error.headers)
+        allowed = ", ".join(sorted(error.headers["Allow"].split(", ")))  # Starlette's order varies
+        detail = {"detail": f"Expected the method {allowed}."}
+        return JSONResponse(detail, 405, {"Allow": allowed})
 
 
 async def _wait(futures: Sequence[Future], request: Request) -> list[Prediction | BaseException]:
@@ -165,5 +169,7 @@ async def _cancel_when_hung_up(futures: Sequence[Future], request: Request) -> N
         future.cancel()
 
 
-def _failed(error: BaseException) -> dict:
-    return {"error": f"This did not work; reference {report_error(error)}."}
+def _result(answer: Prediction | BaseException, classifier: Classifier) -> dict:
+    if isinstance(answer, Prediction):
+        return describe(answer, classifier)
+    return {"error": f"This did not work; reference {report_error(answer)}."}

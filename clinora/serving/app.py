@@ -1,4 +1,4 @@
-"""The app that serves the page, and what keeps it private: who may ask, how much, what is told."""
+"""The app that serves the page and the API: assembled from the modules of this package."""
 
 import asyncio
 import ipaddress
@@ -53,7 +53,7 @@ def create_app(
         classifier: A trained run.
         flags_folder: Where flagged predictions go; made at the first one.
         hosts: Names that the app answers to beside those of the loopback address.
-        users: Salt and hash of the password of each name that may enter; None: whoever asks.
+        users: Salt and password hash of each user; None: no password is asked for.
         card: What the model card says of the run, in Markdown.
         url: Where the app is, for the snippets that the page shows.
         trusted_proxies: Addresses or networks, as ``10.0.0.0/28``, of the proxies whose

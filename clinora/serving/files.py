@@ -23,7 +23,7 @@ def read_table(content: bytes) -> Table:
     """Read a file.
 
     Raises:
-        FileError: It is not UTF-8, no CSV file, without rows, or has more than ``MOST_ROWS``.
+        FileError: It is not UTF-8 or not CSV, or it has no rows or more than ``MOST_ROWS``.
     """
     try:
         text = content.decode("utf-8-sig")

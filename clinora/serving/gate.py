@@ -90,7 +90,6 @@ def add_page(app: FastAPI, blocks: gradio.Blocks, gradio_app: ASGIApp, storage: 
     """
     events = open_events(blocks)
     sessions = Sessions(blocks)
-
     reading = CapacityLimiter(1)  # files: what one client uploads must not take all processors
 
     async def forward_plain(request: Request) -> Forward:
@@ -100,7 +99,7 @@ def add_page(app: FastAPI, blocks: gradio.Blocks, gradio_app: ASGIApp, storage: 
         fresh = _known_visit(request) is None and path in FIRST_ROUTES
         return Forward(gradio_app, new_visit=secrets.token_urlsafe(16) if fresh else None)
 
-    async def join(request: Request) -> Response | ASGIApp:
+    async def join(request: Request) -> ASGIApp:
         visit = _visit(request)
         try:
             asked = Join.model_validate_json(await request.body())
@@ -207,7 +206,7 @@ def check_input(component: gradio.blocks.Block, value: object, find_file: FindFi
 
 
 class ExpectedError(ValueError):
-    """An input holds something else than what the message names."""
+    """An input does not hold what it should; the message says what was expected."""
 
 
 def _check_text(_component: gradio.Textbox, value: object, _find: FindFile) -> str | None:

@@ -1,7 +1,7 @@
 """What a person sees: a note classified and explained, LoRA's inside, files, API, model card.
 
-Every handler looks at what came in as if nothing had, since the page's own checks run in the
-browser, and tells failures by a reference, since a message may quote the note.
+Every handler checks its inputs, since the page's own checks run in the browser. It reports a
+failure by a reference, since an error's message may quote the note.
 """
 
 import csv

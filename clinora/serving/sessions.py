@@ -27,31 +27,28 @@ class Sessions:
     def __init__(self, blocks: gradio.Blocks) -> None:
         self._blocks = blocks
         self._clients: dict[str, str] = {}  # of each session, the last used at the end
-        self._joining: Counter[str] = (
-            Counter()
-        )  # events of each client that Gradio does not know yet
+        self._joining: Counter[str] = Counter()  # each client's events, not yet in Gradio's queue
 
     def join(self, session: str, client: str, forward: ASGIApp) -> ASGIApp:
         """Give the ASGI answer that triggers an event.
 
         Args:
-            session: Under which Gradio keeps the event.
-            client: Who triggers it.
+            session: The name under which Gradio keeps the event.
+            client: The client that triggers it.
             forward: Passes the event on to Gradio.
 
         Raises:
             HTTPException: 503; too many events of this client wait or run.
         """
         running = list(self._blocks._queue.event_ids_to_events.values())
-        own = sum(self._clients.get(event.session_hash) == client for event in running)
-        if own + self._joining[client] >= MOST_EVENTS:
+        own_events = [e for e in running if self._clients.get(e.session_hash) == client]
+        if len(own_events) + self._joining[client] >= MOST_EVENTS:
             raise HTTPException(503, "Too many of your events are waiting.", RETRY_AFTER)
         self._clients.pop(session, None)
         self._clients[session] = client
         in_use = {event.session_hash for event in running} | {session}
-        self._forget_beyond(
-            MOST_SESSIONS, [s for s, c in self._clients.items() if c == client], in_use
-        )
+        own_sessions = [known for known, owner in self._clients.items() if owner == client]
+        self._forget_beyond(MOST_SESSIONS, own_sessions, in_use)
         self._forget_beyond(MOST_SESSIONS_IN_ALL, list(self._clients), in_use)
         self._joining[client] += 1
 
@@ -66,7 +63,7 @@ class Sessions:
         return join_and_count
 
     def _forget_beyond(self, most: int, sessions: list[str], in_use: set[str]) -> None:
-        """Make Gradio forget the oldest of some sessions, so that the most are left."""
+        """Make Gradio forget the oldest idle ones of some sessions, until ``most`` are left."""
         idle = [session for session in sessions if session not in in_use]
         for session in idle[: max(0, len(sessions) - most)]:
             del self._clients[session]
