@@ -1,7 +1,7 @@
-"""What the benchmarks share: the two sides, alternating timing, products, and tables.
+"""Code that the benchmarks share: the two sides, timing in turns, matrix products and tables.
 
-"Ours" is Clinora; "theirs" is Transformers with PEFT, put together as their documentation does.
-Both sides get the same base, the same ids and the same LoRA, and never run at the same time.
+"Ours" is Clinora; "theirs" is Transformers with PEFT, combined as their documentation shows. Both
+sides get the same base, the same ids and the same LoRA, and never run at the same time.
 
 Shapes: B batch, T tokens.
 """
@@ -35,13 +35,15 @@ def parser(doc: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--threads", type=int, help="PyTorch's (default: as many as it chooses)")
-    parser.add_argument("--repetitions", type=int, default=3, help="of each side, alternating")
+    parser.add_argument("--threads", type=int, help="PyTorch's threads (default: PyTorch's choice)")
+    parser.add_argument(
+        "--repetitions", type=int, default=3, help="timings of each side, taken in turns"
+    )
     return parser
 
 
 def begin(args: argparse.Namespace) -> None:
-    """Set the threads and print the machine and the versions."""
+    """Set the number of threads, and print the machine and the versions."""
     import peft
     import transformers
 
@@ -49,33 +51,44 @@ def begin(args: argparse.Namespace) -> None:
         torch.set_num_threads(args.threads)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    name = platform.processor() or platform.machine()
-    cpu = Path("/proc/cpuinfo")
-    if cpu.exists():
-        lines = (line for line in cpu.read_text().splitlines() if line.startswith("model name"))
-        name = next(lines, name).partition(":")[2].strip() or name
     print(
-        f"{name}, {torch.get_num_threads()} threads; Python {platform.python_version()}, "
+        f"{_cpu_name()}, {torch.get_num_threads()} threads; Python {platform.python_version()}, "
         f"torch {torch.__version__}, transformers {transformers.__version__}, "
         f"peft {peft.__version__}"
     )
 
 
+def _cpu_name() -> str:
+    """Give the processor's name from the kernel, or else from Python."""
+    cpu_info = Path("/proc/cpuinfo")
+    if cpu_info.exists():
+        for line in cpu_info.read_text().splitlines():
+            if line.startswith("model name"):
+                _, _, name = line.partition(":")
+                if name.strip():
+                    return name.strip()
+                break
+    return platform.processor() or platform.machine()
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Print rows under a header, columns aligned."""
+    """Print rows under a header; the first column is aligned left, the others right."""
     cells = [[str(cell) for cell in row] for row in (header, *rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    for row in cells:
-        first, *rest = (cell.ljust(w) if i == 0 else cell.rjust(w)
-                        for i, (cell, w) in enumerate(zip(row, widths, strict=True)))  # fmt: skip
-        print("  ".join((first, *rest)).rstrip())
+    widths = []
+    for column in zip(*cells, strict=True):
+        widths.append(max(len(cell) for cell in column))
+    for first, *rest in cells:
+        aligned = [first.ljust(widths[0])]
+        for cell, width in zip(rest, widths[1:], strict=True):
+            aligned.append(cell.rjust(width))
+        print("  ".join(aligned).rstrip())
 
 
 def alternate(sides: dict[str, Callable[[], object]], repetitions: int) -> dict[str, list[float]]:
-    """Time each side in turn, again and again, after one call of each that is not timed.
+    """Time the sides in turns, after one call of each that is not timed.
 
     Returns:
-        The seconds of each side, a number a repetition.
+        The seconds of each side, one number for each repetition.
     """
     for run in sides.values():
         run()
@@ -90,21 +103,22 @@ def alternate(sides: dict[str, Callable[[], object]], repetitions: int) -> dict[
 
 
 def ratios(seconds: dict[str, list[float]], name: str = "ours", to: str = "theirs") -> list[float]:
-    """Divide ``to``'s times by ``name``'s, repetition by repetition: how many times faster."""
-    return [b / a for a, b in zip(seconds[name], seconds[to], strict=True)]
+    """Give how many times faster ``name`` is than ``to``, for each repetition."""
+    pairs = zip(seconds[name], seconds[to], strict=True)
+    return [other / own for own, other in pairs]
 
 
 def spread(numbers: Sequence[float]) -> str:
-    """Write a median with the least and the greatest."""
-    low, middle, high = min(numbers), statistics.median(numbers), max(numbers)
-    return f"{middle:.2f} ({low:.2f}–{high:.2f})"
+    """Format the median of numbers with their minimum and maximum."""
+    median = statistics.median(numbers)
+    return f"{median:.2f} ({min(numbers):.2f}–{max(numbers):.2f})"
 
 
 # --- the two sides ------------------------------------------------------------------------------
 
 
 def our_model(base: str, labels: int, layers: int | None = None, adapt: bool = True) -> nn.Module:
-    """Load a base in bfloat16 as train.py does, cut after some layers, under a new head."""
+    """Load a base in bfloat16 as train.py does, with its first layers only and a new head."""
     model = clinora.load_model(base, num_labels=labels, dtype=torch.bfloat16)
     if layers is not None:
         del model.model.layers[layers:]
@@ -115,16 +129,18 @@ def our_model(base: str, labels: int, layers: int | None = None, adapt: bool = T
 
 
 def their_model(base: str, labels: int, layers: int | None = None, adapt: bool = True) -> nn.Module:
-    """Load the same with Transformers, and wrap it with PEFT."""
+    """Load the same model with Transformers, and wrap it with PEFT."""
     import peft
     import transformers
 
-    changes = {} if layers is None else {"num_hidden_layers": layers}
+    changes = {}
+    if layers is not None:
+        changes["num_hidden_layers"] = layers
     model = transformers.AutoModelForSequenceClassification.from_pretrained(
         find_base(base).folder,
         num_labels=labels,
         dtype=torch.bfloat16,
-        pad_token_id=0,  # "<unk>", which no note holds
+        pad_token_id=0,  # "<unk>", which occurs in no note
         **changes,
     )
     if not adapt:
@@ -144,7 +160,7 @@ Batch = tuple[Tensor, Tensor]  # ids (B, T), lengths (B,)
 
 
 def our_step(model: nn.Module) -> Callable[[Batch], None]:
-    """Make a training step: what train.py computes for a batch, without its bookkeeping."""
+    """Make a training step: what train.py computes for a batch, without logs and checkpoints."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
     model.train()
@@ -158,7 +174,7 @@ def our_step(model: nn.Module) -> Callable[[Batch], None]:
 
 
 def their_step(model: nn.Module) -> Callable[[Batch], None]:
-    """Make the same step of Transformers and PEFT, under autocast as the Trainer's bf16."""
+    """Make the same step with Transformers and PEFT, under autocast as with the Trainer's bf16."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
     model.train()
@@ -183,7 +199,7 @@ def _learn(logits: Tensor, trained: list, optimizer: torch.optim.Optimizer) -> N
 def train_ours(
     classifier: clinora.Classifier, notes: Sequence[Note], steps: int, tokens: int, rate: float
 ) -> tuple[int, float]:
-    """Train by ``clinora.training.train``; gives the notes that it saw and its seconds."""
+    """Train with ``clinora.training.train``; give the number of notes that it saw, and seconds."""
     from clinora.report import read_steps
     from clinora.training import METRICS, TrainingConfig, train
 
@@ -197,20 +213,20 @@ def train_ours(
 
 
 def batches_of_like_length(ids: Sequence[Sequence[int]], tokens: int) -> list[Batch]:
-    """Batch as Clinora does: notes of like length, up to a number of padded tokens."""
+    """Batch as Clinora does: notes of similar length, up to a number of padded tokens."""
     groups = group_by_length([len(note) for note in ids], tokens)
     return [pad([ids[i] for i in group], torch.device("cpu")) for group in groups]
 
 
 def random_batches(ids: Sequence[Sequence[int]], notes: int, seed: int = 0) -> list[Batch]:
-    """Batch as the Trainer does: so many notes at random, padded to the longest of them."""
+    """Batch as the Trainer does: a number of random notes, padded to the longest of them."""
     order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed)).tolist()
     groups = [order[i : i + notes] for i in range(0, len(ids), notes)]
     return [pad([ids[i] for i in group], torch.device("cpu")) for group in groups]
 
 
 def equal_batch(notes: int, tokens: int, vocabulary: int) -> Batch:
-    """Draw a batch without padding."""
+    """Draw a batch of random ids without padding."""
     ids = torch.randint(3, vocabulary, (notes, tokens), generator=torch.Generator().manual_seed(0))
     return ids, torch.full((notes,), tokens)
 
@@ -219,10 +235,10 @@ def equal_batch(notes: int, tokens: int, vocabulary: int) -> Batch:
 
 
 class Products:
-    """The products of a model's linear layers, as one forward (and backward) pass does them.
+    """The matrix products of a model's linear layers in one forward (and backward) pass.
 
-    They are recorded from a run and can be computed again alone, on the model's own weights, so
-    that caches see what they see in the model. Attention's products are not among them.
+    They are recorded from a run and can be computed again alone. They use the model's own weights,
+    so that the caches behave as in the model. Attention's products are not included.
     """
 
     def __init__(self, model: nn.Module, run: Callable[[], object], backward: bool) -> None:
@@ -247,39 +263,44 @@ class Products:
 
     @property
     def flops(self) -> int:
-        """Floating-point operations of all of them, 2 a multiply-add."""
+        """Floating-point operations of all products; a multiply-add counts as 2."""
         return sum(2 * rows * weight.numel() for weight, rows in self.forward + self.backward)
 
     def compute(self) -> None:
-        """Compute them all, on inputs of random numbers."""
+        """Compute all products, on random inputs."""
         inputs: dict[tuple, Tensor] = {}
 
-        def input_(rows: int, width: int, like: Tensor) -> Tensor:
-            key = (rows, width, like.dtype)
+        def random_input(rows: int, width: int, dtype: torch.dtype) -> Tensor:
+            key = (rows, width, dtype)
             if key not in inputs:
-                inputs[key] = torch.randn(rows, width).to(like.dtype)
+                inputs[key] = torch.randn(rows, width).to(dtype)
             return inputs[key]
 
         with torch.inference_mode():
             for weight, rows in self.forward:
-                F.linear(input_(rows, weight.size(1), weight), weight)
+                F.linear(random_input(rows, weight.size(1), weight.dtype), weight)
             for weight, rows in self.backward:
-                input_(rows, weight.size(0), weight) @ weight
+                random_input(rows, weight.size(0), weight.dtype) @ weight
 
 
-# --- processes of their own ---------------------------------------------------------------------
+# --- separate processes -------------------------------------------------------------------------
 
 
 def peak_bytes() -> int:
-    """Read the most memory that this process has held: the kernel's VmHWM."""
-    with open("/proc/self/status") as status:
-        return 1024 * int(next(line.split()[1] for line in status if line.startswith("VmHWM")))
+    """Read this process's peak memory in bytes: the kernel's VmHWM."""
+    status = Path("/proc/self/status").read_text()
+    (peak,) = [line for line in status.splitlines() if line.startswith("VmHWM")]
+    _, kilobytes, _ = peak.split()
+    return 1024 * int(kilobytes)
 
 
 def words_of(args: argparse.Namespace, *without: str) -> list[str]:
-    """Write options as the words of a command, but for some and those that were not given."""
-    given = {k: v for k, v in vars(args).items() if k not in without and v is not None}
-    return [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+    """Format the options as words of a command; those in ``without`` or not given are left out."""
+    words = []
+    for name, value in vars(args).items():
+        if name not in without and value is not None:
+            words.append(f"--{name.replace('_', '-')}={value}")
+    return words
 
 
 def in_own_process(module: str, *words: str) -> dict:
@@ -292,7 +313,7 @@ def in_own_process(module: str, *words: str) -> dict:
 
 
 def seconds_of(line: str) -> float:
-    """Time a line of Python in a new process, the interpreter's own start not counted."""
+    """Time a line of Python in a new process, without the start of the interpreter."""
     code = f"import time; t = time.perf_counter(); {line}; print(time.perf_counter() - t)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return float(done.stdout)

@@ -1,12 +1,12 @@
-"""Inference: notes a second over the test notes, or one long note against its matrix products.
+"""Inference: notes per second on the test notes, or the time of one note and its products.
 
     python -m benchmarks.inference [--notes mtsamples.csv] [--sample 100]
     python -m benchmarks.inference --one-note FOLDER [--tokens 500] [--layers 4]
 
-Theirs is Transformers' text-classification pipeline on the same adapter, merged on both sides, with
-the same tokens; it is timed with --batch notes a batch (its default is 1).
+Theirs is Transformers' text-classification pipeline with the same tokens and the same adapter,
+merged on both sides. It runs with --batch notes per batch (its own default is 1).
 
-Ours keeps freed memory, as eval.py does; theirs has the C library's default.
+Ours keeps freed memory, as eval.py does; theirs uses the C library's default.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from clinora.device import keep_freed_memory
 
 
 def their_pipeline(run: str, classifier: clinora.Classifier, batch: int) -> object:
-    """Make a pipeline of the run's base and adapter, merged by PEFT."""
+    """Make a pipeline from the run's base and adapter, merged by PEFT."""
     import peft
     import transformers
     from tokenizers import processors
@@ -49,40 +49,51 @@ def their_pipeline(run: str, classifier: clinora.Classifier, batch: int) -> obje
 
 
 def measure_side(args: argparse.Namespace) -> dict:
-    """Time one side on the test notes, after a pass that is not timed; gives its answers, too."""
-    texts = [note.text for note in clinora.read_notes(args.notes).on("test")][: args.sample]
+    """Time one side on the test notes, after a pass that is not timed; give its predictions too."""
+    notes = clinora.read_notes(args.notes).on("test")[: args.sample]
+    texts = [note.text for note in notes]
     classifier = clinora.Classifier.load(args.run, device="cpu", precision="bf16")
     if args.side == "ours":
         keep_freed_memory()  # as eval.py does
         clinora.merge_lora(classifier.model)
-        answer = lambda: [p.index for p in classifier(texts)]
+
+        def predict() -> list[int]:
+            return [prediction.index for prediction in classifier(texts)]
     else:
         pipe = their_pipeline(args.run, classifier, args.batch)
-        answer = lambda: [int(row["label"].removeprefix("LABEL_")) for row in pipe(texts)]
-    answer()
+
+        def predict() -> list[int]:
+            return [int(row["label"].removeprefix("LABEL_")) for row in pipe(texts)]
+
+    predict()
     began = time.perf_counter()
-    answers = answer()
-    return {"seconds": time.perf_counter() - began, "answers": answers}
+    predicted = predict()
+    return {"seconds": time.perf_counter() - began, "predicted": predicted}
 
 
 def measure_notes(args: argparse.Namespace) -> None:
-    """Time both sides in turn, each in a process of its own."""
+    """Time both sides in turns, each in its own process."""
     words = common.words_of(args, "repetitions", "side", "one_note", "tokens", "layers")
-    results = {"ours": [], "theirs": []}
+    seconds = {"ours": [], "theirs": []}
+    predicted = {}
     for _ in range(args.repetitions):
-        for side, found in results.items():
-            found.append(common.in_own_process("benchmarks.inference", *words, "--side", side))
-    seconds = {side: [r["seconds"] for r in found] for side, found in results.items()}
-    ours, theirs = (found[-1]["answers"] for found in results.values())
-    rows = [[side, f"{len(ours) / statistics.median(s):.1f}"] for side, s in seconds.items()]
+        for side in seconds:
+            result = common.in_own_process("benchmarks.inference", *words, "--side", side)
+            seconds[side].append(result["seconds"])
+            predicted[side] = result["predicted"]
+    notes = len(predicted["ours"])
+    rows = []
+    for side, times in seconds.items():
+        rows.append([side, f"{notes / statistics.median(times):.1f}"])
     common.table(["", "notes/s"], rows)
-    same = sum(a == b for a, b in zip(ours, theirs, strict=True))
-    print(f"the same answer to {same} of {len(ours)} notes")
+    pairs = zip(predicted["ours"], predicted["theirs"], strict=True)
+    same = sum(ours == theirs for ours, theirs in pairs)
+    print(f"the same predicted class for {same} of {notes} notes")
     print(f"times faster than theirs: {common.spread(common.ratios(seconds))}")
 
 
 def measure_one(args: argparse.Namespace) -> None:
-    """Time one note against the products of its linear layers alone, and against theirs."""
+    """Time one note on both sides, and the products of its linear layers alone."""
     ours = common.our_model(args.one_note, 5, args.layers, adapt=False).eval()
     theirs = common.their_model(args.one_note, 5, args.layers, adapt=False).eval()
     ids, lengths = common.equal_batch(1, args.tokens, 2000)
@@ -112,18 +123,21 @@ def main(argv: list[str] | None = None) -> int:
     parser = common.parser(__doc__)
     parser.add_argument("--run", default="bundled", help="bundled, or a run's folder")
     parser.add_argument("--notes", default="bundled", help="bundled, mtsamples or a CSV file")
-    parser.add_argument("--sample", type=int, help="so many test notes (default: all)")
+    parser.add_argument("--sample", type=int, help="number of test notes (default: all)")
     parser.add_argument("--batch", type=int, default=16, help="notes in the pipeline's batches")
-    parser.add_argument("--one-note", metavar="FOLDER", help="one note on this base instead")
-    parser.add_argument("--tokens", type=int, default=500, help="of the one note")
-    parser.add_argument("--layers", type=int, help="cut that base after so many (default: all)")
+    parser.add_argument("--one-note", metavar="FOLDER", help="time one note on this base instead")
+    parser.add_argument("--tokens", type=int, default=500, help="tokens of the one note")
+    parser.add_argument("--layers", type=int, help="layers of that base to keep (default: all)")
     parser.add_argument("--side", choices=("ours", "theirs"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     common.begin(args)
     if args.side:
         print(json.dumps(measure_side(args)))
         return 0
-    (measure_one if args.one_note else measure_notes)(args)
+    if args.one_note:
+        measure_one(args)
+    else:
+        measure_notes(args)
     return 0
 
 

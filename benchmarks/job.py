@@ -1,14 +1,14 @@
-"""The user's job: an epoch of LoRA on the notes, from ids to a tested adapter.
+"""A user's whole task: train LoRA on the notes for an epoch and test the adapter.
 
     python -m benchmarks.job [--notes mtsamples.csv] [--epochs 1] [--sample 200]
 
 Theirs is Transformers' Trainer with PEFT as documented: bf16, dynamic padding, a batch of 16. Ours
 is train.py's loop on as many notes. Both have the same base, ids, LoRA, peak learning rate, warm-up
-and cosine; a note under several classes is trained on all of them by ours and on the first by
-theirs. Accuracy counts an answer right that is one of the note's classes. Each repetition trains
-both sides from new adapters.
+and cosine. For a note with several labels, ours trains on all of them and theirs on the first. A
+prediction is correct if it is one of the note's labels. Each repetition trains new adapters on both
+sides.
 
-Ours keeps freed memory, as train.py does; theirs has the C library's default.
+Ours keeps freed memory, as train.py does; theirs uses the C library's default.
 """
 
 import argparse
@@ -26,13 +26,13 @@ import clinora
 from benchmarks import common
 from clinora.classifier import group_by_length
 from clinora.device import keep_freed_memory
-from clinora.notes import Note
+from clinora.notes import Note, are_correct
 
 
 def train_theirs(
     args: argparse.Namespace, base: str, labels: int, ids: list[list[int]], notes: Sequence[Note]
 ) -> tuple[int, float, torch.nn.Module]:
-    """Train by the Trainer; gives the notes that it saw, its seconds and the model."""
+    """Train with the Trainer; give the number of notes that it saw, its seconds and the model."""
     import transformers
 
     class Rows(torch.utils.data.Dataset):
@@ -78,57 +78,64 @@ def train_theirs(
 
 @torch.inference_mode()
 def their_accuracy(model: torch.nn.Module, ids: list[list[int]], notes: Sequence[Note]) -> float:
-    """Any-label accuracy of their model."""
-    named = []
+    """Give the any-label accuracy of their model."""
+    predicted = []
     model.eval()
     for note in ids:
         with torch.autocast("cpu", torch.bfloat16):
-            named.append(model(input_ids=torch.tensor([note])).logits.argmax().item())
-    return any_label_accuracy(named, notes)
+            predicted.append(model(input_ids=torch.tensor([note])).logits.argmax().item())
+    return any_label_accuracy(predicted, notes)
 
 
-def any_label_accuracy(named: Sequence[int], notes: Sequence[Note]) -> float:
-    """Give the share of notes that are filed under the class named."""
-    return statistics.mean(n in note.labels for n, note in zip(named, notes, strict=True))
+def any_label_accuracy(predicted: Sequence[int], notes: Sequence[Note]) -> float:
+    """Give the share of notes whose predicted class is one of their labels."""
+    return float(are_correct(notes, predicted).mean())
 
 
 def measure_side(args: argparse.Namespace) -> dict:
-    """Train one side from a new adapter; gives its seconds a note, accuracy and counts."""
+    """Train a new adapter on one side; give its seconds per note, accuracy and counts."""
     notes = clinora.read_notes(args.notes)
-    training, test = notes.on("training")[: args.sample], notes.on("test")
+    training = notes.on("training")[: args.sample]
+    test = notes.on("test")
+    labels = len(notes.classes)
     tokenizer = clinora.Tokenizer(common.find_base(args.base).folder / "tokenizer.model")
-    encode = lambda some: [tokenizer.encode(note.text, args.token_limit) for note in some]
-    ids, tokens, labels = encode(training), args.batch * args.token_limit, len(notes.classes)
+    ids = [tokenizer.encode(note.text, args.token_limit) for note in training]
+    tokens = args.batch * args.token_limit
     steps = args.epochs * len(group_by_length([len(note) for note in ids], tokens))
     if args.side == "ours":
         keep_freed_memory()  # as train.py does
         model = common.our_model(args.base, labels)
         ours = clinora.Classifier(model, tokenizer, notes.classes, args.token_limit)
-        seen, took = common.train_ours(ours, training, steps, tokens, args.learning_rate)
-        accuracy = any_label_accuracy([p.index for p in ours([n.text for n in test])], test)
+        seen, seconds = common.train_ours(ours, training, steps, tokens, args.learning_rate)
+        predictions = ours([note.text for note in test])
+        accuracy = any_label_accuracy([prediction.index for prediction in predictions], test)
     else:
-        seen, took, model = train_theirs(args, args.base, labels, ids, training)
-        accuracy = their_accuracy(model, encode(test), test)
-    counts = {"notes": len(training), "steps": steps, "test": len(test)}
-    return {"seconds": took / seen, "accuracy": accuracy, **counts}
+        seen, seconds, model = train_theirs(args, args.base, labels, ids, training)
+        test_ids = [tokenizer.encode(note.text, args.token_limit) for note in test]
+        accuracy = their_accuracy(model, test_ids, test)
+    return {
+        "seconds": seconds / seen,
+        "accuracy": accuracy,
+        "notes": len(training),
+        "steps": steps,
+        "test": len(test),
+    }
 
 
 def measure(args: argparse.Namespace) -> None:
-    """Train both sides in turn, each in a process of its own, and compare."""
+    """Train both sides in turns, each in its own process, and compare."""
     words = common.words_of(args, "repetitions", "side")
     results = {"ours": [], "theirs": []}
     for _ in range(args.repetitions):
         for side, found in results.items():
             found.append(common.in_own_process("benchmarks.job", *words, "--side", side))
-    seconds = {side: [r["seconds"] for r in found] for side, found in results.items()}
-    rows = [
-        [
-            side,
-            f"{1 / statistics.median(seconds[side]):.1f}",
-            common.spread([r["accuracy"] for r in found]),
-        ]
-        for side, found in results.items()
-    ]
+    seconds = {}
+    rows = []
+    for side, found in results.items():
+        seconds[side] = [result["seconds"] for result in found]
+        notes_per_second = 1 / statistics.median(seconds[side])
+        accuracy = common.spread([result["accuracy"] for result in found])
+        rows.append([side, f"{notes_per_second:.1f}", accuracy])
     common.table(["", "notes/s", "any-label accuracy"], rows)
     first = results["ours"][0]
     print(f"{first['notes']} notes, {first['steps']} steps of ours, {first['test']} test notes")
@@ -140,11 +147,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = common.parser(__doc__)
     parser.add_argument("--base", default="bundled", help="bundled, or a folder")
     parser.add_argument("--notes", default="bundled", help="bundled, mtsamples or a CSV file")
-    parser.add_argument("--sample", type=int, help="so many training notes (default: all)")
-    parser.add_argument("--epochs", type=int, default=1, help="passes over them")
-    parser.add_argument("--batch", type=int, default=16, help="their notes in a batch")
+    parser.add_argument("--sample", type=int, help="number of training notes (default: all)")
+    parser.add_argument("--epochs", type=int, default=1, help="passes over the training notes")
+    parser.add_argument("--batch", type=int, default=16, help="notes per batch of theirs")
     parser.add_argument("--token-limit", type=int, default=512, help="tokens read of a note")
-    parser.add_argument("--learning-rate", type=float, default=1e-3, help="peak")
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="peak learning rate")
     parser.add_argument("--side", choices=("ours", "theirs"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     common.begin(args)

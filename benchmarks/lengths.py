@@ -1,9 +1,9 @@
-"""A pass of training over real notes: real tokens a second, padding not counted.
+"""A training pass over real notes: tokens per second, without padding.
 
     python -m benchmarks.lengths FOLDER --notes mtsamples.csv [--layers 2] [--sample 32]
 
-Ours has batches of like length under a token budget, as train.py; theirs has as many notes in each
-batch, drawn at random and padded to the longest, as Transformers' Trainer by default.
+Ours has batches of notes of similar length under a token budget, as in train.py. Theirs has a fixed
+number of random notes in each batch, padded to the longest, as in Transformers' Trainer by default.
 """
 
 import argparse
@@ -18,13 +18,14 @@ from benchmarks import common
 
 def measure(args: argparse.Namespace) -> None:
     """Time a pass of each side over the same notes."""
-    tokenizer = clinora.Tokenizer(
-        args.tokenizer or common.find_base(args.base).folder / "tokenizer.model"
-    )
+    tokenizer_file = args.tokenizer
+    if tokenizer_file is None:
+        tokenizer_file = common.find_base(args.base).folder / "tokenizer.model"
+    tokenizer = clinora.Tokenizer(tokenizer_file)
     notes = clinora.read_notes(args.notes).on("training")
     chosen = torch.randperm(len(notes), generator=torch.Generator().manual_seed(0))[: args.sample]
     ids = [tokenizer.encode(notes[i].text, args.token_limit) for i in chosen.tolist()]
-    real = sum(map(len, ids))
+    real = sum(len(note) for note in ids)  # tokens, without padding
     ours = common.batches_of_like_length(ids, args.batch * args.token_limit)
     theirs = common.random_batches(ids, args.batch)
     step = common.our_step(common.our_model(args.base, 5, args.layers))
@@ -39,7 +40,7 @@ def measure(args: argparse.Namespace) -> None:
     rows = []
     for name, batches in (("ours", ours), ("theirs", theirs)):
         median = statistics.median(seconds[name])
-        padded = sum(ids.numel() for ids, _ in batches)
+        padded = sum(padded_ids.numel() for padded_ids, _ in batches)
         rows.append(
             [
                 name,
@@ -60,8 +61,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("base", help="a folder, or bundled")
     parser.add_argument("--notes", default="bundled", help="bundled, mtsamples or a CSV file")
     parser.add_argument("--tokenizer", help="a tokenizer.model (default: the base's)")
-    parser.add_argument("--layers", type=int, help="cut the base after so many (default: all)")
-    parser.add_argument("--batch", type=int, default=4, help="notes of the limit's length")
+    parser.add_argument("--layers", type=int, help="layers of the base to keep (default: all)")
+    parser.add_argument(
+        "--batch", type=int, default=4, help="notes of the limit's length per batch"
+    )
     parser.add_argument("--sample", type=int, default=64, help="notes to train on")
     parser.add_argument("--token-limit", type=int, default=512, help="tokens read of a note")
     args = parser.parse_args(argv)

@@ -1,13 +1,14 @@
-"""Growth: time and memory of training at 1×, 2× and 4× the notes, the tokens and the layers.
+"""Scaling: time and memory of training at 1×, 2× and 4× the notes, the tokens and the layers.
 
     python -m benchmarks.scaling [--width 256] [--notes 8] [--tokens 128] [--layers 2]
 
-Every line is a process of its own on a base of random weights. Memory is its peak less what a
-process holds that has made the model but not trained it.
+Each line is measured in its own process, on a base of random weights. Memory is the peak minus the
+peak before training, when the model has been built.
 """
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import time
@@ -20,7 +21,7 @@ from clinora.llama import LlamaConfig, LlamaForSequenceClassification
 
 
 def one_size(args: argparse.Namespace) -> dict[str, float]:
-    """Train over so many notes, 8 a batch, and give seconds and bytes."""
+    """Train on the notes in batches of 8, and give seconds and bytes."""
     config = LlamaConfig(
         vocab_size=2000,
         hidden_size=args.width,
@@ -33,16 +34,17 @@ def one_size(args: argparse.Namespace) -> dict[str, float]:
     )
     model = LlamaForSequenceClassification(config, 5).bfloat16()
     clinora.apply_lora(model, common.LORA)
-    step, batch = common.our_step(model), common.equal_batch(8, args.tokens, 2000)
-    at_rest = common.peak_bytes()
+    step = common.our_step(model)
+    batch = common.equal_batch(8, args.tokens, 2000)
+    before_training = common.peak_bytes()
     step(batch)
     seconds = []
     for _ in range(args.repetitions):
         began = time.perf_counter()
-        for _ in range(-(-args.notes // 8)):
+        for _ in range(math.ceil(args.notes / 8)):
             step(batch)
         seconds.append(time.perf_counter() - began)
-    return {"seconds": statistics.median(seconds), "bytes": common.peak_bytes() - at_rest}
+    return {"seconds": statistics.median(seconds), "bytes": common.peak_bytes() - before_training}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -50,8 +52,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = common.parser(__doc__)
     sizes = {"notes": 16, "tokens": 256, "layers": 4}
     for name, size in sizes.items():
-        parser.add_argument(f"--{name}", type=int, default=size, help="at 1×")
-    parser.add_argument("--width", type=int, default=512, help="of the hidden state")
+        parser.add_argument(f"--{name}", type=int, default=size, help=f"{name} at 1×")
+    parser.add_argument("--width", type=int, default=512, help="width of the hidden state")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.one:
@@ -66,15 +68,22 @@ def main(argv: list[str] | None = None) -> int:
             words = ["--one", "--width", str(args.width), "--repetitions", str(args.repetitions)]
             words += ["--threads", str(torch.get_num_threads())]
             for name in sizes:
-                size = getattr(args, name) * (times if name == grown else 1)
+                size = getattr(args, name)
+                if name == grown:
+                    size *= times
                 words += [f"--{name}", str(size)]
             found = common.in_own_process("benchmarks.scaling", *words)
-            first = first or found
-            grow = [f"{found[what] / first[what]:.2f}" for what in ("seconds", "bytes")]
+            if first is None:
+                first = found
             rows.append(
-                [f"{grown} {times}×", f"{found['seconds']:.2f}", grow[0],
-                 f"{found['bytes'] / 1e6:.0f}", grow[1]]
-            )  # fmt: skip
+                [
+                    f"{grown} {times}×",
+                    f"{found['seconds']:.2f}",
+                    f"{found['seconds'] / first['seconds']:.2f}",
+                    f"{found['bytes'] / 1e6:.0f}",
+                    f"{found['bytes'] / first['bytes']:.2f}",
+                ]
+            )
     common.table(["", "seconds", "of 1×", "MB", "of 1×"], rows)
     return 0
 

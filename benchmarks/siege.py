@@ -1,10 +1,11 @@
-"""What do attackers cost the others? Answers of the service with and without each attack.
+"""Attacks on the service: a client's response times without an attack and during each attack.
 
     python -m benchmarks.siege
 
-Starts ``serve.py`` on the loopback address and attacks it from 127.0.0.1. A client at 127.0.0.2
-sends short notes, one after the other, before each attack and during it. Takes under three minutes.
-On systems where 127.0.0.2 is not an address of the machine (macOS), this does not run.
+This starts ``serve.py`` on the loopback address and attacks it from 127.0.0.1. A client at
+127.0.0.2 sends short notes, one after the other, before the attacks and during each of them. It
+takes less than three minutes. It does not run where 127.0.0.2 is not an address of the machine
+(macOS).
 """
 
 import argparse
@@ -43,12 +44,12 @@ PASSWORD = "correct horse battery"
 
 
 class Client:
-    """A client of ``/v1/classify`` with one connection of its own.
+    """A client of ``/v1/classify`` with its own connection.
 
     Args:
-        port: Of the service.
-        address: Where the client comes from.
-        credentials: Its name and password, ``name:password``.
+        port: Port of the service.
+        address: The client's address.
+        credentials: The user's name and password, ``name:password``.
     """
 
     def __init__(self, port: int, address: str, credentials: str | None = None) -> None:
@@ -60,11 +61,11 @@ class Client:
             encoded = base64.b64encode(credentials.encode()).decode()
             self.headers["Authorization"] = f"Basic {encoded}"
 
-    def post(self, question: dict) -> tuple[int, dict]:
-        """Ask; give the status and the answer."""
-        self.connection.request("POST", "/v1/classify", json.dumps(question), self.headers)
-        answer = self.connection.getresponse()
-        return answer.status, json.loads(answer.read())
+    def post(self, body: dict) -> tuple[int, dict]:
+        """Send a request body; give the response's status and body."""
+        self.connection.request("POST", "/v1/classify", json.dumps(body), self.headers)
+        response = self.connection.getresponse()
+        return response.status, json.loads(response.read())
 
     def close(self) -> None:
         """Close the connection."""
@@ -76,7 +77,7 @@ class Client:
 
 @contextmanager
 def service(*options: str) -> Iterator[tuple[subprocess.Popen, int]]:
-    """Start serve.py and give its process and port."""
+    """Run serve.py in the ``with`` block; give its process and port."""
     command = [sys.executable, str(ROOT / "serve.py"), "--port", "0", *options]
     with tempfile.TemporaryDirectory() as folder:
         process = subprocess.Popen(
@@ -93,28 +94,29 @@ def service(*options: str) -> Iterator[tuple[subprocess.Popen, int]]:
 
 
 def measure(port: int, seconds: float) -> np.ndarray:
-    """Send short notes from the client's address; give the seconds of each answer."""
+    """Send short notes from the client's address; give the seconds that each response took."""
     client = Client(port, CLIENT)
-    took = []
+    times = []
     end = time.perf_counter() + seconds
     while time.perf_counter() < end:
+        note = NOTES[len(times) % len(NOTES)]
         began = time.perf_counter()
-        status, _ = client.post({"note": NOTES[len(took) % len(NOTES)]})
+        status, _ = client.post({"note": note})
         if status != 200:
-            raise RuntimeError(f"the client's note was answered with status {status}")
-        took.append(time.perf_counter() - began)
+            raise RuntimeError(f"the response to the client's note has status {status}")
+        times.append(time.perf_counter() - began)
     client.close()
-    return np.array(took)
+    return np.array(times)
 
 
-def report(what: str, took: np.ndarray, quiet: np.ndarray | None = None) -> None:
-    """Print median and 95th percentile, and their ratios to those without an attack."""
-    median, late = np.percentile(took, (50, 95))
-    line = f"{what:<34} {len(took):>5} answers, median {1e3 * median:6.1f} ms, "
-    line += f"95th percentile {1e3 * late:6.1f} ms"
+def report(what: str, times: np.ndarray, quiet: np.ndarray | None = None) -> None:
+    """Print the median and 95th percentile of times, and their ratios to those without attack."""
+    median, p95 = np.percentile(times, (50, 95))
+    line = f"{what:<34} {len(times):>5} responses, median {1e3 * median:6.1f} ms, "
+    line += f"95th percentile {1e3 * p95:6.1f} ms"
     if quiet is not None:
-        quiet_median, quiet_late = np.percentile(quiet, (50, 95))
-        line += f"  ({median / quiet_median:.2f} and {late / quiet_late:.2f} times)"
+        quiet_median, quiet_p95 = np.percentile(quiet, (50, 95))
+        line += f"  ({median / quiet_median:.2f} and {p95 / quiet_p95:.2f} times)"
     print(line, flush=True)
 
 
@@ -123,23 +125,24 @@ def report(what: str, took: np.ndarray, quiet: np.ndarray | None = None) -> None
 
 @contextmanager
 def slow_connections(port: int, count: int) -> Iterator[None]:
-    """Hold connections that send a byte of their headers each second, as many as one may have."""
+    """Keep ``count`` connections open that send one byte of their headers each second."""
     done = threading.Event()
     held: list[socket.socket] = []
 
-    def trickle() -> None:
+    def send_slowly() -> None:
         while not done.is_set():
             for connection in list(held):
                 try:
                     connection.send(b"x")
-                except OSError:  # closed at its deadline: come again
+                except OSError:  # the service closed it at its deadline: open another one below
                     held.remove(connection)
             while len(held) < count and not done.is_set():
-                held.append(_connect(port))
-                held[-1].sendall(b"GET / HTTP/1.1\r\nX-Slow: ")
+                connection = _connect(port)
+                held.append(connection)
+                connection.sendall(b"GET / HTTP/1.1\r\nX-Slow: ")
             done.wait(1)
 
-    thread = threading.Thread(target=trickle)
+    thread = threading.Thread(target=send_slowly)
     thread.start()
     time.sleep(2)
     yield
@@ -155,10 +158,10 @@ def _connect(port: int) -> socket.socket:
 
 @contextmanager
 def greedy_clients(port: int, count: int) -> Iterator[None]:
-    """Keep requests of 32 long notes coming, the next as soon as one is answered."""
+    """Send requests of 32 long notes from ``count`` clients, one after the other."""
     done = threading.Event()
 
-    def ask() -> None:
+    def send_requests() -> None:
         while not done.is_set():
             client = Client(port, ATTACKER)
             client.post({"notes": [LONG_NOTE] * 32})
@@ -166,7 +169,7 @@ def greedy_clients(port: int, count: int) -> Iterator[None]:
 
     with ThreadPoolExecutor(count) as pool:
         for _ in range(count):
-            pool.submit(ask)
+            pool.submit(send_requests)
         time.sleep(2)
         yield
         done.set()
@@ -174,7 +177,7 @@ def greedy_clients(port: int, count: int) -> Iterator[None]:
 
 @contextmanager
 def wrong_passwords(port: int, count: int) -> Iterator[None]:
-    """Keep guessing a password, each guess another one."""
+    """Guess passwords from ``count`` clients, each guess another one."""
     done = threading.Event()
 
     def guess(number: int) -> None:
@@ -193,87 +196,97 @@ def wrong_passwords(port: int, count: int) -> Iterator[None]:
         done.set()
 
 
-# --- what is measured ---------------------------------------------------------------------------
+# --- measurements -------------------------------------------------------------------------------
 
 
 def batch_seconds(port: int) -> float:
     """Give the seconds that the largest batch of long notes takes: the median of five."""
     client = Client(port, CLIENT)
-    _, answer = client.post({"note": LONG_NOTE})
-    notes = [LONG_NOTE] * (MOST_TOKENS // answer["tokens_read"])
-    took = []
+    _, response = client.post({"note": LONG_NOTE})
+    notes = [LONG_NOTE] * (MOST_TOKENS // response["tokens_read"])
+    times = []
     for _ in range(5):
         began = time.perf_counter()
         client.post({"notes": notes})
-        took.append(time.perf_counter() - began)
+        times.append(time.perf_counter() - began)
     client.close()
-    return float(np.median(took))
+    return float(np.median(times))
 
 
 def many_clients(port: int, count: int, seconds: float) -> None:
-    """Let clients ask at once, and compare each answer with that of its note alone."""
+    """Let clients send notes at once, and compare each prediction with that of the note alone."""
     alone = Client(port, CLIENT)
-    expected = {note: alone.post({"note": note})[1] for note in NOTES}
+    expected = {}
+    for note in NOTES:
+        _, expected[note] = alone.post({"note": note})
     alone.close()
     end = time.perf_counter() + seconds
 
-    def ask(start: int) -> list[float]:
-        """Give of each answer how far its probabilities are from those of the note alone."""
+    def send_notes(start: int) -> list[float]:
+        """Give, for each request, the difference from the note alone; infinity for an error."""
         client = Client(port, CLIENT)
-        apart = []
+        differences = []
         while time.perf_counter() < end:
-            note = NOTES[(start + len(apart)) % len(NOTES)]
-            status, answer = client.post({"note": note})
-            apart.append(_difference(answer, expected[note]) if status == 200 else float("inf"))
+            note = NOTES[(start + len(differences)) % len(NOTES)]
+            status, response = client.post({"note": note})
+            if status == 200:
+                differences.append(_difference(response, expected[note]))
+            else:
+                differences.append(float("inf"))
         client.close()
-        return apart
+        return differences
 
+    differences = []
     with ThreadPoolExecutor(count) as pool:
-        apart = [difference for one in pool.map(ask, range(count)) for difference in one]
+        for of_client in pool.map(send_notes, range(count)):
+            differences += of_client
     print(
-        f"{count} clients for {seconds:g} s: {len(apart)} asked, "
-        f"{sum(np.isfinite(apart))} answered; largest difference of a probability from the "
-        f"note's own answer {max(apart):.1e}",
+        f"{count} clients for {seconds:g} s: {len(differences)} requests, "
+        f"{sum(np.isfinite(differences))} classified; largest difference of a probability from "
+        f"that of the note alone {max(differences):.1e}",
         flush=True,
     )
 
 
-def _difference(answer: dict, expected: dict) -> float:
-    pairs = zip(answer["probabilities"].values(), expected["probabilities"].values(), strict=True)
-    return max(abs(a - b) for a, b in pairs)
+def _difference(response: dict, expected: dict) -> float:
+    """Give the largest difference between the probabilities in two responses."""
+    pairs = zip(response["probabilities"].values(), expected["probabilities"].values(), strict=True)
+    return max(abs(found - wanted) for found, wanted in pairs)
 
 
 def log_in(port: int, users: range) -> None:
-    """Log each user in from the client's address, and print the seconds that it took."""
-    took = []
-    for user in users:  # a header that was right before would be admitted at once
+    """Log in each user from the client's address, and print the seconds that it took."""
+    times = []
+    # Each user logs in once: a header that was accepted before is admitted at once.
+    for user in users:
         client = Client(port, CLIENT, f"user{user}:{PASSWORD}")
         began = time.perf_counter()
         status, _ = client.post({"note": NOTES[0]})
-        took.append(time.perf_counter() - began)
+        times.append(time.perf_counter() - began)
         client.close()
         if status != 200:
-            raise RuntimeError(f"the right password was answered with status {status}")
+            raise RuntimeError(f"the response to the right password has status {status}")
     print(
-        f"{len(took)} right passwords: median {np.median(took):.2f} s, longest {max(took):.2f} s",
+        f"{len(times)} correct passwords: median {np.median(times):.2f} s, "
+        f"longest {max(times):.2f} s",
         flush=True,
     )
 
 
 def password_line(user: int) -> str:
-    """Give the line of a user in a password file."""
+    """Make a user's line of a password file."""
     salt = secrets.token_bytes(16)
     return f"user{user}:{salt.hex()}:{scrypt(PASSWORD, salt).hex()}\n"
 
 
 def end_with_everything_open(process: subprocess.Popen, port: int) -> None:
-    """Open streams, half requests and one accepted request; end the service, print the seconds."""
-    answered: list[tuple[int, float]] = []
+    """Stop the service with streams, half requests and a request open; print how long it took."""
+    responses: list[tuple[int, float]] = []  # status, and when it arrived
 
-    def ask() -> None:
+    def send_request() -> None:
         client = Client(port, CLIENT)
         status, _ = client.post({"notes": [LONG_NOTE] * 32})
-        answered.append((status, time.perf_counter()))
+        responses.append((status, time.perf_counter()))
 
     with ExitStack() as open_connections:
         head = b"Host: 127.0.0.1\r\nCookie: clinora_visit=x\r\n"
@@ -285,18 +298,18 @@ def end_with_everything_open(process: subprocess.Popen, port: int) -> None:
         ):
             for _ in range(5):
                 open_connections.enter_context(_connect(port)).sendall(request)
-        asking = threading.Thread(target=ask)
-        asking.start()
+        thread = threading.Thread(target=send_request)
+        thread.start()
         time.sleep(1)
         process.send_signal(signal.SIGTERM)
         process.wait(60)
         ended = time.perf_counter()
-        asking.join(60)
-    (status, at) = answered[0]
-    said = process.stderr.read()
+        thread.join(60)
+    status, arrived = responses[0]
+    stderr = process.stderr.read()
     print(
-        f"end with everything open: the accepted request got status {status}; the exit came "
-        f"{ended - at:.1f} s after it, status {process.returncode}, on stderr: {said!r}"
+        f"stop with everything open: the accepted request got status {status}; the service ended "
+        f"{ended - arrived:.1f} s after it, exit status {process.returncode}, stderr: {stderr!r}"
     )
 
 
@@ -305,9 +318,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--run", default="bundled", help="a folder that train.py wrote")
-    parser.add_argument("--seconds", type=float, default=15.0, help="of each measurement")
-    parser.add_argument("--clients-seconds", type=float, default=20.0, help="of 32 clients at once")
+    parser.add_argument("--run", default="bundled", help="bundled, or a run's folder")
+    parser.add_argument("--seconds", type=float, default=15.0, help="length of each measurement")
+    parser.add_argument(
+        "--clients-seconds", type=float, default=20.0, help="length of that of 32 clients at once"
+    )
     args = parser.parse_args(argv)
     with service("--run", args.run) as (process, port):
         print(f"the largest batch of long notes, alone: {1e3 * batch_seconds(port):.0f} ms")

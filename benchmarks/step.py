@@ -1,11 +1,11 @@
-"""A training step on equal, full batches: share of the machine's matmul rate, and peak memory.
+"""A training step on batches without padding: share of the matmul rate, and peak memory.
 
     python -m benchmarks.tinyllama_shape FOLDER      # once: 2.2 GB of random weights
     python -m benchmarks.step FOLDER [--layers 4] [--memory]
 
-"alone" computes the products of our step's linear layers and nothing else, in the same run: its
-rate is the machine's at these shapes. Our step's share is the time that its products would take at
-that rate over the time that it took; theirs executes other products.
+"alone" computes only the products of our step's linear layers, in the same run: its rate is the
+machine's matmul rate at these shapes. Our step's share is the time that its products would take at
+that rate, divided by the time of the step. Theirs has no share: it executes other products.
 """
 
 import argparse
@@ -19,11 +19,12 @@ from benchmarks import common
 
 
 def measure(args: argparse.Namespace) -> None:
-    """Time our step, theirs and our products alone."""
+    """Time our step, their step and our products alone."""
     batch = common.equal_batch(args.batch, args.tokens, 2000)
     ours = common.our_model(args.base, 5, args.layers)
     theirs = common.their_model(args.base, 5, args.layers)
-    step, their_step = common.our_step(ours), common.their_step(theirs)
+    step = common.our_step(ours)
+    their_step = common.their_step(theirs)
     products = common.Products(ours, lambda: step(batch), backward=True)
     seconds = common.alternate(
         {"ours": lambda: step(batch), "theirs": lambda: their_step(batch),
@@ -32,11 +33,13 @@ def measure(args: argparse.Namespace) -> None:
     )  # fmt: skip
     tokens = args.batch * args.tokens
     rate = products.flops / statistics.median(seconds["alone"])
-    rows = [
-        [name, f"{s:.2f}", f"{tokens / s:.0f}",
-         f"{products.flops / s / rate:.1%}" if name != "theirs" else ""]
-        for name, s in ((name, statistics.median(times)) for name, times in seconds.items())
-    ]  # fmt: skip
+    rows = []
+    for name, times in seconds.items():
+        median = statistics.median(times)
+        share = ""
+        if name != "theirs":
+            share = f"{products.flops / median / rate:.1%}"
+        rows.append([name, f"{median:.2f}", f"{tokens / median:.0f}", share])
     common.table(["", "seconds a step", "tokens/s", "share of the matmul rate"], rows)
     print(
         f"matmul rate {rate / 1e9:.0f} GFLOP/s; {products.flops / 1e12:.2f} TFLOP a step executed"
@@ -45,22 +48,25 @@ def measure(args: argparse.Namespace) -> None:
 
 
 def measure_memory(args: argparse.Namespace) -> None:
-    """Compare the peaks of two processes, each of which loads and trains two steps."""
+    """Compare the peak memory of two processes; each loads a model and trains two steps."""
     words = [args.base, "--batch", str(args.batch), "--tokens", str(args.tokens)]
-    words += ["--layers", str(args.layers)] if args.layers else []
+    if args.layers:
+        words += ["--layers", str(args.layers)]
     words += ["--threads", str(torch.get_num_threads())]
     peaks = {}
     for side in ("ours", "theirs"):
-        peaks[side] = common.in_own_process("benchmarks.step", *words, "--side", side)["peak"]
+        result = common.in_own_process("benchmarks.step", *words, "--side", side)
+        peaks[side] = result["peak"]
     common.table(["", "peak GB"], [[side, f"{peak / 1e9:.2f}"] for side, peak in peaks.items()])
     print(f"ours of theirs: {peaks['ours'] / peaks['theirs']:.2f}")
 
 
 def one_side(args: argparse.Namespace) -> None:
-    """Train two steps on one side and print the peak."""
-    make = {"ours": (common.our_model, common.our_step),
-            "theirs": (common.their_model, common.their_step)}[args.side]  # fmt: skip
-    step = make[1](make[0](args.base, 5, args.layers))
+    """Train two steps on one side and print the peak memory."""
+    if args.side == "ours":
+        step = common.our_step(common.our_model(args.base, 5, args.layers))
+    else:
+        step = common.their_step(common.their_model(args.base, 5, args.layers))
     for _ in range(2):
         step(common.equal_batch(args.batch, args.tokens, 2000))
     print(json.dumps({"peak": common.peak_bytes()}))
@@ -70,10 +76,10 @@ def main(argv: list[str] | None = None) -> int:
     """Measure and print; returns the exit status."""
     parser = common.parser(__doc__)
     parser.add_argument("base", help="a folder, or bundled")
-    parser.add_argument("--layers", type=int, help="cut the base after so many (default: all)")
-    parser.add_argument("--batch", type=int, default=4, help="notes")
-    parser.add_argument("--tokens", type=int, default=512, help="tokens a note")
-    parser.add_argument("--memory", action="store_true", help="peak memory in place of time")
+    parser.add_argument("--layers", type=int, help="layers of the base to keep (default: all)")
+    parser.add_argument("--batch", type=int, default=4, help="notes per batch")
+    parser.add_argument("--tokens", type=int, default=512, help="tokens per note")
+    parser.add_argument("--memory", action="store_true", help="measure peak memory, not time")
     parser.add_argument("--side", choices=("ours", "theirs"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.side:
@@ -81,7 +87,10 @@ def main(argv: list[str] | None = None) -> int:
         one_side(args)
         return 0
     common.begin(args)
-    (measure_memory if args.memory else measure)(args)
+    if args.memory:
+        measure_memory(args)
+    else:
+        measure(args)
     return 0
 
 

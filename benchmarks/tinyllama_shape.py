@@ -2,8 +2,8 @@
 
     python -m benchmarks.tinyllama_shape FOLDER [--tokenizer tokenizer.model]
 
-Speed and memory do not depend on what the weights say; accuracy does, and nothing about it can be
-learnt here.
+Speed and memory do not depend on the values of the weights. Accuracy does, so it cannot be measured
+with this base.
 """
 
 import argparse
@@ -44,7 +44,7 @@ CONFIG = {
 
 
 def write_base(folder: Path, tokenizer: Path | None = None, seed: int = 0) -> None:
-    """Write config.json, model.safetensors and, if one is given, a copy of a tokenizer.model."""
+    """Write config.json, model.safetensors and a copy of tokenizer.model, if one is given."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
     if tokenizer is not None:
@@ -55,16 +55,18 @@ def write_base(folder: Path, tokenizer: Path | None = None, seed: int = 0) -> No
     weights = {}
     for name, tensor in model.state_dict().items():
         weight = torch.empty(tensor.shape, dtype=torch.bfloat16)
-        weights[name] = (
-            weight.fill_(1) if "norm" in name else weight.normal_(0, 0.02, generator=draw)
-        )
+        if "norm" in name:
+            weight.fill_(1)
+        else:
+            weight.normal_(0, 0.02, generator=draw)
+        weights[name] = weight
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def main(argv: list[str] | None = None) -> int:
     """Write the folder; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, help="folder to write to")
     parser.add_argument("--tokenizer", type=Path, help="a tokenizer.model of 32,000 pieces")
     args = parser.parse_args(argv)
     write_base(args.folder, args.tokenizer)

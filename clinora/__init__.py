@@ -1,4 +1,4 @@
-"""LoRA and Llama written by hand, small and exact, to classify clinical notes.
+"""LoRA and Llama, written by hand, to classify clinical notes.
 
 >>> import clinora
 >>> model = clinora.load_model("bundled", num_labels=5)  # or a folder, or a Hub id
@@ -18,11 +18,12 @@ A name is imported when it is first used, so ``import clinora`` does not wait fo
 """
 
 import importlib
+import itertools
 from typing import Any
 
 __version__ = "0.1.0"
 
-# The public names by their module. __init__.pyi tells editors and type checkers of the same.
+# The public names by module. __init__.pyi lists the same names for editors and type checkers.
 _NAMES = {
     "adapter": ("load_adapter", "save_adapter"),
     "checkpoint": ("load_model",),
@@ -45,9 +46,9 @@ _NAMES = {
     "tokenizer": ("Tokenizer",),
     "training": ("TrainingConfig", "train"),
 }
-_MODULES = ("budget", "testing")  # public as modules
+_MODULES = ("budget", "testing")  # public modules
 
-__all__ = [*_MODULES, *(name for names in _NAMES.values() for name in names)]
+__all__ = [*_MODULES, *itertools.chain(*_NAMES.values())]
 
 
 def __getattr__(name: str) -> Any:
@@ -57,7 +58,7 @@ def __getattr__(name: str) -> Any:
     for module, names in _NAMES.items():
         if name in names:
             value = getattr(importlib.import_module(f"clinora.{module}"), name)
-            globals()[name] = value  # the next use finds it at once
+            globals()[name] = value  # later uses do not call this function
             return value
     raise AttributeError(f"module 'clinora' has no attribute {name!r}")
 

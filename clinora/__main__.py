@@ -1,19 +1,19 @@
-"""``python -m clinora`` and, once installed, ``clinora``: they run one of the commands."""
+"""The command line ``python -m clinora``, or ``clinora`` after installation."""
 
 import argparse
 import importlib
 import sys
 
 COMMANDS = {
-    "train": "fine-tune a base model with LoRA and measure it before and after",
-    "eval": "measure a trained run on notes that it was not trained on",
+    "train": "fine-tune a base model with LoRA and evaluate it before and after",
+    "eval": "evaluate a trained run on notes that it was not trained on",
     "serve": "classify notes on a page and through an API",
-    "budget": "count the parameters and bytes of fine-tuning a model, without loading it",
+    "budget": "count the parameters and the memory of fine-tuning a model, without loading it",
 }
 
 
 def main(argv: list[str] | None = None, prog: str = "clinora") -> int:
-    """Run the command that the first word names; returns its exit status."""
+    """Run the command that the first argument names, and return its exit status."""
     words = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(
         prog=prog,
@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None, prog: str = "clinora") -> int:
     )
     for name, about in COMMANDS.items():
         commands.add_parser(name, help=about)
-    command = parser.parse_args(words[:1]).command  # the rest is for the command to parse
+    command = parser.parse_args(words[:1]).command  # the command parses the rest
     module = importlib.import_module(f"clinora.commands.{command}")
     return module.main(words[1:], f"{prog} {command}")
 

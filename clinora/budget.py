@@ -8,11 +8,11 @@ as r·(out + in) < out·in (Hu et al. 2021, section 4.1). Training holds in memo
     optimiser    8 bytes for each trained parameter: AdamW's two moments
     activations  what the forward pass saves for the backward pass
 
-Three methods share the formulas: ``lora`` (A, B and the head), ``head`` (the head alone) and
-``full`` (everything). ``bf16`` is autocast to bfloat16, on a bfloat16 base or, in full training,
-on float32 weights; ``fp32`` is float32 throughout. Not counted is what exists only briefly or
-outside the model: the loss, gradients of activations, autocast's copies of trained weights (in
-full training 2 more bytes for each weight), and the allocator's overhead.
+The method says what is trained: ``lora`` (A, B and the head), ``head`` (the head alone) or ``full``
+(everything). ``bf16`` is autocast to bfloat16, on a bfloat16 base or, in full training, on float32
+weights; ``fp32`` is float32 throughout. The formulas leave out what exists only briefly or outside
+the model: the loss, gradients of activations, autocast's copies of trained weights (in full
+training 2 more bytes for each weight), and the allocator's overhead.
 
     clinora budget config.json --rank 8 --targets q_proj v_proj
 
@@ -27,16 +27,16 @@ from clinora.kernels import TILED_FROM
 from clinora.llama import LlamaConfig
 
 METHODS = ("lora", "head", "full")
-ELEMENT_BYTES = {"bf16": 2, "fp32": 4}  # of a frozen weight, and of what a product computes
+ELEMENT_BYTES = {"bf16": 2, "fp32": 4}  # a frozen weight, or an element in a matrix product
 FLOAT32_BYTES = 4
-MASTER_BYTES = FLOAT32_BYTES  # of a trained weight, and of its gradient
-ADAMW_BYTES = 8  # of the two moments of a trained weight
-INDEX_BYTES = 8  # of a token id or a position: int64
+MASTER_BYTES = FLOAT32_BYTES  # a trained weight, or its gradient
+ADAMW_BYTES = 8  # the two moments of a trained weight
+INDEX_BYTES = 8  # a token id or a position: int64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FineTuning:
-    """What is trained, in which precision, on batches of which shape.
+    """What is trained, in which precision, and the shape of a batch.
 
     Attributes:
         method: "lora", "head" or "full".
@@ -111,14 +111,14 @@ def linear_shapes(config: LlamaConfig) -> dict[str, tuple[int, int]]:
 
 
 def base_parameters(config: LlamaConfig, num_labels: int | None) -> int:
-    """Count a Llama: V·D + L·(Σ out·in + 2·D) + D + head, with Σ over the seven linear layers.
+    """Count parameters: V·D + L·(Σ out·in + 2·D) + D + head, with Σ over the seven linear layers.
 
     Args:
         config: The shape of the Llama.
         num_labels: C, for a head of C·D. None: the language-model head, V·D unless it is tied.
 
     Returns:
-        All parameters, with biases where the configuration asks for them.
+        The number of all parameters, biases included if the configuration has them.
 
     Raises:
         ValueError: ``num_labels`` is below 1.
@@ -144,7 +144,9 @@ def base_parameters(config: LlamaConfig, num_labels: int | None) -> int:
 
 
 def break_even_rank(out_features: int, in_features: int) -> int:
-    """Find the largest r with r·(out + in) < out·in: up to it, LoRA trains less than W has.
+    """Find the largest rank r at which LoRA trains fewer parameters than W has.
+
+    It is the largest r with r·(out + in) < out·in.
 
     >>> break_even_rank(10_000, 20_000)
     6666
@@ -178,12 +180,12 @@ class Target:
 
     @property
     def full(self) -> int:
-        """What full training trains here: L·out·in."""
+        """Parameters that full training trains here: L·out·in."""
         return self.layers * self.out_features * self.in_features
 
     @property
     def lora(self) -> int:
-        """What LoRA trains here: L·r·(out + in)."""
+        """Parameters that LoRA trains here: L·r·(out + in)."""
         return self.layers * self.rank * (self.out_features + self.in_features)
 
     def held_bytes(self, method: str, precision: str) -> tuple[int, int, int]:
@@ -201,7 +203,7 @@ class Target:
 
 
 def lora_targets(config: LlamaConfig, rank: int, targets: tuple[str, ...]) -> list[Target]:
-    """Look up what LoRA adapts; the sum of their ``lora`` is what it trains.
+    """List the layers that LoRA adapts; the sum of their ``lora`` is the parameters it trains.
 
     Raises:
         ValueError: There is no target, a target is not one of the seven linear layers, or the
@@ -211,9 +213,10 @@ def lora_targets(config: LlamaConfig, rank: int, targets: tuple[str, ...]) -> li
     if not targets:
         raise ValueError("targets is empty: name at least one linear layer to adapt")
     found = []
-    for name in dict.fromkeys(targets):
+    for name in dict.fromkeys(targets):  # each name once
         if name not in shapes:
-            raise ValueError(f"no layer is named {name!r}; there are: {', '.join(shapes)}")
+            known = ", ".join(shapes)
+            raise ValueError(f"no layer is named {name!r}: expected one of {known}")
         out, width = shapes[name]
         largest = min(out, width)
         if not 1 <= rank <= largest:
@@ -224,16 +227,15 @@ def lora_targets(config: LlamaConfig, rank: int, targets: tuple[str, ...]) -> li
 
 # --- saved activations: one function for each part ----------------------------------------------
 # An operation saves only what it needs for the gradients that it passes on. ``live`` says whether
-# the part's input carries a gradient: below the first trained parameter it does not.
+# the part's input needs a gradient. It does not if no parameter below the part is trained.
 
 
 def saved_activation_bytes(config: LlamaConfig, tuning: FineTuning) -> int:
     """Count the bytes that a forward pass on (B, T) tokens saves for the backward pass.
 
     Each tensor counts once; parameters and autocast's copies of them do not count. As in
-    ``LlamaForSequenceClassification``, the last layer computes one position of each row.
-    bfloat16 attention is the one that runs on a CPU; on a GPU, flash attention also saves its
-    output.
+    ``LlamaForSequenceClassification``, the last layer computes one position of each row. bfloat16
+    attention is counted as on a CPU; on a GPU, flash attention also saves its output.
 
     Raises:
         ValueError: As ``lora_targets``.
@@ -245,7 +247,7 @@ def saved_activation_bytes(config: LlamaConfig, tuning: FineTuning) -> int:
     if tuning.method == "head":  # no gradient reaches the decoder
         return saved
     if tuning.method == "lora":
-        lora_targets(config, tuning.rank, tuning.targets)  # for its checks alone
+        lora_targets(config, tuning.rank, tuning.targets)  # checks the rank and the targets
     last = config.num_hidden_layers - 1
     for layer in range(config.num_hidden_layers):
         live = tuning.full or layer > 0
@@ -258,7 +260,7 @@ def saved_activation_bytes(config: LlamaConfig, tuning: FineTuning) -> int:
 
 
 def _layer_bytes(config: LlamaConfig, tuning: FineTuning, live: bool, last: bool) -> int:
-    """Add up one decoder layer. The last one has all keys and values, but one query in each row."""
+    """Add up one decoder layer; the last one computes all keys and values, but one query a row."""
     B = tuning.batch
     T = tuning.tokens
     D = config.hidden_size
@@ -267,7 +269,7 @@ def _layer_bytes(config: LlamaConfig, tuning: FineTuning, live: bool, last: bool
     key_live = live or "k_proj" in tuning.adapted
     value_live = live or "v_proj" in tuning.adapted
     attended_live = query_live or key_live or value_live
-    after_live = attended_live or "o_proj" in tuning.adapted  # x, once attention is added to it
+    after_live = attended_live or "o_proj" in tuning.adapted  # x plus the output of attention
 
     saved = _norm_bytes(tuning, B * T, D, live)
     saved += _input_bytes(tuning, B * T, D, readers=2 if last else 3)
@@ -303,7 +305,7 @@ def _norm_bytes(tuning: FineTuning, N: int, D: int, live: bool) -> int:
 def _input_bytes(tuning: FineTuning, N: int, D: int, readers: int) -> int:
     """The input of linear layers: a trained W needs it for its gradient, a frozen W does not.
 
-    Autocast casts the float32 norm(x) anew for each layer that reads it.
+    Autocast makes a new copy of the float32 norm(x) for each layer that reads it.
     """
     if not tuning.full:
         return 0
@@ -312,11 +314,11 @@ def _input_bytes(tuning: FineTuning, N: int, D: int, readers: int) -> int:
 
 
 def _last_token_bytes(tuning: FineTuning, D: int) -> int:
-    """The last layer picks one position of each row from x and from norm(x).
+    """The last layer selects one position of each row, from x and from norm(x).
 
-    Each time an index is saved, and the tensor that it picks from unless another part saves that
-    tensor anyway: the norm saves x, and a trained k_proj saves a float32 norm(x). A trained q_proj
-    saves what was picked.
+    Each selection saves an index. It also saves the tensor that it selects from, unless another
+    part does: the norm saves x, and a trained k_proj saves a float32 norm(x). A trained q_proj
+    saves the selected positions.
     """
     B = tuning.batch
     T = tuning.tokens
@@ -331,7 +333,7 @@ def _lora_bytes(config: LlamaConfig, tuning: FineTuning, name: str, N: int, live
     """LoRA, B·A·(m ⊙ x), where m is dropout's mask of one byte for each entry.
 
     The gradient of A needs m ⊙ x, that of B needs A·(m ⊙ x), and that of x needs m. Each adapted
-    layer has a mask of its own.
+    layer has its own mask.
     """
     if name not in tuning.adapted:
         return 0
@@ -350,10 +352,10 @@ def _rotation_bytes(config: LlamaConfig, tuning: FineTuning, rows: int) -> int:
 def _attention_bytes(config: LlamaConfig, tuning: FineTuning, last: bool) -> int:
     """Attention, softmax(q·kᵀ/√E)·v: q, k, v, the output and a float32 log-sum-exp.
 
-    From the log-sum-exp of each query and head, flash attention computes the T × T scores again. A
-    CPU computes bfloat16 attention in tiles, from q, k and v alone, if q and k are bfloat16 (in
-    full training the rotary angles are float32, and so are q and k). A trained o_proj saves the
-    same output. The single queries of the last layer need a mask.
+    From the log-sum-exp of each query and head, flash attention computes the T × T scores again. If
+    q and k are bfloat16, a CPU computes attention in tiles, from q, k and v alone. (In full
+    training the rotary angles are float32, and so are q and k.) A trained o_proj saves the same
+    output. The last layer, with one query for each row, needs a mask.
     """
     B = tuning.batch
     T = tuning.tokens
@@ -394,12 +396,12 @@ def _mlp_bytes(config: LlamaConfig, tuning: FineTuning, N: int, live: bool) -> i
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Budget:
-    """What one way of fine-tuning holds in memory, in parameters and bytes.
+    """The parameters of one method of fine-tuning, and the bytes that they need in memory.
 
     Attributes:
         method: "lora", "head" or "full".
         parameters: All parameters, LoRA's included.
-        trainable: Those that are trained.
+        trainable: The parameters that are trained.
         weights: Bytes of the weights.
         gradients: Bytes of the gradients.
         optimizer: Bytes of AdamW's moments.
@@ -429,7 +431,8 @@ def budget(config: LlamaConfig, tuning: FineTuning, num_labels: int) -> Budget:
     parameters = base_parameters(config, num_labels)
     trainable = parameters if tuning.full else num_labels * config.hidden_size
     if tuning.method == "lora":
-        adapter = sum(t.lora for t in lora_targets(config, tuning.rank, tuning.targets))
+        targets = lora_targets(config, tuning.rank, tuning.targets)
+        adapter = sum(target.lora for target in targets)
         parameters += adapter
         trainable += adapter
     weights, gradients, optimizer = _held_bytes(parameters - trainable, trainable, tuning.precision)

@@ -1,7 +1,7 @@
-"""Base weights from a folder or the Hub, and files that appear whole.
+"""Load base weights from a folder or the Hub, and write files atomically.
 
-Whatever is loaded is checked completely: a missing, unexpected or misshapen tensor is an error that
-names it. Files are safetensors and JSON, never pickle, and appear whole or not at all.
+Everything that is loaded is checked: a missing, unexpected or misshapen tensor is an error that
+names it. Files are safetensors and JSON, never pickle. A written file is complete or absent.
 """
 
 import hashlib
@@ -26,13 +26,12 @@ BUNDLED = Path(__file__).parent / "bundled"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
-
-# The dtypes of a floating tensor: eight bits would need a scale, which a plain file does not have.
+# The dtypes that weights may have. 8-bit floats need a scale, which these files do not hold.
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class CheckpointError(ValueError):
-    """A file of weights, or the configuration beside it, is not what it should be."""
+    """A file is missing or damaged, or does not belong to this model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,14 +50,14 @@ class Source:
 
 
 def find_base(source: str | Path, revision: str | None = None) -> Source:
-    """Find a base model, downloading it from the Hub if ``source`` is not a folder.
+    """Find a base model; download it from the Hub if ``source`` is not a folder.
 
     Args:
         source: "bundled", a folder, or a Hub id such as "TinyLlama/TinyLlama-1.1B-Chat-v1.0".
-        revision: A commit, branch or tag of the Hub; None is its main branch.
+        revision: A commit, branch or tag on the Hub; None: the main branch.
 
     Raises:
-        CheckpointError: It is not a folder and cannot be downloaded from the Hub.
+        CheckpointError: ``source`` is not a folder and cannot be downloaded from the Hub.
     """
     if str(source) == "bundled":
         return Source("bundled", None, BUNDLED / "base")
@@ -70,15 +69,16 @@ def find_base(source: str | Path, revision: str | None = None) -> Source:
 
 
 def find_config(source: str | Path, revision: str | None = None) -> Path:
-    """Find a model's ``config.json``: that file itself, a folder's, or the Hub's.
+    """Find a model's ``config.json``: ``source`` is that file, its folder, or a Hub id.
 
     Raises:
-        CheckpointError: There is none.
+        CheckpointError: There is no such file.
     """
     path = BUNDLED / "base" if str(source) == "bundled" else Path(source)
     if not path.exists():
         path = Path(_from_hub(source, revision, ["config.json"]))
-    path = path / "config.json" if path.is_dir() else path
+    if path.is_dir():
+        path = path / "config.json"
     if not path.is_file():
         raise CheckpointError(f"there is no {path}")
     return path
@@ -90,16 +90,19 @@ def _from_hub(source: str | Path, revision: str | None, patterns: list[str]) -> 
             str(source), revision=revision, allow_patterns=patterns
         )
     except HFValidationError:
-        raise CheckpointError(f"there is no folder {source}, and it is no id of the Hub") from None
-    except Exception as error:  # the Hub's client raises its own, httpx's and the system's
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
-            f"there is no folder {source}, and the Hub did not give it: {reason}"
+            f"there is no folder {source}, and it is not a valid Hub id"
+        ) from None
+    except Exception as error:  # the Hub's client raises its own errors, httpx's and the system's
+        reason = str(error).strip() or type(error).__name__
+        raise CheckpointError(
+            f"there is no folder {source}, and it could not be downloaded from the Hub: "
+            f"{reason.splitlines()[0]}"
         ) from None
 
 
 def weights_sha256(folder: Path) -> str:
-    """Hash a base's weight files, in the order of their names, to tell one base from another.
+    """Hash the weight files of a base, in the order of their names, to identify the base.
 
     Raises:
         CheckpointError: The folder holds no weights.
@@ -109,6 +112,18 @@ def weights_sha256(folder: Path) -> str:
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
+
+
+class _DrawsNothing(TorchFunctionMode):
+    """Skips normal_: on the meta device it does nothing but import PyTorch's compiler."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not nn.init.normal_:
+            return func(*args, **kwargs)
+        if "tensor" in kwargs:
+            return kwargs["tensor"]
+        return args[0]
 
 
 def load_model(
@@ -121,16 +136,16 @@ def load_model(
 ) -> LlamaForCausalLM | LlamaForSequenceClassification:
     """Load a base: a classifier with ``num_labels`` classes, or a causal LM if that is None.
 
-    The model is built on the meta device and takes its tensors from the memory map, so on the CPU
-    loading costs little more than the file's size. A classifier's ``score`` is the file's, or new
-    and random (``head_trained`` says which), and float32.
+    The model is built on the meta device and its tensors are mapped from the file, so on the CPU
+    loading needs little more memory than the file's size. The ``score`` of a classifier is float32.
+    If the file has none, it is new and random, and ``head_trained`` is False.
 
     Args:
         source: "bundled", a folder, or a Hub id, which is downloaded.
         num_labels: C, the number of classes.
-        revision: The Hub's revision.
-        dtype: Dtype of the weights; None is the file's.
-        device: Where to load them.
+        revision: A commit, branch or tag on the Hub.
+        dtype: Dtype of the weights; None: the file's.
+        device: Where to put the weights.
 
     Raises:
         CheckpointError: The files are missing, damaged or of another model.
@@ -150,59 +165,79 @@ def load_model(
         else:
             model = LlamaForSequenceClassification(config, num_labels)
     tensors = _read_weights(found.folder)
-    # Not used: rotary buffers of old files, which the model computes; a tied head, which is the
-    # embedding; the language-model head, for a classifier.
     for name in list(tensors):
-        if name.endswith(".rotary_emb.inv_freq"):
+        if name.endswith(".rotary_emb.inv_freq"):  # in old files; the model computes it
             del tensors[name]
+    # A tied language-model head is the embedding, and a classifier has no language-model head.
     if num_labels is not None or config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
-    expected = model.state_dict()
-    if num_labels is not None and "score.weight" not in tensors:
-        tensors["score.weight"] = nn.init.normal_(
-            torch.empty(num_labels, config.hidden_size), std=config.initializer_range
-        )
-    elif num_labels is not None:
-        model.head_trained = True
-    check_tensors(tensors, expected, f"the weights in {found.folder}")
+    if num_labels is not None:
+        if "score.weight" in tensors:
+            model.head_trained = True
+        else:
+            head = torch.empty(num_labels, config.hidden_size)
+            tensors["score.weight"] = nn.init.normal_(head, std=config.initializer_range)
+    check_tensors(tensors, model.state_dict(), f"the weights in {found.folder}")
     if dtype is None:
         dtype = tensors["model.embed_tokens.weight"].dtype
     for name, tensor in tensors.items():
-        tensors[name] = tensor.to(device, torch.float32 if name == "score.weight" else dtype)
+        is_head = name == "score.weight"
+        tensors[name] = tensor.to(device, torch.float32 if is_head else dtype)
     model.load_state_dict(tensors, assign=True)
     model.source = found
     return model
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
-    """Map a base's weights into memory, from one file or from those that its index lists."""
+    """Map a base's weights into memory, from one file or from all files that the index lists."""
     tensors = {}
     for file, listed in _weight_files(folder).items():
         found = read_tensors(file)
         if listed is not None and found.keys() != listed:
             differing = min(found.keys() ^ listed)
             raise CheckpointError(
-                f"{file} and the index beside it disagree about {differing}: copy both again"
+                f"{file} does not hold the tensors that {INDEX} lists for it, such as {differing}: "
+                "copy both files again"
             )
         tensors |= found
     return tensors
 
 
-class _DrawsNothing(TorchFunctionMode):
-    """Skips normal_: on the meta device it fills nothing, yet imports PyTorch's compiler."""
+def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
+    """List a base's safetensors files by name, each with the tensors that the index lists for it.
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is not nn.init.normal_:
-            return func(*args, **kwargs)
-        return kwargs["tensor"] if "tensor" in kwargs else args[0]
+    Without an index there is one file, with None.
+    """
+    if (folder / WEIGHTS).is_file():
+        return {folder / WEIGHTS: None}
+    if not (folder / INDEX).is_file():
+        raise CheckpointError(
+            f"{folder} holds neither {WEIGHTS} nor {INDEX}: expected weights in safetensors files"
+        )
+    file_of = read_json(folder / INDEX).get("weight_map")
+    if not _is_weight_map(file_of):
+        raise CheckpointError(f"{folder / INDEX} has no usable weight_map")
+    listed = {folder / file: set() for file in sorted(set(file_of.values()))}
+    for name, file in file_of.items():
+        listed[folder / file].add(name)
+    return listed
+
+
+def _is_weight_map(value: object) -> bool:
+    """Tell whether a value is a dictionary of file names, without folders, that is not empty."""
+    if not isinstance(value, dict) or not value:
+        return False
+    for file in value.values():
+        if not isinstance(file, str) or Path(file).name != file:
+            return False
+    return True
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file that appears whole or not at all, even if the machine stops half-way.
+    """Write a file that is complete or absent, even if the machine stops half-way.
 
     Raises:
-        OSError: The folder cannot be written or the disk is full; the old file is untouched.
+        OSError: The folder cannot be written or the disk is full; an old file stays unchanged.
     """
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -210,7 +245,7 @@ def write_atomically(path: Path, data: bytes) -> None:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
-        umask = os.umask(0)  # it can only be read by setting it
+        umask = os.umask(0)  # reading it is only possible by setting it
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, path)
@@ -229,7 +264,7 @@ def read_json(path: Path) -> dict:
     """Read a JSON object.
 
     Raises:
-        CheckpointError: The file is missing, cannot be read or holds something else.
+        CheckpointError: The file is missing, cannot be read or does not hold a JSON object.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -244,30 +279,12 @@ def read_json(path: Path) -> dict:
     return value
 
 
-def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
-    """List a base's safetensors files, by name, with the tensors that an index says they hold."""
-    if (folder / WEIGHTS).is_file():
-        return {folder / WEIGHTS: None}
-    if not (folder / INDEX).is_file():
-        raise CheckpointError(
-            f"{folder} holds neither {WEIGHTS} nor {INDEX}: expected weights in safetensors"
-        )
-    file_of = read_json(folder / INDEX).get("weight_map")
-    usable = isinstance(file_of, dict) and len(file_of) > 0
-    if not usable or not all(_is_file_name(file) for file in file_of.values()):
-        raise CheckpointError(f"{folder / INDEX} has no usable weight_map")
-    listed = {folder / file: set() for file in sorted(set(file_of.values()))}
-    for name, file in file_of.items():
-        listed[folder / file].add(name)
-    return listed
-
-
-def _is_file_name(value: object) -> bool:
-    return isinstance(value, str) and Path(value).name == value
-
-
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Map a safetensors file into memory; nothing is read from the disk until it is used."""
+    """Map a safetensors file into memory; a tensor is read from the disk when it is first used.
+
+    Raises:
+        CheckpointError: The file is missing or damaged.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -280,25 +297,33 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def check_tensors(found: dict[str, Tensor], expected: dict[str, Tensor], what: str) -> None:
-    """Check that a set of tensors is exactly the expected one.
+    """Check that tensors have exactly the expected names and shapes, and fitting dtypes.
+
+    Args:
+        found: The tensors, by name.
+        expected: Tensors with the expected shapes and dtypes, by name; any float dtype fits
+            another.
+        what: What is checked, in the plural, for the message.
 
     Raises:
-        CheckpointError: It is not; the message names the first few that differ.
+        CheckpointError: They do not; the message names the first three of each kind of difference.
     """
-    both = sorted(expected.keys() & found.keys())
+    wrong_shapes = []
+    wrong_dtypes = []
+    for name in sorted(expected.keys() & found.keys()):
+        tensor = found[name]
+        if tensor.shape != expected[name].shape:
+            fitting = _shape(expected[name])
+            wrong_shapes.append(f"{name} ({_shape(tensor)}, expected {fitting})")
+        allowed = _allowed_dtypes(expected[name])
+        if tensor.dtype not in allowed:
+            fitting = " or ".join(_dtype_name(dtype) for dtype in allowed)
+            wrong_dtypes.append(f"{name} ({_dtype_name(tensor.dtype)}, expected {fitting})")
     wrong = {
         "missing": sorted(expected.keys() - found.keys()),
         "unexpected": sorted(found.keys() - expected.keys()),
-        "of another shape": [
-            f"{name} ({_shape(found[name])}, expected {_shape(expected[name])})"
-            for name in both
-            if found[name].shape != expected[name].shape
-        ],
-        "of another dtype": [
-            f"{name} ({_list(found[name].dtype)}, expected {_list(*_allowed(expected[name]))})"
-            for name in both
-            if found[name].dtype not in _allowed(expected[name])
-        ],
+        "of another shape": wrong_shapes,
+        "of another dtype": wrong_dtypes,
     }
     parts = []
     for kind, names in wrong.items():
@@ -313,9 +338,9 @@ def _shape(tensor: Tensor) -> str:
     return " × ".join(map(str, tensor.shape))
 
 
-def _allowed(expected: Tensor) -> tuple[torch.dtype, ...]:
+def _allowed_dtypes(expected: Tensor) -> tuple[torch.dtype, ...]:
     return FLOATS if expected.dtype in FLOATS else (expected.dtype,)
 
 
-def _list(*dtypes: torch.dtype) -> str:
-    return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

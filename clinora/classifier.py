@@ -1,4 +1,4 @@
-"""From text to prediction: the one path that evaluation, page, API and files share.
+"""From text to prediction. Evaluation, the page, the API and file scoring all use this code.
 
 text → clean text → token ids → batches of similar length → logits → probabilities → calibrated
 confidence → prediction.
@@ -27,32 +27,34 @@ from clinora.notes import Note, check_class_names, clean_text, has_visible
 from clinora.run import BaseRecord, DataRecord, RunRecord, seen_hashes
 from clinora.tokenizer import Tokenizer
 
-TOKEN_LIMIT = 512  # tokens of a note that are read, unless told otherwise
-INFERENCE_TOKENS = 8192  # of a padded batch
-INFERENCE_NOTES = 1024  # tokenised at a time: the memory for ids does not grow with the notes
+TOKEN_LIMIT = 512  # tokens of a note that are read, by default
+INFERENCE_TOKENS = 8192  # in a padded batch
+INFERENCE_NOTES = 1024  # tokenised at a time, to bound the memory for ids
 
 
 def group_by_length(lengths: Sequence[int], tokens: int) -> list[list[int]]:
-    """Group notes of similar length, so that there is little padding.
+    """Group notes of similar length into batches, to keep padding small.
 
     Args:
         lengths: Tokens of each note.
-        tokens: The most that a padded batch may hold; a longer note is a batch of its own.
+        tokens: The most tokens that a padded batch may hold; a longer note is a batch by itself.
 
     Returns:
-        Lists of positions in ``lengths``, shortest notes first.
+        Lists of positions in ``lengths``, the shortest notes first.
     """
     groups: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if groups and (len(groups[-1]) + 1) * lengths[i] <= tokens:
-            groups[-1].append(i)
+    shortest_first = sorted(range(len(lengths)), key=lambda position: lengths[position])
+    for position in shortest_first:
+        # This note would be the longest of the last group: the group would be padded to it.
+        if groups and (len(groups[-1]) + 1) * lengths[position] <= tokens:
+            groups[-1].append(position)
         else:
-            groups.append([i])
+            groups.append([position])
     return groups
 
 
 def pad(notes: Sequence[Sequence[int] | Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Pad ids on the right with 0, which nothing reads: ids (B, T), lengths (B,)."""
+    """Pad ids on the right with 0, which the model ignores: ids (B, T), lengths (B,)."""
     lengths = torch.tensor([len(note) for note in notes])
     ids = torch.zeros(len(notes), int(lengths.max()), dtype=torch.long)  # (B, T)
     for row, note in zip(ids, notes, strict=True):
@@ -62,17 +64,16 @@ def pad(notes: Sequence[Sequence[int] | Tensor], device: torch.device) -> tuple[
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What a classifier says of one note.
+    """A classifier's prediction for one note.
 
     Attributes:
         label: Name of the predicted class, the most probable one.
-        index: Its index.
+        index: Index of the predicted class.
         confidence: Calibrated probability that ``label`` is one of the note's labels; None if the
             run was not calibrated.
-        probabilities: Of all classes, by index; they sum to 1.
-        refer: Whether a person should decide; None if the run was not calibrated.
-        tokens: Tokens of the note. The rest of a truncated note is not counted: for it, this is
-            one more than the tokens read.
+        probabilities: One for each class, by index; they sum to 1.
+        refer: Whether to refer the note to a person; None if the run was not calibrated.
+        tokens: Tokens of the note. For a truncated note, counting stops one token after the limit.
         truncated: Whether the note is longer than the token limit, so that its end was not read.
     """
 
@@ -97,19 +98,19 @@ class Classifier:
     """A model, its tokenizer and its labels: texts in, predictions out.
 
     Attributes:
-        model: The classifier, with or without LoRA; predictions use it in evaluation mode.
-        tokenizer: The base's.
+        model: The model, with or without LoRA; predictions use it in evaluation mode.
+        tokenizer: The base's tokenizer.
         labels: Names of the classes, by index.
         token_limit: How many tokens of a note are read.
         calibration: How confidence is computed; None if the run was not calibrated.
-        dtype: What autocast computes in; unless told, that of the base.
-        data: The notes that the model was trained on; None if they are not known.
+        dtype: The dtype that autocast computes in; by default, that of the base.
+        data: The notes that the model was trained on; None if they were not recorded.
         training_options: The options that it was trained with; may be empty.
         versions: The versions of the libraries that trained it; may be empty.
 
     Raises:
         ValueError: The tokenizer, the labels or the token limit do not fit the model, or the
-            labels are not different names that can be shown.
+            labels are not distinct names that can be displayed.
     """
 
     def __init__(
@@ -125,7 +126,7 @@ class Classifier:
         if tokenizer.vocab_size > config.vocab_size:
             raise ValueError(
                 f"the tokenizer has {tokenizer.vocab_size} ids, the model {config.vocab_size} "
-                "embeddings: they do not belong together"
+                "embeddings: the tokenizer is not this model's"
             )
         classes = model.score.weight.size(0)
         if len(labels) != classes:
@@ -164,9 +165,9 @@ class Classifier:
         Args:
             base: "bundled", a folder or a Hub id.
             labels: Names of the classes.
-            lora: What to adapt; None adapts nothing, so that the whole model trains.
-            seed: Of PyTorch's generators, which draw the head and LoRA's A.
-            revision: The Hub's revision.
+            lora: How to adapt the model; None adapts nothing, so that the whole model trains.
+            seed: Seed of PyTorch's generators, which draw the head and LoRA's A.
+            revision: A commit, branch or tag on the Hub.
             token_limit: How many tokens of a note to read.
             device: "auto", "cpu", "cuda" or "mps".
             precision: "auto", "bf16", "fp16" or "fp32".
@@ -177,13 +178,13 @@ class Classifier:
             ValueError: This machine has no such device, or the parts do not fit together.
         """
         torch.manual_seed(seed)
-        place = choose_device(device)
+        chosen_device = choose_device(device)
         model = load_model(
             base,
             num_labels=len(labels),
             revision=revision,
-            dtype=choose_dtype(place, precision),
-            device=place,
+            dtype=choose_dtype(chosen_device, precision),
+            device=chosen_device,
         )
         if lora is not None:
             apply_lora(model, lora)
@@ -202,8 +203,8 @@ class Classifier:
         """Load a run.
 
         Args:
-            folder: What training wrote, or "bundled" for the adapter in the package.
-            base: Where the base is, if not where the run recorded it.
+            folder: The run's folder, or "bundled" for the adapter in the package.
+            base: The base, if it is not where the run recorded it: "bundled", a folder or a Hub id.
             device: "auto", "cpu", "cuda" or "mps".
             precision: "auto", "bf16", "fp16" or "fp32".
 
@@ -215,7 +216,7 @@ class Classifier:
         folder = BUNDLED / "adapter" if str(folder) == "bundled" else Path(folder)
         if not folder.is_dir():
             raise CheckpointError(
-                f"there is no run {folder}: clinora train --run {folder} makes one"
+                f"there is no run {folder}: train one with clinora train --run {folder}"
             )
         record = RunRecord.read(folder)
         if base is None:
@@ -223,12 +224,12 @@ class Classifier:
         else:
             source = find_base(base)
         record.base.check(source, folder)
-        place = choose_device(device)
+        chosen_device = choose_device(device)
         model = load_model(
             source.folder,
             num_labels=len(record.labels),
-            dtype=choose_dtype(place, precision),
-            device=place,
+            dtype=choose_dtype(chosen_device, precision),
+            device=chosen_device,
         )
         model.source = source
         load_adapter(model, folder)
@@ -240,7 +241,7 @@ class Classifier:
         return classifier
 
     def save(self, folder: str | Path) -> None:
-        """Write adapter, head and ``clinora.json``: all that ``load`` needs beside the base.
+        """Write the adapter, the head and ``clinora.json``: all that ``load`` needs but the base.
 
         Raises:
             ValueError: The head was never trained, or the model has no LoRA layer.
@@ -262,12 +263,12 @@ class Classifier:
     def record_training(self, notes: Sequence[Note], options: dict[str, Any]) -> None:
         """Record the notes and options of a training, for ``save``; ``train`` calls this.
 
-        Notes of earlier trainings stay recorded, so that none of them counts as unseen. The file
-        that they came from does not: the model was no longer trained on that file alone.
+        Notes of earlier trainings stay recorded, so that none of them counts as unseen. Their file
+        does not, because the model is then trained on more than that file.
 
         Args:
-            notes: What the model is trained, validated or calibrated on.
-            options: How it is trained.
+            notes: The notes that the model is trained, validated or calibrated on.
+            options: The training options.
         """
         seen = seen_hashes(notes)
         if self.data is not None:
@@ -291,23 +292,24 @@ class Classifier:
             ValueError: A note is empty, or the head was never trained.
         """
         if isinstance(texts, str):
-            raise ValueError("expected a list of notes, not one string")
+            raise ValueError("texts is one string: expected a list of notes")
         for i, text in enumerate(texts):
             if not has_visible(text):
-                raise ValueError(f"note {i + 1} of {len(texts)} is empty: it has nothing visible")
+                raise ValueError(f"note {i + 1} of {len(texts)} is empty: it has no visible text")
         probabilities, tokens = self.probabilities(texts, self.token_limit + 1)
-        confidence = None
+        confidences = [None] * len(texts)
+        referrals = [None] * len(texts)
         if self.calibration is not None:
-            confidence = self.calibration.confidence(probabilities).tolist()
+            confidences = self.calibration.confidence(probabilities).tolist()
+            referrals = [confidence < self.calibration.threshold for confidence in confidences]
         predictions = []
         for i, index in enumerate(probabilities.argmax(-1).tolist()):
-            sure = None if confidence is None else confidence[i]
             prediction = Prediction(
                 label=self.labels[index],
                 index=index,
-                confidence=sure,
+                confidence=confidences[i],
                 probabilities=tuple(probabilities[i].tolist()),
-                refer=None if sure is None else sure < self.calibration.threshold,
+                refer=referrals[i],
                 tokens=tokens[i],
                 truncated=tokens[i] > self.token_limit,
             )
@@ -321,15 +323,15 @@ class Classifier:
 
         Args:
             texts: The notes.
-            most_counted: How many tokens of a note are counted at most, above the token limit; the
-                rest is not tokenised. None: all are counted.
+            most_counted: The most tokens to count in a note, above the token limit; the rest is
+                not tokenised. None: all are counted.
 
         Raises:
-            ValueError: The head was never trained, or an answer is not finite.
+            ValueError: The head was never trained, or a probability is not finite.
         """
         if not self.model.head_trained:
-            raise ValueError("this model's head was never trained: its answers would be random")
-        parts = [np.empty((0, len(self.labels)), np.float32)]
+            raise ValueError("this model's head was never trained: predictions would be random")
+        parts = [np.empty((0, len(self.labels)), np.float32)]  # so that no notes give (0, C)
         tokens = []
         for ids in self._encode(texts, most_counted):
             read = [note[: self.token_limit] for note in ids]
@@ -337,7 +339,7 @@ class Classifier:
             tokens += [len(note) for note in ids]
         probabilities = np.concatenate(parts)
         if not np.isfinite(probabilities).all():
-            raise ValueError("the model's answers are not finite numbers: try --precision fp32")
+            raise ValueError("the model's probabilities are not finite: try --precision fp32")
         return probabilities, tokens
 
     def logits(
@@ -347,23 +349,28 @@ class Classifier:
 
         Args:
             ids: The ids of each note, at most the token limit.
-            model: Called in place of the classifier's own model, with ids (B, T) and lengths (B,).
+            model: Called instead of the classifier's own model, with ids (B, T) and lengths (B,).
         """
         return self._run(ids, model or self.model)
 
     def states(self, texts: Sequence[str]) -> Iterator[Tensor]:
-        """Give the last real token's states, the head's input, in parts of (n, D), float32."""
+        """Give the head's input, the states of each note's last real token.
+
+        Yields:
+            (n, D) float32 for each part of n notes.
+        """
         for ids in self._encode(texts, self.token_limit):
             yield self._run(ids, self.model.model)
 
     def autocast(self) -> AbstractContextManager:
-        """Autocast to ``dtype``; nothing for float32."""
-        half = self.dtype != torch.float32
+        """Give a context that autocasts to ``dtype``; for float32 it does nothing."""
         device = self.model.score.weight.device.type
-        return torch.autocast(device, self.dtype if half else None, enabled=half)
+        if self.dtype == torch.float32:
+            return torch.autocast(device, enabled=False)
+        return torch.autocast(device, self.dtype)
 
     def _encode(self, texts: Sequence[str], limit: int | None) -> Iterator[list[list[int]]]:
-        """Clean and tokenise notes, some at a time."""
+        """Clean and tokenise notes, at most ``INFERENCE_NOTES`` at a time."""
         for start in range(0, len(texts), INFERENCE_NOTES):
             part = texts[start : start + INFERENCE_NOTES]
             yield [self.tokenizer.encode(clean_text(text), limit) for text in part]

@@ -1,4 +1,4 @@
-"""Where to compute: device, dtype, memory allocator, and the processes of one training."""
+"""The device, the compute dtype, the memory allocator, and the processes of one training."""
 
 import ctypes
 from contextlib import suppress
@@ -6,18 +6,22 @@ from contextlib import suppress
 import torch
 import torch.distributed as dist
 
-# Numbers and values of M_MMAP_THRESHOLD, M_TRIM_THRESHOLD and M_ARENA_MAX in glibc's malloc.h.
-MALLOC_OPTIONS = ((-3, 2**25), (-1, 2**31 - 1), (-8, 1))
+# Options of glibc's mallopt, with their numbers in malloc.h.
+MALLOC_OPTIONS = (
+    (-3, 2**25),  # M_MMAP_THRESHOLD
+    (-1, 2**31 - 1),  # M_TRIM_THRESHOLD
+    (-8, 1),  # M_ARENA_MAX
+)
 
 
 def keep_freed_memory() -> None:
     """Make glibc keep the memory of freed tensors for new ones; a script calls this first.
 
-    By default glibc returns the memory of large tensors to the kernel and asks for it again at
+    By default glibc returns the memory of large tensors to the kernel and requests it again at
     every step, which slows small models. Tensors above 32 MiB are still mapped one by one. The
-    process does not shrink. All threads share one heap: glibc returns the memory of a thread's own
-    heaps, of 64 MiB each, despite these options, which made the page slower with batches than
-    without. With another C library this does nothing.
+    process does not shrink. All threads share one heap: despite these options glibc returns the
+    memory of a thread's own heaps, of 64 MiB each, and that made batches on the page slower than
+    single notes. With another C library this does nothing.
     """
     with suppress(OSError, AttributeError):
         glibc = ctypes.CDLL("libc.so.6")
@@ -26,7 +30,7 @@ def keep_freed_memory() -> None:
 
 
 def choose_device(device: str = "auto") -> torch.device:
-    """Choose where to compute: "auto" is CUDA or MPS if there is one, else the CPU.
+    """Choose the device: "auto" is CUDA if available, else MPS if available, else the CPU.
 
     Raises:
         ValueError: This machine has no such device.
@@ -36,16 +40,18 @@ def choose_device(device: str = "auto") -> torch.device:
         "mps": torch.backends.mps.is_available(),
         "cpu": True,
     }
+    usable = [kind for kind, is_available in available.items() if is_available]
     if device == "auto":
-        device = next(name for name, there in available.items() if there)
-    if not available.get(device.partition(":")[0], False):
-        there = ", ".join(name for name, there in available.items() if there)
-        raise ValueError(f"device {device!r} is not available here: choose auto or one of {there}")
+        device = usable[0]
+    kind, _, _ = device.partition(":")  # "cuda" of "cuda:0"
+    if kind not in usable:
+        names = ", ".join(usable)
+        raise ValueError(f"device {device!r} is not available here: choose auto or one of {names}")
     try:
         return torch.empty(0, device=device).device
-    except RuntimeError:  # no such number
+    except RuntimeError:  # the number is not that of a device
         raise ValueError(
-            f"device {device!r} is not there: expected a number that exists, such as cuda:0"
+            f"device {device!r} does not exist: expected an existing number, such as cuda:0"
         ) from None
 
 
@@ -53,11 +59,11 @@ def choose_dtype(device: torch.device, precision: str = "auto") -> torch.dtype:
     """Choose the compute dtype: bfloat16 where the hardware has it, else float16 or float32.
 
     Args:
-        device: Where the model will be.
+        device: The device that the model will be on.
         precision: "auto", "bf16", "fp16" or "fp32".
 
     Raises:
-        ValueError: It is none of these.
+        ValueError: ``precision`` is none of these.
     """
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     if precision in dtypes:
@@ -81,7 +87,8 @@ def world() -> tuple[int, int]:
 
 def summed(values: list[float], device: torch.device) -> list[float]:
     """Sum each number over all processes."""
-    if world()[1] == 1:
+    _, processes = world()
+    if processes == 1:
         return values
     total = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(total)
@@ -89,9 +96,10 @@ def summed(values: list[float], device: torch.device) -> list[float]:
 
 
 def gathered(value: object) -> list:
-    """Collect a value of every process, in the order of their ranks."""
-    if world()[1] == 1:
+    """Collect a value from every process, in the order of their ranks."""
+    _, processes = world()
+    if processes == 1:
         return [value]
-    values = [None] * world()[1]
+    values = [None] * processes
     dist.all_gather_object(values, value)
     return values

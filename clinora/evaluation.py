@@ -1,12 +1,12 @@
 """Measures of a classifier on notes that may have several labels, with their uncertainty.
 
-There are two questions. Over the file's *rows*, each with its own label: a text with two labels is
-incorrect in one of its rows whatever is predicted, so no classifier passes a ceiling. Over the
-*notes*, the different texts: a prediction is correct if it is one of the note's labels.
+Accuracy is measured in two ways. Over the *rows* of the file, each with one label: any prediction
+for a text with two labels is incorrect in one of its rows, so there is a ceiling that no classifier
+exceeds. Over the *notes*, the different texts: a prediction is correct if it is one of the labels.
 
-Intervals are 95% percentile bootstrap intervals over notes (Efron & Tibshirani 1993, section 13.3):
-how far a measure would move with other texts, not with another training. Equal texts are drawn
-together. Where a share is 0 or 1 every draw agrees, and its interval is Wilson's (1927).
+Intervals are 95% percentile bootstrap intervals over notes (Efron & Tibshirani 1993, section 13.3).
+They say how far a measure would vary with other texts, not with another training. Equal texts are
+drawn together. If a share is 0 or 1, all draws agree, and the interval is Wilson's (1927).
 
 Shapes: N notes, C classes, M measures, K entries of a confusion matrix.
 """
@@ -33,13 +33,13 @@ from clinora.classifier import Classifier
 from clinora.lora import lora_disabled
 from clinora.notes import Note, Notes, are_correct, soft_targets
 
-REPLICATES = 1000  # of the bootstrap
-BINS = 10  # of the calibration error
-Z = 1.96  # standard errors to either side of a 95% interval
+REPLICATES = 1000  # draws of the bootstrap
+BINS = 10  # bins of the calibration error
+Z = 1.96  # standard errors from the middle of a 95% interval to either end
 
 
 class Estimate(NamedTuple):
-    """A figure with its 95% interval."""
+    """A measured value with its 95% interval."""
 
     value: float
     low: float
@@ -51,11 +51,11 @@ class ClassMeasures:
     """Measures of one class.
 
     Attributes:
-        label: The class.
-        precision: Of what was predicted as this class, the share that is of it.
-        recall: Of what is of this class, the share that was predicted as it.
-        f1: Harmonic mean of the two.
-        support: How many notes (shares of notes) or rows are of this class.
+        label: Name of the class.
+        precision: The share of the predictions of this class that are correct.
+        recall: The share of the notes or rows of this class that are predicted as it.
+        f1: Harmonic mean of precision and recall.
+        support: Number of notes (shares of notes add up) or rows of this class.
     """
 
     label: str
@@ -88,10 +88,10 @@ class Answers:
 
     Attributes:
         predicted: Index of the predicted class.
-        correct: Whether it is one of the note's labels.
+        correct: Whether the predicted class is one of the note's labels.
         top: The largest probability.
         loss: Cross-entropy with the target 1/k for each of the note's k labels, nats.
-        confidence: Calibrated; None if the classifier is not.
+        confidence: Calibrated confidence; None if the classifier is not calibrated.
         tokens: Tokens of the whole note.
     """
 
@@ -105,12 +105,12 @@ class Answers:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answered:
-    """What a run's threshold does to notes that it was not chosen on.
+    """What a run's threshold does on notes that were not used to choose it.
 
     Attributes:
         promise: The share of the answered notes that should be correct.
         threshold: The confidence below which a note is referred to a person.
-        coverage: The share of the notes that is answered.
+        coverage: The share of the notes that are answered, not referred.
         accuracy: The share of the answered notes that is correct; None if none is answered.
     """
 
@@ -125,14 +125,14 @@ class Evaluation:
     """All measures of a classifier.
 
     Attributes:
-        by_note: Each note counts once. The true class of a correct note is the predicted one; an
-            incorrect note with k labels counts as 1/k in each of them. Its accuracy is the
+        by_note: Each note counts once. For a correct note, the true class is the predicted class;
+            an incorrect note with k labels counts as 1/k in each of them. The accuracy is the
             any-label accuracy.
         by_row: Each row of the file counts once, with its own label.
         log_loss: Mean cross-entropy, nats.
         overconfidence: Mean confidence minus the share correct; None without calibration.
         calibration_error: Expected calibration error of the confidence; None without calibration.
-        top_calibration_error: The same, with the largest probability as the confidence.
+        top_calibration_error: The same error with the largest probability as the confidence.
         answered: What the threshold does; None without calibration.
     """
 
@@ -149,11 +149,13 @@ class Evaluation:
 class RandomHeads:
     """Measures of the base before training, under several random heads.
 
+    Each measure is the mean over the heads and the standard deviation between them.
+
     Attributes:
-        heads: How many were drawn.
-        any_label_accuracy: Mean and standard deviation between heads, as in all that follow.
-        accuracy: Over rows.
-        macro_f1: By note.
+        heads: Number of random heads.
+        any_label_accuracy: Accuracy over notes.
+        accuracy: Accuracy over rows.
+        macro_f1: Over notes.
         log_loss: Nats.
     """
 
@@ -169,9 +171,9 @@ class Baseline:
     """A simpler classifier on the same split.
 
     Attributes:
-        name: What it is.
-        any_label_accuracy: By note.
-        accuracy: Over rows.
+        name: Such as "majority class".
+        any_label_accuracy: Accuracy over notes.
+        accuracy: Accuracy over rows.
     """
 
     name: str
@@ -185,18 +187,18 @@ class Results:
 
     Attributes:
         labels: Names of the classes.
-        split: "texts"; or "rows", where each row is a note of its own.
-        notes: How many notes were classified.
-        rows: How many rows of the file hold them.
-        trained_on: How many of them the run was trained or calibrated on.
-        in_training: How many of their texts are also in the training split.
+        split: "texts"; or "rows", if each row is a separate note.
+        notes: Number of notes measured.
+        rows: Number of rows of the file that hold them.
+        trained_on: Number of these notes that the run was trained or calibrated on.
+        in_training: Number of these notes whose text is also in the training split.
         ceiling: The largest accuracy over rows that any function of the text can have on all
             notes of these classes in the file; 1 if no text has several labels.
-        test_ceiling: The same on the measured rows alone, which is higher where the other rows of
-            their texts are not measured.
+        test_ceiling: The same on the measured rows alone. It is higher if other rows of the same
+            texts are not measured.
         before: The base under random heads.
         after: The trained run.
-        baselines: Simpler classifiers; empty if the training split is not at hand.
+        baselines: Simpler classifiers; empty if the training split is not available.
         against: Any-label accuracy of the run minus that of the better TF-IDF baseline, paired.
     """
 
@@ -219,14 +221,14 @@ class Results:
 
 @dataclass(frozen=True, slots=True)
 class _Entries:
-    """What a confusion matrix counts, so that it is counted again quickly with other weights.
+    """The entries of a confusion matrix, kept so that the bootstrap can count them again.
 
     Attributes:
         classes: C.
-        note: (K,) position of the note that an entry is of.
-        true: (K,) its true class.
-        predicted: (K,) its predicted class.
-        share: (K,) how much of the note it is.
+        note: (K,) position of each entry's note.
+        true: (K,) true class.
+        predicted: (K,) predicted class.
+        share: (K,) share of the note that the entry counts for.
     """
 
     classes: int
@@ -236,7 +238,7 @@ class _Entries:
     share: np.ndarray
 
     def confusion(self, weights: np.ndarray) -> np.ndarray:
-        """Count, with a weight for each note: (N,) → (C, C), rows: true, columns: predicted."""
+        """Count the entries with a weight for each note: (N,) → (C, C), rows: true class."""
         cell = self.true * self.classes + self.predicted
         counts = np.bincount(cell, self.share * weights[self.note], self.classes**2)
         return counts.reshape(self.classes, self.classes)
@@ -250,25 +252,34 @@ class _Entries:
         return self._count_notes(self.note, self.predicted)
 
     def notes_either(self) -> np.ndarray:
-        """Count the notes of which a class is the true or the predicted one: (C,)."""
+        """Count, for each class, the notes that have it as true or predicted class: (C,)."""
         note = np.concatenate((self.note, self.note))
-        return self._count_notes(note, np.concatenate((self.true, self.predicted)))
+        label = np.concatenate((self.true, self.predicted))
+        return self._count_notes(note, label)
 
     def _count_notes(self, note: np.ndarray, label: np.ndarray) -> np.ndarray:
-        """Count each note once, however many rows it has: they are correct or not together."""
+        """Count the notes of each class, each once: its rows are correct or incorrect together."""
+        # One number for each pair of note and class, so that np.unique finds the distinct pairs.
         pairs = np.unique(note * self.classes + label)
-        return np.bincount(pairs % self.classes, minlength=self.classes)
+        labels = pairs % self.classes
+        return np.bincount(labels, minlength=self.classes)
 
 
 def _by_row(predicted: np.ndarray, notes: Sequence[Note], classes: int) -> _Entries:
-    """Make an entry of each row."""
-    note = np.repeat(np.arange(len(notes)), [len(n.filed) for n in notes])
-    true = np.array([label for n in notes for label in n.filed])
-    return _Entries(classes, note, true, predicted[note], np.ones(len(note)))
+    """Make one entry for each row."""
+    place = []
+    true = []
+    for i, note in enumerate(notes):
+        for label in note.filed:
+            place.append(i)
+            true.append(label)
+    positions = np.array(place)
+    shares = np.ones(len(place))
+    return _Entries(classes, positions, np.array(true), predicted[positions], shares)
 
 
 def _by_note(predicted: np.ndarray, notes: Sequence[Note], classes: int) -> _Entries:
-    """Make one entry of a correct note, and k of an incorrect one with k labels."""
+    """Make one entry for a correct note, and k entries for an incorrect note with k labels."""
     place = []
     true = []
     share = []
@@ -279,8 +290,8 @@ def _by_note(predicted: np.ndarray, notes: Sequence[Note], classes: int) -> _Ent
             place.append(i)
             true.append(label)
             share.append(1 / len(labels))
-    note = np.array(place)
-    return _Entries(classes, note, np.array(true), predicted[note], np.array(share))
+    positions = np.array(place)
+    return _Entries(classes, positions, np.array(true), predicted[positions], np.array(share))
 
 
 def _accuracy(confusion: np.ndarray) -> float:
@@ -304,9 +315,10 @@ def _macro_f1(confusion: np.ndarray) -> float:
     return _f1(confusion)[occurs].mean()
 
 
-def _divide(hits: np.ndarray, of: np.ndarray) -> np.ndarray:
-    """Divide, giving 0 where there is nothing to divide by."""
-    return np.divide(hits, of, out=np.zeros(len(of)), where=of > 0)
+def _divide(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+    """Divide elementwise; the result is 0 where the denominator is 0."""
+    zeros = np.zeros(len(denominator))
+    return np.divide(numerator, denominator, out=zeros, where=denominator > 0)
 
 
 # --- uncertainty ----------------------------------------------------------------------------------
@@ -317,23 +329,24 @@ def bootstrap(
     notes: Sequence[Note],
     replicates: int = REPLICATES,
 ) -> list[Estimate]:
-    """Give each of M measures its 95% interval, by drawing the texts again with replacement.
+    """Estimate M measures and their 95% intervals by drawing the texts with replacement.
 
     Every call draws the same texts.
 
     Args:
-        measure: From how often each note counts, (N,) floats, to M measures; nan where a draw
-            says nothing.
+        measure: Maps how often each note counts, (N,) floats, to M measures; nan if a draw does
+            not define a measure.
         notes: N notes; in a split by rows, some have equal texts.
-        replicates: How often to draw.
+        replicates: Number of draws.
     """
     draw = np.random.default_rng(0)
-    texts, text = np.unique([note.sha256 for note in notes], return_inverse=True)
+    # (N,) the number of each note's text; equal texts have the same number.
+    texts, text_of_note = np.unique([note.sha256 for note in notes], return_inverse=True)
     n = len(texts)
     drawn = []
     for _ in range(replicates):
-        times = np.bincount(draw.integers(n, size=n), minlength=n)  # (n,) of each text
-        drawn.append(measure(times[text].astype(float)))
+        times_drawn = np.bincount(draw.integers(n, size=n), minlength=n)  # (n,)
+        drawn.append(measure(times_drawn[text_of_note].astype(float)))
     lows, highs = np.nanquantile(np.stack(drawn), (0.025, 0.975), axis=0)  # (M,) each
     values = measure(np.ones(len(notes)))
     return [
@@ -343,34 +356,40 @@ def bootstrap(
 
 
 def bootstrap_mean(values: np.ndarray, notes: Sequence[Note]) -> Estimate:
-    """Give the mean of N values, one of each note, its 95% interval."""
-    (mean,) = bootstrap(lambda weights: np.array([weights @ values / weights.sum()]), notes)
+    """Estimate the mean of N values, one for each note, and its 95% interval."""
+
+    def weighted_mean(weights: np.ndarray) -> np.ndarray:
+        return np.array([weights @ values / weights.sum()])
+
+    (mean,) = bootstrap(weighted_mean, notes)
     return mean
 
 
 def wilson(hits: float, n: int) -> tuple[float, float]:
-    """Give the 95% interval of a share (Wilson 1927), which also holds near 0 and 1."""
+    """Give the 95% interval of the share hits / n (Wilson 1927); it is also valid near 0 and 1."""
     middle = (hits + Z * Z / 2) / (n + Z * Z)
     half = Z / (n + Z * Z) * np.sqrt(hits * (n - hits) / n + Z * Z / 4)
-    share = hits / n  # rounding may put it a little outside
-    low = max(0, min(middle - half, share))
+    share = hits / n
+    low = max(0, min(middle - half, share))  # rounding may put the share just outside
     high = min(1, max(middle + half, share))
     return float(low), float(high)
 
 
 def share_of(share: Estimate, n: float) -> Estimate:
-    """Give a share of n its interval: Wilson's at 0 and 1, where every draw of the n agrees."""
+    """Replace the interval of a share of n that is 0 or 1, where all draws agree, by Wilson's."""
     if share.value not in (0, 1):
         return share
-    low, high = wilson(share.value * n, n) if n else (0.0, 1.0)
+    if n == 0:
+        return Estimate(share.value, 0.0, 1.0)
+    low, high = wilson(share.value * n, n)
     return Estimate(share.value, low, high)
 
 
 def _f1_of(f1: Estimate, n: float) -> Estimate:
-    """Give F1 its interval, likewise.
+    """Replace the interval of an F1 that is 0 or 1.
 
-    Of the n notes of which a class is the true or the predicted one, it is both for a share j;
-    F1 is 2·j / (1 + j), which is 0 and 1 where j is.
+    Let n notes have the class as true or predicted class, and a share j of them as both. Then
+    F1 = 2·j / (1 + j), which is 0 if j is 0 and 1 if j is 1.
     """
     if f1.value not in (0, 1):
         return f1
@@ -381,20 +400,22 @@ def _f1_of(f1: Estimate, n: float) -> Estimate:
 def expected_calibration_error(
     claimed: np.ndarray, correct: np.ndarray, weights: np.ndarray | None = None
 ) -> float:
-    """Σ over bins of (share of notes in it) · |mean claim − share correct|.
+    """Σ over bins of (share of the notes in the bin) · |mean claim − share correct|.
 
-    Ten bins of equally many notes (Naeini et al. 2015, with the adaptive bins of Nixon et al.
-    2019, section 3.3).
+    There are ten bins of equally many notes (Naeini et al. 2015, with the adaptive bins of Nixon et
+    al. 2019, section 3.3).
 
     Args:
         claimed: (N,) probability that the prediction is correct.
-        correct: (N,) whether it is.
+        correct: (N,) whether the prediction is correct.
         weights: (N,) how often each note counts; None: once.
     """
+    n = len(claimed)
     if weights is None:
-        weights = np.ones(len(claimed))
-    bins = np.empty(len(claimed), int)
-    bins[np.argsort(claimed, kind="stable")] = np.arange(len(claimed)) * BINS // len(claimed)
+        weights = np.ones(n)
+    order = np.argsort(claimed, kind="stable")
+    bins = np.empty(n, int)  # of each note, the number of its bin
+    bins[order] = np.arange(n) * BINS // n
     gaps = np.bincount(bins, weights * (claimed - correct), BINS)
     return float(np.abs(gaps).sum() / weights.sum())
 
@@ -425,10 +446,13 @@ def measure(
 
 
 def _measure_classes(entries: _Entries, notes: Sequence[Note], labels: Sequence[str]) -> Measures:
-    """Give the measures of a confusion matrix their intervals."""
+    """Compute the measures of a confusion matrix and their intervals."""
 
     def estimate(measure: Callable[[np.ndarray], np.ndarray | float]) -> list[Estimate]:
-        return bootstrap(lambda w: np.atleast_1d(measure(entries.confusion(w))), notes)
+        def of_draw(weights: np.ndarray) -> np.ndarray:
+            return np.atleast_1d(measure(entries.confusion(weights)))
+
+        return bootstrap(of_draw, notes)
 
     confusion = entries.confusion(np.ones(len(notes)))
     precisions = estimate(_precision)
@@ -449,9 +473,9 @@ def _measure_classes(entries: _Entries, notes: Sequence[Note], labels: Sequence[
             )
         )
     (macro_f1,) = estimate(_macro_f1)
-    if macro_f1.value in (0, 1):  # every draw agrees: it is as uncertain as its classes
-        of_classes = [c.f1 for c in classes if c.support > 0]
-        value, low, high = np.mean(of_classes, axis=0).tolist()
+    if macro_f1.value in (0, 1):  # all draws agree: take the mean of the classes' intervals
+        f1_of_classes = [one_class.f1 for one_class in classes if one_class.support > 0]
+        value, low, high = np.mean(f1_of_classes, axis=0).tolist()
         macro_f1 = Estimate(value, low, high)
     (accuracy,) = estimate(_accuracy)
     return Measures(
@@ -463,24 +487,26 @@ def _measure_classes(entries: _Entries, notes: Sequence[Note], labels: Sequence[
 
 
 def _calibration_error(claimed: np.ndarray, correct: np.ndarray, notes: Sequence[Note]) -> Estimate:
-    (error,) = bootstrap(
-        lambda weights: np.array([expected_calibration_error(claimed, correct, weights)]), notes
-    )
+    def of_draw(weights: np.ndarray) -> np.ndarray:
+        return np.array([expected_calibration_error(claimed, correct, weights)])
+
+    (error,) = bootstrap(of_draw, notes)
     return error
 
 
 def _measure_answered(
     answers: Answers, notes: Sequence[Note], calibration: Calibration
 ) -> Answered:
-    """Measure coverage, and accuracy on the answered notes."""
+    """Measure coverage, and accuracy over the answered notes."""
     kept = answers.confidence >= calibration.threshold
     accuracy = None
     if kept.any():
 
         def share_correct(weights: np.ndarray) -> np.ndarray:
             answered = weights @ kept
-            correct = weights @ (kept & answers.correct)
-            return np.array([correct / answered if answered else np.nan])
+            if answered == 0:
+                return np.array([np.nan])
+            return np.array([weights @ (kept & answers.correct) / answered])
 
         (estimate,) = bootstrap(share_correct, notes)
         accuracy = share_of(estimate, int(kept.sum()))
@@ -492,7 +518,7 @@ def _measure_answered(
     )
 
 
-# --- the run, before and after --------------------------------------------------------------------
+# --- the run and what it is compared with ---------------------------------------------------------
 
 
 def classify(classifier: Classifier, notes: Sequence[Note]) -> Answers:
@@ -522,9 +548,9 @@ def classify(classifier: Classifier, notes: Sequence[Note]) -> Answers:
 def evaluate_random_heads(
     classifier: Classifier, notes: Sequence[Note], heads: int = 20, seed: int = 0
 ) -> RandomHeads:
-    """Measure the base before training: its states under random heads, the adapter off.
+    """Measure the base before training: the adapter is off, and the heads are random.
 
-    The accuracy of one random head depends much on luck where there are few classes.
+    With few classes the accuracy of a single random head is largely chance, so this averages many.
 
     Raises:
         ValueError: There are no notes, or the model has no LoRA layer.
@@ -548,7 +574,7 @@ def evaluate_random_heads(
             predictions.append(logits.argmax(-1))
             done += len(states)
     loss_of_head = torch.cat(losses, 1).mean(1).tolist()
-    once = np.ones(len(notes))
+    once = np.ones(len(notes))  # each note counts once
     results = []
     for predicted, loss in zip(torch.cat(predictions, 1).numpy(), loss_of_head, strict=True):
         by_note = _by_note(predicted, notes, classes).confusion(once)
@@ -595,25 +621,29 @@ def calibrate(
 def ceiling(notes: Sequence[Note]) -> float:
     """Give the largest accuracy over rows that a function of the text can have on these notes.
 
-    It predicts one label for a text: the best one is the label of most of the text's rows.
+    A function predicts one label for a text; best is the most frequent label of the text's rows.
     """
-    counts = {}  # in a split by rows, several notes have the same text
+    label_counts = {}  # by text: in a split by rows, several notes have the same text
     for note in notes:
-        counts.setdefault(note.text, Counter()).update(note.filed)
-    best = sum(max(of_text.values()) for of_text in counts.values())
-    return best / sum(of_text.total() for of_text in counts.values())
+        label_counts.setdefault(note.text, Counter()).update(note.filed)
+    correct = 0
+    rows = 0
+    for counts in label_counts.values():
+        correct += max(counts.values())
+        rows += counts.total()
+    return correct / rows
 
 
 def baselines(training: Sequence[Note], test: Sequence[Note]) -> dict[str, np.ndarray]:
     """Train simpler classifiers on the rows of the training notes; give their predictions.
 
-    They are the majority class and two linear models on TF-IDF of words and pairs of words. Where
-    there is one class, or no word that two notes share, it is the majority class alone.
+    They are the majority class and two linear models on TF-IDF of words and pairs of words. If the
+    notes have only one class, or no two notes share a word, there is only the majority class.
 
     Returns:
-        Of each, by its name, the predicted class of each test note: (N,).
+        For each classifier, by name, the predicted class of each test note: (N,).
     """
-    rows = []  # of each row, the position of its note
+    rows = []  # for each row, the position of its note
     labels = []
     for i, note in enumerate(training):
         for label in note.filed:
@@ -651,11 +681,11 @@ def assess(
 
     Args:
         classifier: A trained run.
-        notes: The file.
+        notes: All notes of the file.
         measured: The notes to measure on.
-        trained_on: How many of these the run was trained or calibrated on.
+        trained_on: Number of the measured notes that the run was trained or calibrated on.
         own_split: Whether the run was trained on this file's training notes.
-        seed: Of the random heads.
+        seed: Seed of the random heads.
 
     Raises:
         ValueError: There are no notes to measure on.
@@ -694,7 +724,11 @@ def _measure_baseline(
     name: str, predicted: np.ndarray, notes: Sequence[Note], classes: int
 ) -> Baseline:
     rows = _by_row(predicted, notes, classes)
-    (accuracy,) = bootstrap(lambda w: np.array([_accuracy(rows.confusion(w))]), notes)
+
+    def accuracy_over_rows(weights: np.ndarray) -> np.ndarray:
+        return np.array([_accuracy(rows.confusion(weights))])
+
+    (accuracy,) = bootstrap(accuracy_over_rows, notes)
     any_label_accuracy = bootstrap_mean(are_correct(notes, predicted), notes)
     return Baseline(
         name=name,
@@ -704,13 +738,14 @@ def _measure_baseline(
 
 
 def _gain(answers: Answers, predicted: np.ndarray, notes: Sequence[Note]) -> Estimate:
-    """Give the run's any-label accuracy minus that of a baseline, note by note."""
+    """Estimate the run's any-label accuracy minus that of a baseline, paired by note."""
     gain = answers.correct.astype(float) - are_correct(notes, predicted)
     if gain.any():
         return bootstrap_mean(gain, notes)
-    # Every draw agrees. They may still differ on as many notes as a share of 0 allows.
-    _, differ = wilson(0, len(notes))
-    return Estimate(0.0, -differ, differ)
+    # Both are correct on the same notes, so all draws agree. Wilson's interval of a share of 0
+    # bounds the notes on which they may still differ.
+    _, differing = wilson(0, len(notes))
+    return Estimate(0.0, -differing, differing)
 
 
 def _require_notes(notes: Sequence[Note]) -> None:

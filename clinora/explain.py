@@ -1,4 +1,4 @@
-"""Explanations: which sentences spoke for a prediction, and what an adapter changed.
+"""Explanations: which sentences support a prediction, and what an adapter changed.
 
 Shapes: T tokens, D width, C classes, r rank.
 """
@@ -16,19 +16,20 @@ from clinora.classifier import Classifier
 from clinora.lora import LoRALinear
 from clinora.notes import clean_text, has_visible
 
-# After a full stop and what follows it, or after a line; a full stop inside a number ends nothing.
+# A sentence ends with a mark and the white space and commas after it, or with the line. A full stop
+# inside a number does not match, because neither follows it.
 _SENTENCE_END = re.compile(r"[.!?](?=[\s,])[\s,]*|\n\s*")
 
 
 def split_sentences(text: str) -> list[str]:
-    """Cut a text into sentences and lines; joined, they are the text again.
+    """Split a text into sentences and lines; joined, they give the text again.
 
     >>> split_sentences("No fever.  Dose 2.5 mg. ECG: normal")
     ['No fever.  ', 'Dose 2.5 mg. ', 'ECG: normal']
     """
     ends = [match.end() for match in _SENTENCE_END.finditer(text)]
     cuts = sorted({0, *ends, len(text)})
-    return [text[a:b] for a, b in itertools.pairwise(cuts)]
+    return [text[begin:end] for begin, end in itertools.pairwise(cuts)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +37,9 @@ class Sentence:
     """A sentence of a note and its contribution to the prediction.
 
     Attributes:
-        text: With the white space after it.
-        contribution: In nats of log-odds, to first order: above 0 it spoke for the predicted
-            class, below 0 against it; None if it was not read.
+        text: The sentence with the white space after it.
+        contribution: To the log-odds of the predicted class, in nats, to first order. Above 0 the
+            sentence supports the prediction, below 0 it opposes it; None if it was not read.
     """
 
     text: str
@@ -46,35 +47,37 @@ class Sentence:
 
 
 def explain(classifier: Classifier, text: str) -> list[Sentence]:
-    """Tell which sentences of a note spoke for the predicted class, and which against it.
+    """Compute how much each sentence of a note supports or opposes the predicted class.
 
-    The contribution of a token is e · ∂z/∂e: e its embedding, z = ln(p / (1 − p)) the log-odds of
-    the predicted class; a sentence's is the sum over its tokens (gradient × input, Shrikumar et
-    al. 2016).
+    The contribution of a token is e · ∂z/∂e, with its embedding e and the log-odds
+    z = ln(p / (1 − p)) of the predicted class. A sentence's contribution is the sum over its tokens
+    (gradient × input, Shrikumar et al. 2016).
 
     Returns:
-        The sentences of the note as ``clean_text`` gives it, in their order. What was not read
-        because of the token limit is one last sentence without a contribution.
+        The sentences of the cleaned note, in their order. The text beyond the token limit is one
+        last sentence without a contribution.
 
     Raises:
         ValueError: The note is empty.
     """
     text = clean_text(text)
     if not has_visible(text):
-        raise ValueError("the note is empty: it has nothing visible")
+        raise ValueError("the note is empty: it has no visible text")
     ids = classifier.tokenizer.encode(text, classifier.token_limit)
     places = classifier.tokenizer.places(text, classifier.token_limit)
     scores = token_contributions(classifier, ids)
     sentences = split_sentences(text)
     ends = list(itertools.accumulate(len(sentence) for sentence in sentences))
-    sums: dict[int, float] = {}  # position of a sentence → sum over its tokens
-    for score, (begin, end) in zip(scores[1:], places[1:], strict=True):  # the bos has no place
-        # A token may begin with the space before its word: its last character tells where it is.
-        last = max(begin, end - 1)
-        sentence = bisect.bisect(ends, last)
-        sums[sentence] = sums.get(sentence, 0.0) + score
-    read = max(sums, default=-1) + 1
-    explained = [Sentence(sentence, sums.get(i)) for i, sentence in enumerate(sentences[:read])]
+    sums: dict[int, float] = {}  # by position of the sentence, the sum over its tokens
+    for score, (begin, end) in zip(scores[1:], places[1:], strict=True):  # without the bos
+        # A token may begin with the space after the sentence before: its last character decides.
+        last_character = max(begin, end - 1)
+        position = bisect.bisect(ends, last_character)
+        sums[position] = sums.get(position, 0.0) + score
+    read = max(sums, default=-1) + 1  # sentences
+    explained = []
+    for position, sentence in enumerate(sentences[:read]):
+        explained.append(Sentence(sentence, sums.get(position)))
     unread = "".join(sentences[read:])
     if unread:
         explained.append(Sentence(unread, None))
@@ -82,10 +85,10 @@ def explain(classifier: Classifier, text: str) -> list[Sentence]:
 
 
 def token_contributions(classifier: Classifier, ids: list[int]) -> list[float]:
-    """Give e · ∂z/∂e of each token, z the log-odds of the predicted class: T floats."""
+    """Give e · ∂z/∂e for each token, with z the log-odds of the predicted class: T floats."""
     model = classifier.model
     device = model.score.weight.device
-    kept = []
+    kept = []  # the embeddings, which the gradient is taken of
 
     def cut_graph(_module: nn.Module, _inputs: tuple, embedded: Tensor) -> Tensor:
         kept.append(embedded.detach().requires_grad_())  # (1, T, D)
@@ -99,6 +102,7 @@ def token_contributions(classifier: Classifier, ids: list[int]) -> list[float]:
             lengths = torch.tensor([len(ids)], device=device)
             logits = model(torch.tensor([ids], device=device), lengths)[0].float()  # (C,)
         predicted = logits.argmax()
+        # ln(p / (1 − p)) = logit of the predicted class − logsumexp of the other logits.
         others = torch.cat((logits[:predicted], logits[predicted + 1 :]))
         log_odds = logits[predicted] - others.logsumexp(0)
         (gradient,) = torch.autograd.grad(log_odds, kept)
@@ -116,7 +120,7 @@ class LayerUpdate:
     Attributes:
         name: The layer's full name.
         share: ‖ΔW‖ / ‖W‖, Frobenius norms.
-        singular_values: The r of ΔW, the largest first.
+        singular_values: The r singular values of ΔW, the largest first.
         effective_rank: exp(−Σ p·ln p) with p = σ / Σσ (Roy & Vetterli 2007, section 2); 0 if
             nothing changed.
     """
@@ -129,9 +133,9 @@ class LayerUpdate:
 
 @torch.no_grad()
 def layer_updates(model: nn.Module) -> list[LayerUpdate]:
-    """Measure what LoRA changed in each layer, in float64, never forming the out × in matrix BA.
+    """Measure what LoRA changed in each layer, in float64, without forming the out × in matrix BA.
 
-    With B = Q₁·R₁ and Aᵀ = Q₂·R₂ the singular values of BA are those of the r × r core R₁·R₂ᵀ.
+    With B = Q₁·R₁ and Aᵀ = Q₂·R₂, the singular values of BA are those of the r × r core R₁·R₂ᵀ.
     """
     updates = []
     for name, layer in model.named_modules():
@@ -156,6 +160,6 @@ def layer_updates(model: nn.Module) -> list[LayerUpdate]:
 def _effective_rank(sigma: Tensor) -> float:
     if sigma.sum() == 0:
         return 0.0
-    p = sigma[sigma > 0] / sigma.sum()
-    entropy = -(p * p.log()).sum()
+    shares = sigma[sigma > 0] / sigma.sum()
+    entropy = -(shares * shares.log()).sum()
     return math.exp(entropy.item())

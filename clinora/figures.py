@@ -21,11 +21,11 @@ GREY = "#707070"
 LIGHT = "#c8c8c8"
 BLUE = "#1f5fa8"  # as dark as mid grey
 
-FEW_CLASSES = 12  # more classes have smaller cells in a confusion matrix
+FEW_CLASSES = 12  # with more classes, the cells of a confusion matrix are smaller
 
 
 def confusion_figure(confusion: np.ndarray, labels: Sequence[str]) -> Figure:
-    """Draw a confusion matrix: counts as numbers, each row's shares as numbers and shades.
+    """Draw a confusion matrix: counts as numbers, the shares of each row as numbers and shades.
 
     Args:
         confusion: (C, C) notes, rows: true class, columns: predicted class; an incorrect note
@@ -48,8 +48,8 @@ def confusion_figure(confusion: np.ndarray, labels: Sequence[str]) -> Figure:
                 color="white" if share > 0.6 else "black",
             )  # fmt: skip
     places = range(len(labels))
-    # A class may have the name "$x$", which is not a formula.
     slant = {"rotation": 30, "ha": "right"} if few else {"rotation": 90, "ha": "center"}
+    # No parsing: a class name such as "$x$" is not a formula.
     axes.set_xticks(places, labels, parse_math=False, **slant)
     axes.set_yticks(places, labels, parse_math=False)
     edges = np.arange(len(labels) - 1) + 0.5
@@ -67,7 +67,7 @@ def confusion_figure(confusion: np.ndarray, labels: Sequence[str]) -> Figure:
 
 
 def _cell_text(count: float, share: float, few: bool) -> str:
-    """Write a cell of a confusion matrix; many classes leave no room for zeros and shares."""
+    """Format a cell of a confusion matrix; with many classes, zeros and shares have no room."""
     if few:
         text = f"{count:,.1f}".removesuffix(".0")
         return f"{text}\n{share:.0%}"
@@ -82,19 +82,19 @@ def reliability_figure(confidence: np.ndarray, correct: np.ndarray) -> Figure:
     """Draw the share correct against the confidence, in ten bins of equally many notes.
 
     Args:
-        confidence: (N,) calibrated.
+        confidence: (N,) calibrated confidence.
         correct: (N,) whether the predicted class is one of the note's labels.
     """
     figure = Figure(figsize=(5.6, 5), layout="constrained")
     axes = figure.subplots()
     axes.plot((0, 1), (0, 1), color=GREY, linestyle="--", label="perfectly calibrated")
-    parts = _equal_parts(confidence, 10)
-    claimed = np.array([confidence[part].mean() for part in parts])
-    share = np.array([correct[part].mean() for part in parts])
-    bounds = np.array([wilson(correct[part].sum(), len(part)) for part in parts]).T  # (2, parts)
+    bins = _equal_parts(confidence, 10)
+    claimed = np.array([confidence[one].mean() for one in bins])
+    share = np.array([correct[one].mean() for one in bins])
+    bounds = np.array([wilson(correct[one].sum(), len(one)) for one in bins]).T  # (2, bins)
     axes.errorbar(
         claimed, share, abs(bounds - share), color=BLACK, marker="o", linestyle="none", capsize=3,
-        label=f"a tenth of the notes each, about {len(parts[0])}, with 95% interval",
+        label=f"a tenth of the notes each, about {len(bins[0])}, with 95% interval",
     )  # fmt: skip
     low = max(0, min(claimed.min(), bounds.min()) - 0.05)
     axes.set(xlim=(low, 1.01), ylim=(low, 1.01), xlabel="confidence", ylabel="share correct")
@@ -110,13 +110,13 @@ def coverage_figure(
     """Draw the share of incorrect predictions if only the most confident notes are answered.
 
     Args:
-        confidence: (N,) calibrated.
+        confidence: (N,) calibrated confidence.
         correct: (N,) whether the predicted class is one of the note's labels.
         threshold: The confidence below which the run refers a note to a person.
         promise: The share of the answered notes that should be correct.
     """
     order = np.argsort(-confidence, kind="stable")
-    count = np.arange(1, len(order) + 1)  # of the notes that are answered
+    count = np.arange(1, len(order) + 1)  # number of answered notes
     coverage = count / len(order)
     risk = np.cumsum(~correct[order]) / count
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
@@ -129,7 +129,7 @@ def coverage_figure(
         here = risk[answered - 1]
         text = f"threshold {threshold:.2f}: {share:.0%} answered, {here:.1%} incorrect"
         axes.plot(share, here, "D", color=BLUE, markersize=8, clip_on=False, label=text)
-    # The first few predictions may all be incorrect: they would flatten the rest.
+    # The first predictions may all be incorrect, which would flatten the rest: they do not count.
     top = 1.1 * max(risk[len(risk) // 10 :].max(), 1 - promise)
     axes.set(xlim=(0, 1), ylim=(0, top))
     axes.set(xlabel="share of the notes answered", ylabel="share incorrect")
@@ -145,7 +145,7 @@ def length_figure(tokens: np.ndarray, correct: np.ndarray, token_limit: int) -> 
     Args:
         tokens: (N,) tokens of the whole note.
         correct: (N,) whether the predicted class is one of the note's labels.
-        token_limit: How many tokens of a note were read.
+        token_limit: The most tokens of a note that were read.
     """
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.subplots()
@@ -160,7 +160,7 @@ def length_figure(tokens: np.ndarray, correct: np.ndarray, token_limit: int) -> 
         )  # fmt: skip
         axes.errorbar(place, share, [[share - low], [high - share]], color=BLACK, capsize=4)
         axes.text(place, 1.03, f"{share:.1%}\n{len(part)} notes", ha="center", fontsize=9)
-    names = [f"{tokens[p].min():,}–{tokens[p].max():,}" for p in parts]
+    names = [f"{tokens[part].min():,}–{tokens[part].max():,}" for part in parts]
     axes.set_xticks(range(len(parts)), names)
     axes.set(ylim=(0, 1.16), xlabel="tokens of the note", ylabel="any-label accuracy")
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
@@ -172,8 +172,8 @@ def training_figure(steps: Sequence[dict], validations: Sequence[dict]) -> Figur
     """Draw loss and learning rate over the steps of training, and the validation loss.
 
     Args:
-        steps: Of each step: step, loss (nats), learning_rate.
-        validations: Of each validation: step, validation_loss (nats).
+        steps: One for each step, with step, loss (nats) and learning_rate.
+        validations: One for each validation, with step and validation_loss (nats).
     """
     figure = Figure(figsize=(7, 5.2), layout="constrained")
     above, below = figure.subplots(2, sharex=True, height_ratios=(3, 1))
@@ -197,7 +197,7 @@ def training_figure(steps: Sequence[dict], validations: Sequence[dict]) -> Figur
 
 
 def _equal_parts(values: np.ndarray, count: int) -> list[np.ndarray]:
-    """Cut the positions of N values, in their order, into parts of equally many, none empty."""
+    """Sort N values and divide their positions into parts of equal size, none empty."""
     order = np.argsort(values, kind="stable")
     return np.array_split(order, min(count, len(order)))
 
@@ -261,7 +261,7 @@ def singular_values_figure(updates: Sequence[LayerUpdate]) -> Figure:
 
 
 def _layer_and_target(name: str) -> tuple[int, str]:
-    """Give the layer's number, the last in the name, and the name's last segment."""
+    """Give the layer's number, which is the last number in the name, and the last segment."""
     parts = name.split(".")
     numbers = [int(part) for part in parts if part.isdigit()]
     layer = numbers[-1] if numbers else 0

@@ -1,8 +1,8 @@
 """Clinical notes from CSV files: reading, cleaning, label sets and splits.
 
-Public note collections file the same text under several specialties. Here a note is a text with
-the set of its labels, so that no text is in two splits. The published split, in which each row is
-an example with its own label, is supported for comparison.
+Public collections of notes file the same text under several specialties. Here a note is a text with
+all its labels, so that no text is in two splits. The published split, in which each row is an
+example with its own label, is supported for comparison.
 """
 
 import csv
@@ -37,12 +37,12 @@ TEXT_COLUMN = "transcription"
 LABEL_COLUMN = "medical_specialty"
 SPLITS = ("texts", "rows")
 SIDES = ("training", "validation", "test")
-SHORT = 50  # characters; shorter texts rarely tell their class
-LONGEST_COLUMN_NAME = 40  # characters; a longer one is a note, in a file without a header
-LONGEST_CLASS_NAME = 100  # characters; a longer one is a note, mistaken for a class
-MOST_CLASSES_LISTED = 100  # in a message; more are notes, mistaken for classes
+SHORT = 50  # characters; shorter texts rarely allow a prediction
+LONGEST_COLUMN_NAME = 40  # characters; a longer one is a note in a file without a header
+LONGEST_CLASS_NAME = 100  # characters; a longer one is a note, not a class
+MOST_CLASSES_LISTED = 100  # in a message; more are probably notes, not classes
 
-# What clean_text writes in place of half a character.
+# What clean_text writes in place of a lone surrogate.
 REPLACEMENT = "\ufffd"
 
 # Letters and symbols that are drawn as nothing: Hangul fillers, the Braille pattern without dots
@@ -59,9 +59,9 @@ JOINER_IN_WORD = re.compile(r"(?<=[^\s\u200c\u200d])[\u200c\u200d](?=[^\s\u200c\
 def clean_text(text: str) -> str:
     r"""Clean a note before it is hashed or tokenised, wherever it comes from.
 
-    Windows line ends become ``\n``: they would make another hash and other tokens of the same
-    note. A lone surrogate, half of a character that was cut in UTF-16, becomes U+FFFD: it has no
-    UTF-8. White space around the text is removed.
+    Windows line ends become ``\n``, so that they do not change the note's hash and tokens. A lone
+    surrogate, half of a character that was cut in UTF-16, becomes U+FFFD, because UTF-8 cannot
+    encode it. White space around the text is removed.
 
     >>> clean_text(" Chest pain.\r\nNo fever.\n")
     'Chest pain.\nNo fever.'
@@ -71,11 +71,11 @@ def clean_text(text: str) -> str:
 
 
 def has_visible(text: str) -> bool:
-    """Tell whether a text has at least one letter, digit, punctuation mark or symbol to see.
+    """Tell whether a text has at least one visible letter, digit, punctuation mark or symbol.
 
-    Spaces, control and format characters (zero-width space, byte-order mark, NUL), combining marks
-    and variation selectors on their own, letters that are drawn as nothing, and U+FFFD, which
-    stands for a character that was lost, do not count.
+    These do not count: spaces, control and format characters (zero-width space, byte-order mark,
+    NUL), combining marks and variation selectors on their own, letters that are drawn as nothing,
+    and U+FFFD, which stands for a lost character.
     """
     return any(_is_visible(character) for character in text)
 
@@ -87,12 +87,12 @@ def _is_visible(character: str) -> bool:
 
 
 def check_class_name(name: str) -> None:
-    """Check that a class name can be shown as it is.
+    """Check that a class name can be displayed.
 
     Raises:
-        ValueError: It has nothing visible, more than 100 characters, or a control or format
+        ValueError: The name has nothing visible, more than 100 characters, or a control or format
             character, such as one that changes the direction of the text. The message does not
-            quote the name: it may be a note, taken for a class by mistake.
+            quote the name, which may be a note in the wrong column.
     """
     if len(name) > LONGEST_CLASS_NAME:
         raise ValueError(f"it has {len(name):,} characters, expected at most {LONGEST_CLASS_NAME}")
@@ -110,10 +110,12 @@ def check_class_names(labels: Sequence[str]) -> None:
     """Check the names of a run's classes, as ``read_notes`` checks those of a file.
 
     Raises:
-        ValueError: They are not different names that can be shown. The message shows at most 60
-            characters of a name, with escapes.
+        ValueError: They are not distinct names that can be displayed. The message shows at most
+            60 characters of a name, with escapes.
     """
-    if not all(isinstance(label, str) for label in labels) or len(set(labels)) < len(labels):
+    if not all(isinstance(label, str) for label in labels):
+        raise ValueError("labels are not strings: expected names")
+    if len(set(labels)) < len(labels):
         raise ValueError("labels are not different names")
     for i, label in enumerate(labels):
         try:
@@ -129,14 +131,16 @@ def text_sha256(text: str) -> str:
 
 
 def side_of(text: str) -> str:
-    """Give the side of a text, by its hash alone: "test", "validation" or "training".
+    """Give the split of a text, by its hash alone: "test", "validation" or "training".
 
-    The sha256 as a number, mod 10: 0 and 1 are test, 2 is validation.
+    It is the sha256 as a number, mod 10: 0 and 1 are test, 2 is validation, the rest is training.
     """
-    bucket = int(text_sha256(text), 16) % 10
-    if bucket < 2:
+    remainder = int(text_sha256(text), 16) % 10
+    if remainder < 2:
         return "test"
-    return "validation" if bucket == 2 else "training"
+    if remainder == 2:
+        return "validation"
+    return "training"
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,13 +172,13 @@ def is_correct(note: Note, predicted: int) -> bool:
 
 
 def are_correct(notes: Sequence[Note], predicted: Sequence[int]) -> np.ndarray:
-    """Tell of each note whether its predicted class is one of its labels: (N,) bool."""
+    """Tell for each note whether its predicted class is one of its labels: (N,) bool."""
     pairs = zip(notes, predicted, strict=True)
     return np.array([is_correct(note, index) for note, index in pairs], bool)
 
 
 def soft_targets(notes: Sequence[Note], classes: int) -> np.ndarray:
-    """Give a note with k labels the target 1/k for each of them: (N, C) float32."""
+    """Give the training targets, 1/k for each of a note's k labels: (N, C) float32."""
     targets = np.zeros((len(notes), classes), np.float32)
     for row, note in zip(targets, notes, strict=True):
         row[list(note.labels)] = 1 / len(note.labels)
@@ -191,7 +195,7 @@ class Notes:
         sides: The split of each note: "training", "validation" or "test".
         split: "texts" or "rows".
         rows: Number of rows in the file.
-        without_text: Number of rows without visible text or without label, which are left out.
+        without_text: Number of rows without visible text or without a label, which are left out.
         other_classes: Number of rows of other classes, which are left out.
     """
 
@@ -204,8 +208,9 @@ class Notes:
     other_classes: int
 
     def on(self, side: str) -> list[Note]:
-        """List the notes of one side: "training", "validation" or "test"."""
-        return [note for note, on in zip(self.notes, self.sides, strict=True) if on == side]
+        """List the notes of one split: "training", "validation" or "test"."""
+        pairs = zip(self.notes, self.sides, strict=True)
+        return [note for note, its_side in pairs if its_side == side]
 
     @property
     def fingerprint(self) -> str:
@@ -215,21 +220,27 @@ class Notes:
 
     @property
     def split_fingerprint(self) -> str:
-        """A sha256 of which text is on which side."""
-        sides = zip(self.notes, self.sides, strict=True)
-        return text_sha256("\n".join(sorted(f"{note.sha256} {side}" for note, side in sides)))
+        """A sha256 of the split of each text."""
+        pairs = zip(self.notes, self.sides, strict=True)
+        lines = sorted(f"{note.sha256} {side}" for note, side in pairs)
+        return text_sha256("\n".join(lines))
 
     def __str__(self) -> str:
         counts = Counter(self.sides)
         several = sum(len(note.labels) > 1 for note in self.notes)
         short = sum(len(note.text) < SHORT for note in self.notes)
-        what = "different texts" if self.split == "texts" else "rows, each with its own label,"
-        labels = f" ({several:,} with several labels)" if self.split == "texts" else ""
+        if self.split == "texts":
+            what = "different texts"
+            labels = f" ({several:,} with several labels)"
+        else:
+            what = "rows, each with its own label,"
+            labels = ""
+        sizes = ", ".join(f"{counts[side]:,} {side}" for side in SIDES)
         return (
             f"{self.rows:,} rows, {self.without_text:,} without text or label, "
             f"{self.other_classes:,} of other classes; {len(self.notes):,} {what} in "
             f"{len(self.classes)} classes{labels}, {short:,} shorter than {SHORT} characters; "
-            + ", ".join(f"{counts[side]:,} {side}" for side in SIDES)
+            f"{sizes}"
         )
 
 
@@ -248,22 +259,22 @@ def read_notes(
         text_column: Name of the column with the texts.
         label_column: Name of the column with the class of each row.
         classes: The classes to keep, k for the k most frequent, or "all". None: the published
-            five if the file has them all, else all classes of the file.
-        split: "texts": equal texts are one note, and its hash decides its side. "rows": each row
+            five if the file has all of them, else all classes of the file.
+        split: "texts": equal texts are one note, and its hash decides its split. "rows": each row
             is a note with its own label, a random tenth of them test and another tenth validation,
-            as published; equal texts may be on several sides.
+            as published; equal texts may be in several splits.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file is not such a CSV file, or leaves fewer than two classes. No message
-            contains text of a note.
+        ValueError: The file is not a CSV file with these columns, or fewer than two classes are
+            left. No message contains the text of a note.
     """
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}: expected one of {', '.join(SPLITS)}")
     if text_column == label_column:
         raise ValueError(f"column {text_column!r} cannot hold both the notes and their classes")
     path = find_notes(source)
-    filed = defaultdict(list)  # text → (row, class) of each row that holds it
+    filed = defaultdict(list)  # by text, (row, class) of each row that holds it
     rows = 0
     without_text = 0
     for row, text, label in _read_rows(path, text_column, label_column):
@@ -277,26 +288,30 @@ def read_notes(
             f"the Hub's mtsamples.csv has {rows} rows, expected {MTSAMPLES['rows']}: "
             "download it by hand and give its path"
         )
-    counts = Counter(label for places in filed.values() for _, label in places)
-    # More classes than texts, and longer ones, are notes: class names are shown, notes never.
+    counts = Counter()  # by class, the number of rows
+    for places in filed.values():
+        counts.update(label for _, label in places)
+    # If there are more classes than texts, and they are longer, the columns are probably swapped.
+    # Then the "classes" are notes, and no message may show them.
     if len(counts) > len(filed) and _mean_length(counts) > _mean_length(filed):
         raise ValueError(
             f"{path} has {len(counts):,} classes for {len(filed):,} texts: is {text_column!r} the "
             f"column of the notes, and {label_column!r} that of their classes?"
         )
     chosen = _select_classes(counts, classes, path)
-    index = {name: i for i, name in enumerate(chosen)}
+    index_of = {name: index for index, name in enumerate(chosen)}
     notes = []
-    order = []  # with split "rows", the row of each note
+    row_of_note = []  # with split "rows"
     for text, places in filed.items():
-        kept = [(row, index[label]) for row, label in places if label in index]
+        kept = [(row, index_of[label]) for row, label in places if label in index_of]
         if split == "rows":
-            notes += [Note(text, (label,)) for _, label in kept]
-            order += [row for row, _ in kept]
+            for row, index in kept:
+                notes.append(Note(text, (index,)))
+                row_of_note.append(row)
         elif kept:
-            notes.append(Note(text, tuple(label for _, label in kept)))
+            notes.append(Note(text, tuple(index for _, index in kept)))
     if split == "rows":
-        notes = [notes[i] for i in np.argsort(order)]
+        notes = [notes[i] for i in np.argsort(row_of_note)]
         sides = row_sides(len(notes))
     else:
         sides = [side_of(note.text) for note in notes]
@@ -307,12 +322,12 @@ def read_notes(
         split=split,
         rows=rows,
         without_text=without_text,
-        other_classes=sum(n for name, n in counts.items() if name not in index),
+        other_classes=sum(count for name, count in counts.items() if name not in index_of),
     )
 
 
 def choose_classes(words: Sequence[str] | None) -> Sequence[str] | int | str | None:
-    """Read the words of a command line as the ``classes`` of ``read_notes``.
+    """Turn the words of a command line into the ``classes`` argument of ``read_notes``.
 
     Args:
         words: Names; one number k, for the k most frequent; "all"; or None.
@@ -320,9 +335,11 @@ def choose_classes(words: Sequence[str] | None) -> Sequence[str] | int | str | N
     if words is None or len(words) != 1:
         return words
     (word,) = words
+    if word == "all":
+        return word
     if word.isdigit():
         return int(word)
-    return word if word == "all" else words
+    return words
 
 
 def _mean_length(words: Collection[str]) -> float:
@@ -330,9 +347,9 @@ def _mean_length(words: Collection[str]) -> float:
 
 
 def row_sides(rows: int) -> list[str]:
-    """Deal rows to sides at random, always in the same way: a tenth, rounded up, is test.
+    """Split rows at random, always in the same way: a tenth, rounded up, is test.
 
-    As published: 261 of 2,603 rows. The next tenth is validation.
+    This gives 261 of 2,603 test rows, as published. The next tenth is validation.
     """
     tenth = math.ceil(rows / 10)
     sides = np.full(rows, "training", dtype=object)
@@ -343,32 +360,32 @@ def row_sides(rows: int) -> list[str]:
 
 
 def find_notes(source: str | Path) -> Path:
-    """Give the path of a named collection, downloaded once, or of a file.
+    """Give the path of "bundled", of "mtsamples", which is downloaded once, or of a file.
 
     Raises:
-        ValueError: The Hub did not give it.
+        ValueError: MTSamples cannot be downloaded.
     """
     if source == "bundled":
         return BUNDLED_NOTES
     if source != "mtsamples":
         return Path(source)
     try:
-        return Path(
-            huggingface_hub.hf_hub_download(
-                MTSAMPLES["repo_id"], MTSAMPLES["filename"], repo_type="dataset"
-            )
+        path = huggingface_hub.hf_hub_download(
+            MTSAMPLES["repo_id"], MTSAMPLES["filename"], repo_type="dataset"
         )
-    except Exception as error:  # the Hub's client raises its own, httpx's and the system's
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    except Exception as error:  # the Hub's client raises its own errors, httpx's and the system's
+        reason = str(error).strip() or type(error).__name__
         raise ValueError(
-            f"the Hub did not give mtsamples.csv ({reason}): download it by hand and give its path"
+            f"mtsamples.csv could not be downloaded from the Hub ({reason.splitlines()[0]}): "
+            "download it by hand and give its path"
         ) from None
+    return Path(path)
 
 
 def _read_rows(path: Path, text_column: str, label_column: str) -> Iterator[tuple[int, str, str]]:
-    """Give number (from 1, the header not counted), clean text and label of each row."""
+    """Yield number (from 1, the header not counted), clean text and label of each row."""
     _check_encoding(path)
-    limit = csv.field_size_limit(2**31 - 1)  # of a field: 131,072 characters unless told
+    limit = csv.field_size_limit(2**31 - 1)  # the default is 131,072 characters
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             table = csv.reader(file, strict=True)
@@ -385,18 +402,18 @@ def _read_rows(path: Path, text_column: str, label_column: str) -> Iterator[tupl
                 if len(cells) != len(header):
                     raise ValueError(
                         f"row {row} of {path} (it ends in line {table.line_num}) has {len(cells)} "
-                        f"fields, the header {len(header)}: a text with commas needs quotes"
+                        f"fields, the header has {len(header)}: put texts with commas into quotes"
                     )
                 text = clean_text(cells[text_at])
                 label = cells[label_at].strip()
-                if (text, label) == (text_column, label_column):
+                if text == text_column and label == label_column:
                     raise ValueError(f"row {row} of {path} repeats the header: remove that row")
                 if label:
                     _check_row_label(label, row, path, label_column)
                 yield row, text, label
     except csv.Error as error:
         raise ValueError(
-            f"{path} is no CSV file: {error} (in the row that ends in line {table.line_num})"
+            f"{path} is not a CSV file: {error} (in the row that ends in line {table.line_num})"
         ) from None
     finally:
         csv.field_size_limit(limit)
@@ -413,25 +430,27 @@ def _check_row_label(label: str, row: int, path: Path, label_column: str) -> Non
 
 
 def _column(path: Path, header: list[str], name: str) -> int:
+    """Find the position of a column that must occur once."""
     times = header.count(name)
     if times == 1:
         return header.index(name)
-    there = f"its columns are: {', '.join(map(repr, header))[:500]}"
-    if max(map(len, header)) > LONGEST_COLUMN_NAME:  # perhaps a note: not to be shown
-        there = "its first row does not look like a header"
     found = f"{times} columns" if times else "no column"
-    raise ValueError(f"{path} has {found} {name!r}, expected one; {there}")
+    if max(map(len, header)) > LONGEST_COLUMN_NAME:  # perhaps a note, which no message may show
+        hint = "its first row does not look like a header"
+    else:
+        hint = f"its columns are: {', '.join(map(repr, header))[:500]}"
+    raise ValueError(f"{path} has {found} {name!r}, expected one; {hint}")
 
 
 def _check_encoding(path: Path) -> None:
-    """Refuse what is no UTF-8 text, naming the line, without holding the file in memory."""
+    """Check line by line that a file is UTF-8 text; the errors name the line."""
     if path.is_dir():
         raise ValueError(f"{path} is a folder: expected a CSV file")
     with path.open("rb") as file:
         for line, content in enumerate(file, 1):
             if b"\0" in content:
                 raise ValueError(
-                    f"{path} has a NUL byte in line {line}: no text, or UTF-16: save it as UTF-8"
+                    f"{path} has a NUL byte in line {line}: not text, or UTF-16; save it as UTF-8"
                 )
             try:
                 content.decode()
@@ -444,9 +463,9 @@ def _check_encoding(path: Path) -> None:
 def _select_classes(
     counts: Counter, classes: Sequence[str] | int | str | None, path: Path
 ) -> tuple[str, ...]:
-    """Select the classes to keep from those of a file, given the number of rows of each."""
+    """Select the classes to keep; ``counts`` has the number of rows of each class in the file."""
     if not counts:
-        raise ValueError(f"{path}: no row has text and label")
+        raise ValueError(f"{path}: no row has both text and label")
     if isinstance(classes, int):
         chosen = _most_frequent(counts, classes)
     elif classes == "all":
@@ -467,22 +486,24 @@ def _select_classes(
 
 
 def _most_frequent(counts: Counter, k: int) -> list[str]:
-    """Give the k classes with the most rows; of equally frequent ones, the first by name."""
+    """Give the k classes with the most rows; equally frequent classes are taken by name."""
     if k < 2:
         raise ValueError(f"the {k} most frequent classes: expected two or more")
     by_name = sorted(counts)
-    by_frequency = sorted(by_name, key=counts.__getitem__, reverse=True)  # it keeps equals in order
+    # Sorting is stable: equally frequent classes stay in the order of their names.
+    by_frequency = sorted(by_name, key=lambda name: counts[name], reverse=True)
     return by_frequency[:k]
 
 
 def _check_chosen(chosen: Sequence[str], counts: Counter, path: Path) -> None:
-    """Refuse classes that a file does not have, with those that it has."""
+    """Check that a file has the chosen classes; the error lists the classes that it has."""
     unknown = [name for name in chosen if name not in counts]
     if not unknown:
         return
-    there = ", ".join(sorted(counts))
     if len(counts) > MOST_CLASSES_LISTED:
-        there = f"{len(counts):,} others"
+        known = f"{len(counts):,} others"
+    else:
+        known = ", ".join(sorted(counts))
     raise ValueError(
-        f"{path} has no notes of class {', '.join(map(repr, unknown))}; it has: {there}"
+        f"{path} has no notes of class {', '.join(map(repr, unknown))}; it has: {known}"
     )

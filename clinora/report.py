@@ -1,4 +1,4 @@
-"""A run's measures, written: tables for the terminal, and the files of ``report/``."""
+"""Write a run's measures: tables for the terminal, and the files of ``report/``."""
 
 import dataclasses
 import io
@@ -23,8 +23,8 @@ from clinora.lora import count_parameters
 from clinora.notes import Note
 
 METRICS_SCHEMA = 1
-MISTAKES = 20
-EXCERPT = 300  # characters of a note with an incorrect prediction, where its text is asked for
+MISTAKES = 20  # incorrect predictions listed
+EXCERPT = 300  # characters quoted of a note with an incorrect prediction, if requested
 FEWEST_TEST = 30  # notes; fewer allow no conclusion
 
 
@@ -57,10 +57,10 @@ def model_table(classifier: Classifier) -> str:
 
 
 def results_table(results: Results) -> str:
-    """Compare the run with its base, with simpler classifiers and with what is possible.
+    """Compare the run with its base, with simpler classifiers and with the best possible.
 
-    Where no text of the file has several labels, a prediction is correct for the note exactly if
-    it is correct for its rows: the table has one column, and no ceiling.
+    If no text of the file has several labels, a prediction is correct for the note exactly if it is
+    correct for its rows. Then the table has one column and no ceiling.
     """
     several_labels = results.ceiling < 1
     lines = [f"{results.notes:,} notes in {results.rows:,} rows", *_warnings(results), ""]
@@ -88,7 +88,7 @@ def results_table(results: Results) -> str:
 
 
 def _accuracy_table(results: Results, several_labels: bool) -> list[str]:
-    """Put any-label accuracy, and with several labels the accuracy over rows, into a table."""
+    """Format a table of any-label accuracy and, with several labels, accuracy over rows."""
     before = results.before
     rows = [
         ("", "notes correct", "rows correct"),
@@ -104,7 +104,7 @@ def _accuracy_table(results: Results, several_labels: bool) -> list[str]:
     after = results.after
     rows.append(("this run", _interval(after.by_note.accuracy), _interval(after.by_row.accuracy)))
     if several_labels:
-        # In a split by rows a note has one label, so that the ceiling is that of its rows.
+        # In a split by rows each note has one label, so the ceiling for notes is that for rows.
         of_notes = "100%" if results.split == "texts" else f"{results.test_ceiling:.1%}"
         rows.append(("possible at best", of_notes, f"{results.ceiling:.1%}"))
     lines = []
@@ -117,7 +117,7 @@ def _accuracy_table(results: Results, several_labels: bool) -> list[str]:
 
 
 def _warnings(results: Results) -> list[str]:
-    """Say what stands against a conclusion from these measures, one line each."""
+    """Write one line for each reason not to draw conclusions from these measures."""
     lines = []
     if results.notes < FEWEST_TEST:
         lines.append(f"Fewer than {FEWEST_TEST} notes: no conclusion is possible.")
@@ -134,24 +134,27 @@ def _warnings(results: Results) -> list[str]:
 
 
 def class_table(measures: Measures) -> list[str]:
-    """Put the measures of each class into lines of a table."""
-    width = max(30, *(len(c.label) for c in measures.classes))
+    """Format the measures of each class as the lines of a table."""
+    longest_label = max(len(one_class.label) for one_class in measures.classes)
+    width = max(30, longest_label)
     lines = [
         "Precision: of the notes predicted as a class, the share that is of it. Recall: of the",
         "notes of a class, the share predicted as it. A correct note is of its predicted class; an",
         "incorrect note with k labels counts as 1/k in each of them.",
         f"{'class':<{width}} {'precision':<20} {'recall':<20} {'F1':<20} {'notes':>7}",
     ]
-    lines += [_class_line(c, width) for c in measures.classes]
+    lines += [_class_line(one_class, width) for one_class in measures.classes]
     lines.append(f"{'mean F1 of the classes':<{width}} {_interval(measures.macro_f1)}")
     return lines
 
 
-def _class_line(c: ClassMeasures, width: int) -> str:
-    support = f"{c.support:,.1f}".removesuffix(".0")
-    precision = _interval(c.precision)
-    recall = _interval(c.recall)
-    return f"{c.label:<{width}} {precision:<20} {recall:<20} {_interval(c.f1):<20} {support:>7}"
+def _class_line(measures: ClassMeasures, width: int) -> str:
+    label = measures.label
+    precision = _interval(measures.precision)
+    recall = _interval(measures.recall)
+    f1 = _interval(measures.f1)
+    support = f"{measures.support:,.1f}".removesuffix(".0")
+    return f"{label:<{width}} {precision:<20} {recall:<20} {f1:<20} {support:>7}"
 
 
 def write_report(
@@ -165,16 +168,16 @@ def write_report(
     steps: Sequence[dict] = (),
     show_text: bool = False,
 ) -> None:
-    """Write ``metrics.json``, ``report.md`` and its figures into a folder, made if need be.
+    """Write ``metrics.json``, ``report.md`` and its figures into a folder; create it if missing.
 
     Args:
         folder: Where to write.
         results: The measures.
         answers: The predictions for each note.
-        notes: The notes measured on.
-        token_limit: How many tokens of a note were read.
+        notes: The notes that were measured.
+        token_limit: The most tokens of a note that were read.
         about: A sentence on the notes.
-        steps: The lines of ``metrics.jsonl``, for the figure of training.
+        steps: The lines of ``metrics.jsonl``, for the training figure.
         show_text: Whether to quote the beginning of each note with an incorrect prediction.
 
     Raises:
@@ -190,7 +193,7 @@ def write_report(
     for name, figure in figures.items():
         write_atomically(folder / f"{name}.png", png(figure))
     excerpts = {note.sha256: note.text for note in notes} if show_text else {}
-    # As code: nothing in a class name or a note is read as Markdown or HTML.
+    # In a code block, so that no class name or note is rendered as Markdown or HTML.
     listed = ["```", *(_mistake(mistake, excerpts) for mistake in mistakes), "```"]
     parts = [
         f"# Report\n\n{about}",
@@ -205,7 +208,7 @@ def write_report(
 def _figures(
     results: Results, answers: Answers, token_limit: int, steps: Sequence[dict]
 ) -> dict[str, Figure]:
-    """Draw the figures of a report, each under the name of its file."""
+    """Draw the figures of a report, by the names of their files."""
     confusion = results.after.by_note.confusion
     figures = {"confusion": confusion_figure(confusion, results.labels)}
     answered = results.after.answered
@@ -224,11 +227,11 @@ def _figures(
 def find_mistakes(answers: Answers, notes: Sequence[Note], labels: Sequence[str]) -> list[dict]:
     """List the most confident incorrect predictions, without the notes' text."""
     calibrated = answers.confidence is not None
-    sure = answers.confidence if calibrated else answers.top
-    order = np.argsort(-sure, kind="stable").tolist()
-    wrong = [i for i in order if not answers.correct[i]]
+    certainty = answers.confidence if calibrated else answers.top
+    most_certain_first = np.argsort(-certainty, kind="stable").tolist()
+    incorrect = [i for i in most_certain_first if not answers.correct[i]]
     mistakes = []
-    for i in wrong[:MISTAKES]:
+    for i in incorrect[:MISTAKES]:
         mistakes.append(
             {
                 "sha256": notes[i].sha256,
@@ -243,21 +246,21 @@ def find_mistakes(answers: Answers, notes: Sequence[Note], labels: Sequence[str]
 
 
 def read_steps(path: Path) -> list[dict]:
-    """Read ``metrics.jsonl``; nothing if it is not there."""
+    """Read the lines of ``metrics.jsonl``; an empty list if there is no such file."""
     if not path.is_file():
         return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def png(figure: Figure) -> bytes:
-    """Draw a figure as the bytes of a PNG file."""
+    """Render a figure as the bytes of a PNG file."""
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=150)
     return picture.getvalue()
 
 
 def _confidence_lines(results: Results) -> list[str]:
-    """Say how well the confidence is calibrated, and what the threshold does."""
+    """Describe how well the confidence is calibrated, and what the threshold does."""
     after = results.after
     answered = after.answered
     if answered is None:
@@ -288,11 +291,11 @@ def _confidence_lines(results: Results) -> list[str]:
 
 
 def _mistake(mistake: dict, excerpts: dict[str, str]) -> str:
-    sure = mistake["confidence"]
-    if sure is None:
-        sure = mistake["probability"]
+    certainty = mistake["confidence"]
+    if certainty is None:
+        certainty = mistake["probability"]
     line = (
-        f"{sure:.1%} predicted: {mistake['named']}; labels: {', '.join(mistake['filed'])}; "
+        f"{certainty:.1%} predicted: {mistake['named']}; labels: {', '.join(mistake['filed'])}; "
         f"{mistake['tokens']:,} tokens; sha256 {mistake['sha256'][:16]}"
     )
     excerpt = " ".join(excerpts.get(mistake["sha256"], "")[:EXCERPT].split())
@@ -309,14 +312,15 @@ def _mean_and_spread(shares: tuple[float, float]) -> str:
 
 
 def _points(difference: float) -> str:
-    """Write a difference of shares in points, with its sign."""
+    """Format a difference of shares in percentage points, with its sign."""
     return f"{100 * difference:+.1f}"
 
 
 def _plain(value: object) -> object:
-    """Turn measures into what JSON holds; an estimate becomes value, low and high."""
+    """Convert measures to JSON's types; an estimate becomes an object of value, low and high."""
     if dataclasses.is_dataclass(value):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        names = [field.name for field in dataclasses.fields(value)]
+        return {name: _plain(getattr(value, name)) for name in names}
     if isinstance(value, Estimate):
         return value._asdict()
     if isinstance(value, np.ndarray):

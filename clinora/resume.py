@@ -1,7 +1,4 @@
-"""Checkpoints of training: a resumed run ends with the bits of one that was never stopped.
-
-The first functions let several processes, which torchrun starts, work as one.
-"""
+"""Checkpoints of training: a resumed run ends with the same bits as one that was never stopped."""
 
 import hashlib
 import json
@@ -31,7 +28,7 @@ class SavedState:
         path: The file.
         tensors: ``trained.NAME``, ``optimizer.NAME.KEY``, ``best.NAME`` and ``random.RANK.KIND``.
         numbers: step, best, worse, seconds, the scaler's state and the run's identity.
-        sha256: Hash of both.
+        sha256: Hash of the tensors and the numbers.
     """
 
     path: Path
@@ -41,24 +38,24 @@ class SavedState:
 
 
 class State:
-    """Everything that decides the next step, and its checkpoints on disk.
+    """Everything that determines the next step, and its checkpoints on disk.
 
-    A checkpoint is one file, such as ``step-000050.safetensors``, so it is either whole or absent.
-    It holds tensors, and in its header a JSON object with the numbers, the identity and a sha256.
+    A checkpoint is one file, such as ``step-000050.safetensors``, so it is complete or absent. It
+    holds tensors, and in its header a JSON object with the numbers, the identity and a sha256.
 
     Args:
         folder: Where the checkpoints are.
         trained: The trained parameters, by name.
-        optimizers: Each parameter belongs to one of them.
-        scaler: Of the loss, in float16.
-        identity: What else decides the result (data, options, base). A checkpoint with another
-            identity is refused.
+        optimizers: The optimisers; each trained parameter belongs to one of them.
+        scaler: Scales the loss in float16.
+        identity: Everything else that determines the result (data, options, base). A checkpoint
+            with another identity is refused.
 
     Attributes:
         step: Number of finished steps.
         best: The lowest validation loss (nats); None before the first validation.
         worse: Number of validations since the best one.
-        seconds: Training time before this process resumed the run.
+        seconds: Training time before this process started or resumed the run.
     """
 
     def __init__(
@@ -87,32 +84,33 @@ class State:
         self.seconds = 0.0
         self.began = time.perf_counter()
 
-    def judge(self, loss: float) -> None:
+    def keep_if_best(self, loss: float) -> None:
         """Remember the trained parameters if this validation loss is the lowest so far."""
         if math.isfinite(loss) and (self.best is None or loss < self.best):
             self.best = loss
             self.worse = 0
-            self.best_tensors = {name: p.detach().clone() for name, p in self.trained.items()}
+            for name, parameter in self.trained.items():
+                self.best_tensors[name] = parameter.detach().clone()
         else:
             self.worse += 1
 
     @torch.no_grad()
     def keep_best(self) -> None:
-        """Put the parameters with the lowest validation loss into the model, if there are any."""
+        """Copy the parameters with the lowest validation loss into the model, if there are any."""
         for name, tensor in self.best_tensors.items():
             self.trained[name].copy_(tensor)
 
     def elapsed(self) -> float:
-        """Give the training time in seconds, including the time before a resumption."""
+        """Give the training time in seconds, including the time before the run was resumed."""
         return self.seconds + time.perf_counter() - self.began
 
     def save(self) -> None:
         """Write a checkpoint unless this step has one, and remove all but the last two.
 
-        Every process must call this; the first one writes.
+        Every process must call this; the first process writes.
 
         Raises:
-            OSError: The file cannot be written. The checkpoint before it is whole.
+            OSError: The file cannot be written. The previous checkpoint is intact.
         """
         path = self.folder / f"step-{self.step:06d}.safetensors"
         if path in self.kept:
@@ -124,30 +122,30 @@ class State:
         self.kept = [*self.kept, path][-CHECKPOINTS_KEPT:]
         if rank == 0:
             self._remove_others()
-        gathered(None)  # the other processes wait until the file is there
+        gathered(None)  # the other processes wait until the file is written
 
     def load(self) -> None:
-        """Continue from the last whole checkpoint, or from the beginning if there is none yet.
+        """Continue from the last intact checkpoint, or from step 0 if there is no checkpoint.
 
         Raises:
-            CheckpointError: All checkpoints are damaged, the processes see different ones, or
-                the checkpoint belongs to other data, another configuration or another base.
+            CheckpointError: All checkpoints are damaged, the processes read different ones, or the
+                checkpoint belongs to other data, another configuration or another base.
         """
         saved = self._read_newest()
         if saved is None and self.paths():
             raise CheckpointError(
-                f"every checkpoint in {self.folder} is damaged: train again, into another folder"
+                f"every checkpoint in {self.folder} is damaged: train again in another folder"
             )
         hashes = gathered(saved.sha256 if saved else None)
         if len(set(hashes)) > 1:
             raise CheckpointError(
-                f"the processes see different checkpoints in {self.folder}: give all of them the "
+                f"the processes read different checkpoints in {self.folder}: all of them need the "
                 "same folder"
             )
         if saved is None:
             _say(f"There is no checkpoint in {self.folder} yet: training starts from step 0.")
             return
-        differences = unlike(saved.numbers["identity"], self.identity)
+        differences = list_differences(saved.numbers["identity"], self.identity)
         if differences:
             raise CheckpointError(
                 f"{saved.path} belongs to another run: {'; '.join(differences)}. Resume with the "
@@ -158,17 +156,18 @@ class State:
     def paths(self) -> list[Path]:
         """List the checkpoints, oldest first."""
         paths = self.folder.glob("step-*.safetensors")
-        return sorted(paths, key=lambda path: (len(path.name), path.name))  # also above 999,999
+        # By length first: the names of steps above 999,999 are longer.
+        return sorted(paths, key=lambda path: (len(path.name), path.name))
 
     def last_checkpoint(self) -> str:
-        """Say in a sentence which checkpoint is the last."""
+        """Give a sentence that names the last checkpoint."""
         paths = self.paths()
         if not paths:
             return "There is no checkpoint yet."
         return f"The last checkpoint is {paths[-1]}."
 
     def _tensors(self) -> dict[str, Tensor]:
-        """Collect what a checkpoint holds, with the random states of all processes."""
+        """Collect the tensors of a checkpoint, with the random states of all processes."""
         tensors = {}
         for name, parameter in self.trained.items():
             tensors[f"trained.{name}"] = parameter
@@ -182,7 +181,9 @@ class State:
         return tensors
 
     def _write(self, path: Path, tensors: dict[str, Tensor]) -> None:
-        tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+        on_cpu = {}
+        for name, tensor in tensors.items():
+            on_cpu[name] = tensor.detach().cpu().contiguous()
         numbers = {
             "step": self.step,
             "best": self.best,
@@ -192,18 +193,18 @@ class State:
             "identity": self.identity,
         }
         text = json.dumps(numbers)
-        metadata = {"state": text, "sha256": hash_state(text, tensors)}
+        metadata = {"state": text, "sha256": hash_state(text, on_cpu)}
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, save(tensors, metadata=metadata))
+        write_atomically(path, save(on_cpu, metadata=metadata))
 
     def _remove_others(self) -> None:
-        """Remove older and damaged checkpoints, and files that a kill left half-written."""
+        """Remove older and damaged checkpoints, and half-written files of a killed process."""
         for path in [*self.paths(), *self.folder.glob(".step-*")]:
             if path not in self.kept:
                 path.unlink()
 
     def _read_newest(self) -> SavedState | None:
-        """Read the newest checkpoint that is whole; None if there is none."""
+        """Read the newest intact checkpoint; None if there is none."""
         for path in reversed(self.paths()):
             saved = read_checkpoint(path)
             if saved is not None:
@@ -217,7 +218,7 @@ class State:
             parameter.copy_(saved.tensors[f"trained.{name}"])
             state = below(saved.tensors, f"optimizer.{name}.")
             for key, tensor in state.items():
-                is_step_count = tensor.ndim == 0  # which AdamW keeps on the CPU
+                is_step_count = tensor.ndim == 0  # AdamW keeps it on the CPU
                 state[key] = tensor.to("cpu" if is_step_count else parameter.device)
             self.optimizer_of[parameter].state[parameter] = state
         best = below(saved.tensors, "best.")
@@ -253,7 +254,7 @@ def read_checkpoint(path: Path) -> SavedState | None:
 
 
 def hash_state(text: str, tensors: dict[str, Tensor]) -> str:
-    """Hash a text and the names, dtypes, shapes and bits of tensors, in the order of the names."""
+    """Hash a text and the names, dtypes, shapes and bits of tensors, in order of their names."""
     digest = hashlib.sha256(text.encode())
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
@@ -263,7 +264,7 @@ def hash_state(text: str, tensors: dict[str, Tensor]) -> str:
 
 
 def below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Select the tensors whose names start with a prefix, and name them without it."""
+    """Select the tensors whose names start with a prefix; give them names without it."""
     selected = {}
     for name, tensor in tensors.items():
         if name.startswith(prefix):
@@ -272,7 +273,7 @@ def below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def random_states(device: torch.device) -> dict[str, Tensor]:
-    """Give the states of the generators that dropout draws from, by kind of device."""
+    """Give the states of the generators that dropout draws from, by type of device."""
     states = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
@@ -290,15 +291,15 @@ def set_random_states(states: dict[str, Tensor], device: torch.device) -> None:
         torch.mps.set_rng_state(states["mps"])
 
 
-def unlike(before: dict, now: dict, inside: str = "") -> list[str]:
-    """List where two nested dictionaries differ."""
+def list_differences(before: dict, now: dict, inside: str = "") -> list[str]:
+    """List the differences between two nested dictionaries."""
     found = []
     for key in sorted(before.keys() | now.keys()):
         name = f"{inside}{key}"
         old = before.get(key)
         new = now.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
-            found += unlike(old, new, f"{name}.")
+            found += list_differences(old, new, f"{name}.")
         elif old != new:
             found.append(f"{name}: {_short(old)} then, {_short(new)} now")
     return found

@@ -1,6 +1,6 @@
-"""A run on disk: ``clinora.json``, whose keys only this module knows.
+"""A run on disk: only this module knows the keys of ``clinora.json``.
 
-A run is bound to its base by the sha256 of the base's weights, tokenizer and configuration.
+A run identifies its base by the sha256 of the base's weights, tokenizer and configuration.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from clinora.notes import Note, Notes, check_class_names
 
 RUN_FILE = "clinora.json"
 SCHEMA = 1
-HASH_DIGITS = 16  # of a text's sha256 in hexadecimal: enough to tell it from the others
+HASH_DIGITS = 16  # of a text's sha256 in hexadecimal; enough to distinguish texts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,7 +48,7 @@ class BaseRecord:
 
     @classmethod
     def of(cls, source: Source) -> "BaseRecord":
-        """Record a base; ``base_hashes`` says what it raises."""
+        """Record a base; raises what ``base_hashes`` raises."""
         return cls(source=source.name, revision=source.revision, **base_hashes(source))
 
     def check(self, source: Source, run: Path) -> None:
@@ -74,15 +74,14 @@ class BaseRecord:
 def base_hashes(source: Source) -> dict[str, str]:
     """Give the sha256 of a base's weights, tokenizer and configuration.
 
-    Of the configuration, the values are hashed: the same values written in another way are the
-    same configuration.
+    For the configuration, the values are hashed, so its formatting does not matter.
 
     Raises:
         CheckpointError: The folder holds no weights.
         FileNotFoundError: It holds no tokenizer or no configuration.
         ValueError: The configuration is not a Llama's.
     """
-    weights = weights_sha256(source.folder)  # first: a folder without weights is no base at all
+    weights = weights_sha256(source.folder)  # first: a folder without weights is not a base
     tokenizer = (source.folder / "tokenizer.model").read_bytes()
     config = LlamaConfig.from_json(source.folder / "config.json")
     values = json.dumps(dataclasses.asdict(config), sort_keys=True).encode()
@@ -95,7 +94,7 @@ def base_hashes(source: Source) -> dict[str, str]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataRecord:
-    """The notes that a run was trained on. Only ``seen`` is known of every run.
+    """The notes that a run was trained on. Only ``seen`` is recorded for every run.
 
     Attributes:
         seen: The first 16 hexadecimal digits of the sha256 of each text that the run was trained,
@@ -135,16 +134,16 @@ def seen_hashes(notes: Sequence[Note]) -> frozenset[str]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunRecord:
-    """What ``clinora.json`` says of a run.
+    """The content of ``clinora.json``.
 
     Attributes:
         labels: Names of the classes, by index.
-        token_limit: How many tokens of a note are read.
+        token_limit: The most tokens of a note that are read.
         base: The base model.
         calibration: How confidence is computed; None if the run was not calibrated.
         data: The notes that it was trained on; None if they were not recorded.
-        training_options: Those of ``TrainingConfig``, and the precision; may be empty.
-        versions: Of the libraries that trained it; may be empty.
+        training_options: The options of ``TrainingConfig``, and the precision; may be empty.
+        versions: The versions of the libraries that trained it; may be empty.
     """
 
     labels: tuple[str, ...]
@@ -160,11 +159,12 @@ class RunRecord:
         """Read ``clinora.json`` from a run's folder.
 
         Raises:
-            CheckpointError: The file is missing, of another schema, or not what it should be.
+            CheckpointError: The file is missing, has another schema, or lacks a valid value.
         """
         path = folder / RUN_FILE
-        # A run whose training was not recorded lacks these.
-        values = {"notes": None, "training": {}, "versions": {}} | read_json(path)
+        # If the training was not recorded, the file has none of these.
+        defaults = {"notes": None, "training": {}, "versions": {}}
+        values = defaults | read_json(path)
         if values.get("schema") != SCHEMA:
             raise CheckpointError(f"{path}: schema {values.get('schema')!r}, expected {SCHEMA}")
         labels = _take(values, "labels", list, path)
@@ -199,14 +199,16 @@ class RunRecord:
         values["labels"] = list(self.labels)
         values["base"] = dataclasses.asdict(self.base)
         values["token_limit"] = self.token_limit
-        values["calibration"] = self.calibration and dataclasses.asdict(self.calibration)
+        values["calibration"] = None
+        if self.calibration is not None:
+            values["calibration"] = dataclasses.asdict(self.calibration)
         write_atomically(folder / RUN_FILE, (json.dumps(values, indent=2) + "\n").encode())
 
 
 def _take(values: dict, name: str, kind: type | UnionType, path: Path) -> Any:
-    """Give a value that must be there and of a kind."""
+    """Give a value that must exist and have the type ``kind``."""
     if name not in values or not isinstance(values[name], kind):
-        raise CheckpointError(f"{path}: {name} is missing or of another kind")
+        raise CheckpointError(f"{path}: {name} is missing or has the wrong type")
     return values[name]
 
 
@@ -237,10 +239,9 @@ def _read_data(values: dict | None, path: Path) -> DataRecord | None:
         return None
     seen = _take(values, "seen", list, path)
     if not all(isinstance(sha256, str) for sha256 in seen):
-        raise CheckpointError(f"{path}: seen holds other values than texts' sha256")
-    # Training from Python knows no file, and so none of these.
-    values = {"fingerprints": {}} | values
-    fingerprints = _take(values, "fingerprints", dict, path)
+        raise CheckpointError(f"{path}: seen holds values that are not strings")
+    # A run that was trained from Python has no file, so none of the other values.
+    fingerprints = _take({"fingerprints": {}} | values, "fingerprints", dict, path)
     return DataRecord(
         seen=frozenset(seen),
         source=values.get("source"),
@@ -253,7 +254,7 @@ def _read_data(values: dict | None, path: Path) -> DataRecord | None:
 
 
 def _data_as_json(data: DataRecord) -> dict[str, Any]:
-    """Give the values that are known, in the order in which they are written."""
+    """Give the recorded values, in the order in which they are written."""
     values = {}
     for name in ("source", "text_column", "label_column", "split"):
         value = getattr(data, name)

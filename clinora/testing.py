@@ -1,7 +1,7 @@
 """Assertions about adapters, for unit tests: what trains, what stays, what merging changes.
 
-They read parameters and outputs only, so they work with any ``nn.Module``, whether it is adapted
-by this package, by PEFT or by hand, and they need no test framework::
+They read only parameters and outputs. So they work with any ``nn.Module``, adapted by this package,
+by PEFT or by hand, and they need no test framework::
 
     def test_adapter():
         model = build_model()
@@ -16,8 +16,8 @@ by this package, by PEFT or by hand, and they need no test framework::
 ``assert_trains_exactly`` and ``assert_trains_at_most`` need no weights: for a model built under
 ``torch.device("meta")``, even one of 70 billion parameters, they take seconds.
 
-Each assertion also fails where it would prove nothing: because nothing trains, because the step
-changed no parameter, because the block adapted another object, or because B is still zero.
+Each assertion also fails if it would prove nothing: nothing trains, the step changed no parameter,
+the block adapted another object, or B is still zero.
 """
 
 import copy
@@ -38,7 +38,7 @@ def assert_trains_exactly(model: nn.Module, names: Iterable[str]) -> None:
         model: Any module, on any device.
         names: Each stands for all parameters whose dotted name contains it as whole segments:
             "lora_A" for every A, "score" for a head, "layers.0.self_attn.q_proj.lora_A" for one.
-            A tied parameter goes by any of its names. The copy that PEFT keeps of a module it
+            A tied parameter matches by any of its names. The copy that PEFT keeps of a module it
             trains (``original_module``) must stay frozen. Empty: everything is frozen.
 
     Raises:
@@ -55,7 +55,7 @@ def assert_trains_exactly(model: nn.Module, names: Iterable[str]) -> None:
     missing = []
     used = set()
     for parameter, known in aliases.items():
-        matching = {name for name in names if any(f".{name}." in f".{k}." for k in known)}
+        matching = {name for name in names if _contains_segments(known, name)}
         used |= matching
         is_pefts_copy = "original_module" in known[0].split(".")
         expected = bool(matching) and not is_pefts_copy
@@ -68,7 +68,8 @@ def assert_trains_exactly(model: nn.Module, names: Iterable[str]) -> None:
         lines.append(_list("trained, but not expected to", unexpected))
     if missing:
         lines.append(_list("expected to train, but frozen", missing))
-    if unused := sorted(names - used):
+    unused = sorted(names - used)
+    if unused:
         lines.append(_list("expected to train, but no parameter has this name", unused))
     if lines:
         raise AssertionError("\n".join(lines))
@@ -81,22 +82,22 @@ def assert_trains_at_most(
     percent: float | None = None,
     megabytes: float | None = None,
 ) -> None:
-    """Assert how little of a model trains, tied parameters counted once.
+    """Assert that at most so much of a model trains; a tied parameter counts once.
 
     Args:
         model: Any module, on any device.
-        parameters: The most elements that may train.
+        parameters: The largest number of elements that may train.
         percent: The largest share of all elements (the adapter's included) that may train, from
             0 to 100.
-        megabytes: The largest size that may train, in 10⁶ bytes, each parameter in its own dtype,
-            as in an adapter's file. Gradients and the optimiser's state are not counted.
+        megabytes: The largest size of what may train, in 10⁶ bytes, each parameter in its own
+            dtype, as in an adapter's file. Gradients and the optimiser's state are not counted.
 
     Raises:
         AssertionError: More trains than a limit allows, or nothing trains at all.
         ValueError: No limit is given.
     """
-    limits = {"parameters": parameters, "percent": percent, "megabytes": megabytes}
-    limits = {unit: limit for unit, limit in limits.items() if limit is not None}
+    given = {"parameters": parameters, "percent": percent, "megabytes": megabytes}
+    limits = {unit: limit for unit, limit in given.items() if limit is not None}
     if not limits:
         raise ValueError("no limit is given: expected parameters=, percent= or megabytes=")
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -110,11 +111,11 @@ def assert_trains_at_most(
     }
     lines = []
     for unit, limit in limits.items():
-        if not measured[unit] <= limit:  # "not ≤", so that a NaN fails
+        if not measured[unit] <= limit:  # not ">", so that a NaN fails
             lines.append(f"{measured[unit]:,.12g} {unit} train, expected at most {limit:,.12g}")
     if lines:
         largest_first = sorted(trained, key=lambda name: trained[name].numel(), reverse=True)
-        lines.append(_list("trained, the largest first", largest_first))
+        lines.append(_list("trained, largest first", largest_first))
         raise AssertionError("\n".join(lines))
 
 
@@ -122,10 +123,10 @@ def assert_trains_at_most(
 def base_unchanged(model: nn.Module) -> Iterator[None]:
     """Assert that a training step in the ``with`` block leaves the base unchanged, to the bit.
 
-    The base is what is frozen when the block begins, and all buffers (such as BatchNorm's running
-    mean) except those of a module whose own parameters all train. The assertion also fails if no
-    trained parameter changed: a step that does nothing cannot change the base, so the test would
-    pass whatever the code does. It keeps a copy of the model meanwhile.
+    The base is all parameters that are frozen when the block begins, and all buffers (such as
+    BatchNorm's running mean) except those of a module whose own parameters all train. The assertion
+    also fails if no trained parameter changed: a step that does nothing cannot change the base, so
+    the test would always pass. During the block it keeps a copy of the model.
 
     Raises:
         AssertionError: Frozen parameters or buffers changed, or no trained parameter changed.
@@ -179,15 +180,15 @@ def output_unchanged(model: nn.Module, /, *inputs: object, **kwargs: object) -> 
         **kwargs: The keyword arguments to call it with.
 
     Raises:
-        AssertionError: The output changed, or the block put nothing into the model.
+        AssertionError: The output changed, or the block added nothing to the model.
         ValueError: The model is on the meta device, or returns no tensor.
     """
     before = _output(model, inputs, kwargs)
-    parts = _parts(model)  # kept, so that no new part can get the id of an old one
+    parts = _parts(model)  # this reference keeps new parts from getting the id of an old one
     yield
     if [id(part) for part in parts] == [id(part) for part in _parts(model)]:
         raise AssertionError(
-            "the block put no module and no parameter into this model, so an unchanged output "
+            "the block added no module and no parameter to this model, so an unchanged output "
             "proves nothing: did the block adapt a copy, or another object?"
         )
     after = _output(model, inputs, kwargs)
@@ -203,7 +204,7 @@ def assert_merge_moves_at_most(
 ) -> None:
     """Assert that merging LoRA into the weights moves no output element by more than ``limit``.
 
-    It merges a deep copy, with ``merge_lora`` or PEFT, and leaves the model as it is. Outputs are
+    It merges a deep copy, with ``merge_lora`` or PEFT, and does not change the model. Outputs are
     computed and selected as in ``output_unchanged``.
 
     Args:
@@ -214,9 +215,9 @@ def assert_merge_moves_at_most(
         **kwargs: The keyword arguments to call the model with.
 
     Raises:
-        AssertionError: An element moved further, or every B is zero: merging an adapter that adds
-            nothing moves nothing, however the merge is done.
-        ValueError: The model is on the meta device, or has B but no method that merges it.
+        AssertionError: An element moved further, or every B is zero: then the adapter adds
+            nothing, and even a wrong merge moves nothing.
+        ValueError: The model is on the meta device, or no known method merges its adapter.
     """
     before = _output(model, inputs, kwargs)
     matrices_b = [p for name, p in model.named_parameters() if "lora_B" in name.split(".")]
@@ -227,7 +228,7 @@ def assert_merge_moves_at_most(
     merged = _merge(copy.deepcopy(model))
     after = _output(merged, inputs, kwargs)
     moved = _largest_gap(before, after)
-    if not moved <= limit:  # "not ≤", so that a NaN fails
+    if not moved <= limit:  # not ">", so that a NaN fails
         raise AssertionError(
             f"merging moved the output by up to {moved:.3g}, expected at most {limit:.3g} "
             f"({_form(after)}): round once, or allow for the precision of the weights' dtype"
@@ -237,12 +238,21 @@ def assert_merge_moves_at_most(
 def _merge(model: nn.Module) -> nn.Module:
     if hasattr(model, "merge_and_unload"):  # from get_peft_model
         return model.merge_and_unload()
-    layers = [m for m in model.modules() if hasattr(m, "get_base_layer") and hasattr(m, "merge")]
-    if not layers:
+    # inject_adapter_in_model adds such layers.
+    pefts_layers = []
+    for module in model.modules():
+        if hasattr(module, "get_base_layer") and hasattr(module, "merge"):
+            pefts_layers.append(module)
+    if not pefts_layers:
         return merge_lora(model)
-    for layer in layers:  # from inject_adapter_in_model
+    for layer in pefts_layers:
         layer.merge()
     return model
+
+
+def _contains_segments(aliases: list[str], name: str) -> bool:
+    """Tell whether one of a parameter's names contains ``name`` as whole dotted segments."""
+    return any(f".{name}." in f".{alias}." for alias in aliases)
 
 
 def _list(what: str, names: list[str], most: int = 8) -> str:
@@ -261,7 +271,7 @@ def _form(x: Tensor) -> str:
 
 
 def _same_bits(a: Tensor, b: Tensor | None) -> bool:
-    """Compare bits: to torch.equal, −0 equals 0 and NaN does not equal itself."""
+    """Compare bits: for torch.equal alone, −0 equals 0 and NaN does not equal itself."""
     if b is None or a.dtype != b.dtype or a.shape != b.shape:
         return False
     return torch.equal(_bytes(a), _bytes(b.to(a.device)))
@@ -288,12 +298,12 @@ def _output(model: nn.Module, inputs: tuple, kwargs: dict) -> Tensor:
         for module, training in modes.items():
             module.training = training
     if tensor is None or tensor.is_meta:
-        raise ValueError("nothing to compare: the model gave no tensor, or one on the meta device")
+        raise ValueError("the model gave no tensor, or one on the meta device: nothing to compare")
     return tensor.clone()  # the model may change the tensor that it returned
 
 
 def _tensor(output: object) -> Tensor | None:
-    """Select the tensor itself, or ``logits`` among several parts, or else the first tensor."""
+    """Select the tensor itself, ``logits`` among several parts, or else the first tensor."""
     if output is None or isinstance(output, Tensor):
         return output
     if isinstance(output, Mapping):

@@ -1,4 +1,4 @@
-"""Text to token ids with the model's own SentencePiece file."""
+"""Convert text to token ids with the model's own SentencePiece file."""
 
 import itertools
 from pathlib import Path
@@ -13,8 +13,8 @@ REWRITTEN = "\ufb01 \uff21  e\u0301"
 class Tokenizer:
     """Turns a note into ``[bos] + sentencepiece(note.strip())``, as Llama was trained.
 
-    Control strings inside a note, such as ``</s>``, are spelled out as text: no note can end
-    itself. No end-of-sentence token is added.
+    Control strings inside a note, such as ``</s>``, are encoded as ordinary text, so no note can
+    contain a control token. No end-of-sentence token is added.
 
     Attributes:
         vocab_size: Number of ids, 0 to ``vocab_size`` − 1.
@@ -22,7 +22,7 @@ class Tokenizer:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file is no SentencePiece model, is damaged, or has no bos token.
+        ValueError: The file is not a SentencePiece model, is damaged, or has no bos token.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -34,51 +34,55 @@ class Tokenizer:
             self._pieces.LoadFromSerializedProto(data)
         except RuntimeError as error:
             raise ValueError(
-                f"{path} is no SentencePiece model or is damaged ({error}): expected Llama's "
+                f"{path} is not a SentencePiece model or is damaged ({error}): expected Llama's "
                 "tokenizer.model"
             ) from None
         self.vocab_size: int = self._pieces.vocab_size()
         self.bos: int = self._pieces.bos_id()
         if self.bos < 0:
-            raise ValueError(f"{path} has no bos token: it is not a Llama's tokenizer.model")
-        pieces = [
-            self._pieces.id_to_piece(i)
-            for i in range(self.vocab_size)
-            if not self._pieces.is_byte(i) and not self._pieces.is_control(i)
-        ]
-        self._longest = max(map(len, pieces))  # characters that one token stands for, at most
-        self._neighbours = {a + b for piece in pieces for a, b in itertools.pairwise(piece)}
-        # Llama's tokenizers rewrite nothing and spell unknown characters in bytes. Others may write
-        # many characters as one token: they read every text whole.
-        rewritten = self._pieces.normalize(REWRITTEN).removeprefix(SPACE)
-        spelled = self._pieces.encode("\U0010ffff")
-        self._reads_whole = (
-            rewritten != REWRITTEN.replace(" ", SPACE) or self._pieces.unk_id() in spelled
-        )
+            raise ValueError(f"{path} has no bos token: it is not Llama's tokenizer.model")
+        self._longest = 0  # characters of the longest piece: the most that one token stands for
+        self._neighbours: set[str] = set()  # pairs of characters that are adjacent in a piece
+        for i in range(self.vocab_size):
+            if self._pieces.is_byte(i) or self._pieces.is_control(i):
+                continue
+            piece = self._pieces.id_to_piece(i)
+            self._longest = max(self._longest, len(piece))
+            for first, second in itertools.pairwise(piece):
+                self._neighbours.add(first + second)
+        # Llama's tokenizers do not rewrite text, and encode unknown characters as bytes. With
+        # another tokenizer one token may stand for many characters: every text is read whole.
+        normalised = self._pieces.normalize(REWRITTEN).removeprefix(SPACE)
+        rewrites = normalised != REWRITTEN.replace(" ", SPACE)
+        rare_character = self._pieces.encode("\U0010ffff")
+        self._reads_whole = rewrites or self._pieces.unk_id() in rare_character
 
     def encode(self, text: str, limit: int | None = None) -> list[int]:
-        """Give the ids of a note, bos first, the first ``limit`` of them (None: all).
+        """Give the first ``limit`` ids of a note (None: all), bos first.
 
-        With a limit only a beginning of the text is tokenised; the ids are the same.
+        With a limit, only the beginning of the text is tokenised; the ids are the same.
         """
-        return [self.bos, *self._pieces.encode(self._beginning(text.strip(), limit))][:limit]
+        beginning = self._beginning(text.strip(), limit)
+        ids = [self.bos, *self._pieces.encode(beginning)]
+        return ids[:limit]
 
     def places(self, text: str, limit: int | None = None) -> list[tuple[int, int]]:
         """Give where each id of ``encode`` begins and ends in the stripped text, in characters.
 
-        The bos stands for nothing, and of the bytes of one character all but the last do.
+        The bos covers no character. If a character is encoded as several bytes, only the last of
+        them covers it.
         """
         beginning = self._beginning(text.strip(), limit)
         found = self._pieces.encode(beginning, return_type="offset_mapping")["offsets"]
         return [(0, 0), *found][:limit]
 
     def _beginning(self, text: str, limit: int | None) -> str:
-        """Give a beginning of a text whose tokens are the text's first ones, at least ``limit``.
+        """Give a beginning of the text that has at least the first ``limit`` tokens of the text.
 
-        SentencePiece joins neighbours only into pieces of its vocabulary. Two characters that stand
-        side by side in no piece are never joined, so that nothing behind them changes what is
-        before. A run of letters without such a place is tokenised whole: its first token may depend
-        on its last letter.
+        SentencePiece joins characters only into pieces of its vocabulary. Two characters that are
+        adjacent in no piece are never joined, so the text can be cut between them: what follows
+        does not change the tokens before. Without such a place the text is tokenised whole, because
+        its first token may depend on its last letter.
         """
         if limit is None or self._reads_whole:
             return text
@@ -90,5 +94,5 @@ class Tokenizer:
         return text
 
     def decode(self, ids: list[int]) -> str:
-        """Give the text of ids; control ids vanish."""
+        """Give the text of ids; control ids are left out."""
         return self._pieces.decode(ids)

@@ -1,12 +1,12 @@
 """The training loop: plain PyTorch with automatic mixed precision, on one process or several.
 
-A step learns from a *global batch*: ``accumulate`` batches on each process. Its loss is the sum
-of the notes' losses divided by their number. How the notes are divided among batches and processes
-therefore changes nothing but rounding.
+A step learns from a *global batch*: ``accumulate`` batches on each process. Its loss is the sum of
+the notes' losses divided by the number of notes. So the division of the notes into batches and
+processes changes only rounding.
 
-A checkpoint holds everything that decides the next step: the trained parameters, AdamW's moments,
-the scaler, the number of finished steps and every random state. A run that was killed and resumed
-ends with the bits of one that was not.
+A checkpoint holds everything that determines the next step: the trained parameters, AdamW's
+moments, the scaler, the number of finished steps and every random state. A run that was killed and
+resumed ends with the same bits as one that was not.
 
 Shapes: N notes, B batch, C classes.
 """
@@ -45,19 +45,19 @@ class TrainingConfig:
     """How to train; each field is a flag of ``train.py``.
 
     Attributes:
-        steps: Optimiser steps, at most: training may stop early.
-        tokens_per_batch: Tokens of a padded batch on each process, at most. A note with more
-            tokens stands alone.
-        accumulate: Batches of a step on each process.
-        learning_rate: AdamW's, at its peak after the warm-up.
+        steps: The most optimiser steps; training may stop early.
+        tokens_per_batch: The most tokens of a padded batch on each process. A note with more
+            tokens is a batch by itself.
+        accumulate: Batches per step on each process.
+        learning_rate: AdamW's learning rate at its peak, after the warm-up.
         warmup: Share of the steps in which the learning rate rises, from 0 to below 1.
-        weight_decay: AdamW's, relative to the learning rate.
-        clip: L2 norm that the gradient of all trained parameters is cut down to.
+        weight_decay: AdamW's weight decay, relative to the learning rate.
+        clip: The gradient of all trained parameters is scaled down to at most this L2 norm.
         validate_every: Steps from one validation to the next.
-        patience: Validations without a better one after which training stops.
+        patience: Training stops after this many validations without a new best one.
         checkpoint_every: Steps from one checkpoint to the next.
-        activation_checkpointing: Whether the backward pass computes the activations again.
-        seed: Seed of head, LoRA, order and dropout.
+        activation_checkpointing: Whether the backward pass recomputes the activations.
+        seed: Seed of the head, LoRA, the order of the notes and dropout.
 
     Raises:
         ValueError: A number is out of its range.
@@ -65,22 +65,22 @@ class TrainingConfig:
 
     steps: int = field(default=200, metadata={"help": "optimiser steps"})
     tokens_per_batch: int = field(
-        default=8192, metadata={"help": "the most tokens of a padded batch on each process"}
+        default=8192, metadata={"help": "most tokens of a padded batch on each process"}
     )
-    accumulate: int = field(default=1, metadata={"help": "batches of a step on each process"})
-    learning_rate: float = field(default=2e-3, metadata={"help": "peak, after the warm-up"})
-    warmup: float = field(default=0.1, metadata={"help": "share of the steps"})
-    weight_decay: float = field(default=0.01, metadata={"help": "AdamW's"})
+    accumulate: int = field(default=1, metadata={"help": "batches per step on each process"})
+    learning_rate: float = field(default=2e-3, metadata={"help": "peak learning rate"})
+    warmup: float = field(default=0.1, metadata={"help": "share of the steps for warm-up"})
+    weight_decay: float = field(default=0.01, metadata={"help": "AdamW's weight decay"})
     clip: float = field(default=1.0, metadata={"help": "largest norm of the gradient"})
     validate_every: int = field(default=50, metadata={"help": "steps between validations"})
     patience: int = field(
-        default=5, metadata={"help": "validations without a better one before training stops"}
+        default=5, metadata={"help": "stop after this many validations without a new best one"}
     )
     checkpoint_every: int = field(default=50, metadata={"help": "steps between checkpoints"})
     activation_checkpointing: bool = field(
-        default=False, metadata={"help": "compute activations again: less memory, more time"}
+        default=False, metadata={"help": "recompute activations: less memory, more time"}
     )
-    seed: int = field(default=0, metadata={"help": "of head, LoRA, order and dropout"})
+    seed: int = field(default=0, metadata={"help": "seed of the head, LoRA, order and dropout"})
 
     def __post_init__(self) -> None:
         for name in (
@@ -105,9 +105,9 @@ class TrainingConfig:
 
 
 class InterruptedTraining(Exception):
-    """A signal ended training after a step, and a checkpoint was written.
+    """A signal stopped training after a step, and a checkpoint was written.
 
-    Its arguments are a message and the signal's number.
+    The arguments are a message and the signal's number.
     """
 
 
@@ -124,29 +124,29 @@ def train(
     """Train the trainable parameters of the classifier's model and keep the best ones.
 
     The best parameters are those with the lowest validation loss. With fewer than 50 validation
-    notes, training keeps the last ones and does not stop early. Under torchrun every process calls
-    this with the same arguments.
+    notes, training keeps the last parameters and does not stop early. Under torchrun, every process
+    calls this with the same arguments.
 
     Args:
         classifier: Its model is trained in place.
         training: Notes to learn from.
         validation: Notes to validate on; may be empty.
         config: How to train.
-        run_folder: Where ``metrics.jsonl`` and ``checkpoint/`` go. The first holds a JSON object
-            per step: step, loss (nats), learning rate, notes, tokens, share of padding, seconds,
-            and after a validation its loss and accuracy.
-        identity: What else decides the result (data, base, LoRA). A checkpoint with another
-            identity is refused.
-        resume: Whether to continue from the run's last whole checkpoint.
+        run_folder: The folder for ``metrics.jsonl`` and ``checkpoint/``. The file holds a JSON
+            object per step: step, loss (nats), learning rate, notes, tokens, share of padding,
+            seconds, and after a validation its loss and accuracy.
+        identity: Everything else that determines the result (data, base, LoRA). A checkpoint with
+            another identity is refused.
+        resume: Whether to continue from the run's last intact checkpoint.
 
     Raises:
         ValueError: There are no training notes, a label is not one of the classifier's, or the
-            folder holds a run that is not to be resumed.
+            folder holds a run but ``resume`` is False.
         CheckpointError: All checkpoints are damaged, or they belong to other data, another
             configuration or another base.
         FloatingPointError: The loss or the gradient is not finite.
-        InterruptedTraining: Ctrl-C or SIGTERM ended training.
-        OSError: A file cannot be written. The message names the last checkpoint, which is whole.
+        InterruptedTraining: Ctrl-C or SIGTERM stopped training.
+        OSError: A file cannot be written. The message names the last checkpoint, which is intact.
     """
     run_folder = Path(run_folder)
     check_notes(classifier, training, validation)
@@ -162,13 +162,13 @@ def train(
     )
     if resume:
         state.load()
-    global_batches = deal(examples, config, state.step)
+    global_batches = batches_of_steps(examples, config, state.step)
     with (
         naming_checkpoint(state),
         Interruption(learner.device) as interruption,
         Log(run_folder / METRICS, state, config.steps) as log,
     ):
-        while not finished(state, config) and not interruption.came():
+        while not finished(state, config) and not interruption.requested():
             global_batch = next(global_batches)
             loss = learner.forward_and_backward(examples, global_batch)
             learning_rate = learner.step(state.step + 1, loss)
@@ -179,11 +179,13 @@ def train(
             if held_out.notes and validation_is_due(state, config):
                 metrics |= validate(classifier, held_out)
                 if len(held_out.notes) >= FEWEST_VALIDATION:
-                    state.judge(metrics["validation_loss"])
+                    state.keep_if_best(metrics["validation_loss"])
             log.write(metrics)
             if checkpoint_is_due(state, config):
                 save(state, log)
-        if interruption.came():  # also in the last step: what follows training may take long
+        if (
+            interruption.requested()
+        ):  # even after the last step: what follows training may take long
             save(state, log)
             message = f"stopped after step {state.step}. {state.last_checkpoint()}"
             raise InterruptedTraining(message, interruption.number)
@@ -198,23 +200,23 @@ def train(
 def check_notes(
     classifier: Classifier, training: Sequence[Note], validation: Sequence[Note]
 ) -> None:
-    """Check that there are notes to learn from and that the classifier has all their labels.
+    """Check that there are training notes and that the classifier has all labels of the notes.
 
     Raises:
-        ValueError: Otherwise. The message gives the note's position, never its text.
+        ValueError: One of these fails. The message gives the note's position, never its text.
     """
     if not training:
-        raise ValueError("there are no training notes: at least one is needed")
+        raise ValueError("there are no training notes: expected at least one")
     classes = len(classifier.labels)
     for split, notes in (("training", training), ("validation", validation)):
         for position, note in enumerate(notes):
             if not note.labels:
-                raise ValueError(f"{split} note {position} has no label: give it one or leave it")
+                raise ValueError(f"{split} note {position} has no label: expected one or more")
             if min(note.labels) < 0 or max(note.labels) >= classes:
                 raise ValueError(
                     f"{split} note {position} has the labels {note.labels}, but the classifier has "
-                    f"the labels 0 to {classes - 1}: make the classifier from the same classes "
-                    "as the notes"
+                    f"the labels 0 to {classes - 1}: create the classifier with the classes of the "
+                    "notes"
                 )
 
 
@@ -231,7 +233,7 @@ def check_folder(run_folder: Path, resume: bool) -> None:
 
 
 def seed_dropout(seed: int) -> None:
-    """Seed PyTorch's random numbers, differently on each process, so that dropout differs."""
+    """Seed PyTorch's generators, differently on each process so that dropout differs."""
     rank, _ = world()
     torch.manual_seed(seed + rank)
 
@@ -239,7 +241,7 @@ def seed_dropout(seed: int) -> None:
 def identify(
     training: Sequence[Note], validation: Sequence[Note], config: TrainingConfig
 ) -> dict[str, object]:
-    """Give what decides the result, for checkpoints: options, processes, notes and their order."""
+    """Give what determines the result, for checkpoints: options, processes, notes in order."""
     _, processes = world()
     hashes = [note.sha256 for note in [*training, *validation]]
     return {
@@ -255,7 +257,7 @@ class Examples:
 
     Attributes:
         notes: The notes, in their order.
-        ids: Token ids of each, int32: a quarter of a list's memory or less.
+        ids: Token ids of each note, int32 to save memory: at most a quarter of a list's.
         targets: (N, C) float32, the share of each class.
     """
 
@@ -268,30 +270,30 @@ def encode(classifier: Classifier, notes: Sequence[Note]) -> Examples:
     """Tokenise notes up to the token limit."""
     ids = []
     for note in notes:
-        text = clean_text(note.text)  # as in prediction; notes from a file are clean already
+        text = clean_text(note.text)  # as in prediction; notes from a file are already clean
         tokens = classifier.tokenizer.encode(text, classifier.token_limit)
         ids.append(torch.tensor(tokens, dtype=torch.int32))
     shares = soft_targets(notes, len(classifier.labels))
     return Examples(notes, ids, torch.from_numpy(shares))
 
 
-# --- deal ---------------------------------------------------------------------------------------
+# --- batches ------------------------------------------------------------------------------------
 
 
 def batches(lengths: Sequence[int], tokens: int, seed: int) -> Iterator[list[int]]:
-    """Deal notes into batches, epoch after epoch without end, in an order that the seed decides.
+    """Divide notes into batches, epoch after epoch without end, in an order set by the seed.
 
-    A batch holds notes of similar length, so that little is padded. Each epoch is shuffled and cut
+    A batch holds notes of similar length, to keep padding small. Each epoch is shuffled and cut
     into stretches of about 16 batches. Each stretch is sorted by length and cut into batches, and
-    the epoch's batches are shuffled again.
+    then the epoch's batches are shuffled.
 
     Args:
         lengths: (N,) tokens of each note.
-        tokens: The most that a padded batch may hold; a longer note stands alone.
-        seed: Of the shuffling.
+        tokens: The most tokens that a padded batch may hold; a longer note is a batch by itself.
+        seed: Seed of the shuffling.
 
     Yields:
-        Positions in ``lengths``.
+        A batch: positions in ``lengths``.
     """
     generator = torch.Generator().manual_seed(seed)
     stretch = max(1, 16 * tokens * len(lengths) // sum(lengths))  # notes
@@ -306,19 +308,21 @@ def batches(lengths: Sequence[int], tokens: int, seed: int) -> Iterator[list[int
             yield epoch[i]
 
 
-def deal(examples: Examples, config: TrainingConfig, done: int) -> Iterator[list[list[int]]]:
-    """Deal the global batches of the steps that follow the ``done`` first ones.
+def batches_of_steps(
+    examples: Examples, config: TrainingConfig, done: int
+) -> Iterator[list[list[int]]]:
+    """Yield the global batches of the steps after the first ``done`` steps.
 
     Yields:
-        The batches of a step, those of all processes: positions in ``examples``.
+        The batches of a step, for all processes: positions in ``examples``.
     """
     _, processes = world()
     size = config.accumulate * processes
     lengths = [len(ids) for ids in examples.ids]
-    dealt = batches(lengths, config.tokens_per_batch, config.seed)
-    dealt = islice(dealt, done * size, None)
+    all_batches = batches(lengths, config.tokens_per_batch, config.seed)
+    next_batches = islice(all_batches, done * size, None)
     while True:
-        yield list(islice(dealt, size))
+        yield list(islice(next_batches, size))
 
 
 def count_tokens(examples: Examples, global_batch: list[list[int]]) -> dict[str, float]:
@@ -338,16 +342,16 @@ def count_tokens(examples: Examples, global_batch: list[list[int]]) -> dict[str,
 
 
 class Learner:
-    """Computes the gradient of a global batch and moves the trained parameters.
+    """Computes the gradient of a global batch and updates the trained parameters.
 
-    On several processes DistributedDataParallel averages the gradients. In float16 a scaler keeps
-    small gradients from becoming zero. Neither changes what a step means.
+    On several processes, DistributedDataParallel averages the gradients. In float16, a scaler keeps
+    small gradients from becoming zero. Neither changes the definition of a step.
 
     Attributes:
         trained: The trainable parameters, by name.
-        optimizer: AdamW of all of them.
-        scaler: Of the loss; without effect unless the compute dtype is float16.
-        device: Where the model is.
+        optimizer: AdamW for all trained parameters.
+        scaler: Scales the loss; has no effect unless the compute dtype is float16.
+        device: The model's device.
     """
 
     def __init__(self, classifier: Classifier, config: TrainingConfig) -> None:
@@ -356,7 +360,10 @@ class Learner:
         self.model = classifier.model
         self.model.model.activation_checkpointing = config.activation_checkpointing
         self.device = self.model.score.weight.device
-        self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.trained: dict[str, nn.Parameter] = {}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                self.trained[name] = parameter
         self.optimizer = torch.optim.AdamW(self.trained.values(), weight_decay=config.weight_decay)
         is_float16 = classifier.dtype == torch.float16
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=is_float16)
@@ -367,7 +374,7 @@ class Learner:
             self.parallel = DistributedDataParallel(self.model, init_sync=False)
 
     def forward_and_backward(self, examples: Examples, global_batch: list[list[int]]) -> float:
-        """Compute the gradient of a global batch; returns its mean loss (nats per note)."""
+        """Compute the gradient of a global batch and return its mean loss (nats per note)."""
         self.model.train()
         notes = sum(len(batch) for batch in global_batch)
         mine = global_batch[self.rank :: self.processes]
@@ -376,14 +383,14 @@ class Learner:
             is_last = batch is mine[-1]
             with self.averaging_gradients(is_last):
                 loss = self.loss(examples, batch) / notes
-                # Averaging divides the gradient by the number of processes.
+                # Averaging divides the gradient by the number of processes, so multiply by it here.
                 self.scaler.scale(loss * self.processes).backward()
             total += loss.detach()
         (loss,) = summed([total.item()], self.device)
         return loss
 
     def loss(self, examples: Examples, batch: Sequence[int]) -> Tensor:
-        """Give the sum of the cross entropies of a batch's notes (nats)."""
+        """Compute the sum of the cross-entropies of a batch's notes (nats)."""
         ids, lengths = pad([examples.ids[i] for i in batch], self.device)  # (B, T), (B,)
         with self.classifier.autocast():
             logits = self.parallel(ids, lengths)  # (B, C)
@@ -391,16 +398,16 @@ class Learner:
         return F.cross_entropy(logits.float(), shares, reduction="sum")
 
     def averaging_gradients(self, is_last: bool) -> AbstractContextManager:
-        """Have the backward pass average over the processes, once per step: at the last batch."""
+        """Give a context that averages gradients over the processes only at a step's last batch."""
         if self.processes > 1 and not is_last:
             return self.parallel.no_sync()
         return nullcontext()
 
     def step(self, number: int, loss: float) -> float:
-        """Move the parameters along the clipped gradient; returns the learning rate.
+        """Update the parameters with the clipped gradient and return the learning rate.
 
         Raises:
-            FloatingPointError: The loss or the gradient is not finite. Nothing has moved.
+            FloatingPointError: The loss or the gradient is not finite. No parameter has changed.
         """
         learning_rate = self.config.learning_rate * learning_rate_factor(number, self.config)
         for group in self.optimizer.param_groups:
@@ -408,8 +415,8 @@ class Learner:
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.trained.values(), self.config.clip).item()
         # The scaler skips a step whose scaled gradient is infinite, and lowers its factor.
-        norm_is_fine = math.isfinite(norm) or self.scaler.is_enabled()
-        if not math.isfinite(loss) or not norm_is_fine:
+        norm_is_valid = math.isfinite(norm) or self.scaler.is_enabled()
+        if not math.isfinite(loss) or not norm_is_valid:
             raise FloatingPointError(
                 f"the loss is {loss} and the norm of the gradient is {norm} at step {number}: try "
                 "a lower --learning-rate or --precision fp32"
@@ -421,7 +428,7 @@ class Learner:
 
 
 def learning_rate_factor(step: int, config: TrainingConfig) -> float:
-    """Share of the peak at a step from 1 on: linear warm-up, then a cosine down to 0."""
+    """Give the share of the peak at a step, from 1: a linear warm-up, then a cosine down to 0."""
     warmup = round(config.warmup * config.steps)
     if step <= warmup:
         return step / warmup
@@ -429,11 +436,11 @@ def learning_rate_factor(step: int, config: TrainingConfig) -> float:
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
-# --- validate, and what is due when -------------------------------------------------------------
+# --- validation, and when to validate, stop and save --------------------------------------------
 
 
 def validate(classifier: Classifier, held_out: Examples) -> dict[str, float]:
-    """Give mean loss (nats) and any-label accuracy; each process computes a share of the notes."""
+    """Compute mean loss (nats) and any-label accuracy; each process takes a share of the notes."""
     rank, processes = world()
     notes = held_out.notes[rank::processes]
     loss = 0.0
@@ -450,17 +457,17 @@ def validate(classifier: Classifier, held_out: Examples) -> dict[str, float]:
 
 
 def validation_is_due(state: State, config: TrainingConfig) -> bool:
-    """Tell whether this step ends with a validation: every so many steps, and the last one."""
+    """Tell whether to validate after this step: every ``validate_every`` steps and at the end."""
     return state.step % config.validate_every == 0 or state.step == config.steps
 
 
 def finished(state: State, config: TrainingConfig) -> bool:
-    """Tell whether all steps are done or validation has not become better for too long."""
+    """Tell whether all steps are done, or ``patience`` validations brought no new best one."""
     return state.step >= config.steps or state.worse >= config.patience
 
 
 def checkpoint_is_due(state: State, config: TrainingConfig) -> bool:
-    """Tell whether this step ends with a checkpoint: every so many steps, and the last one."""
+    """Tell whether to save after this step: every ``checkpoint_every`` steps and at the end."""
     return state.step % config.checkpoint_every == 0 or finished(state, config)
 
 
@@ -468,12 +475,12 @@ def checkpoint_is_due(state: State, config: TrainingConfig) -> bool:
 
 
 class Log(AbstractContextManager):
-    """Writes a step's line to ``metrics.jsonl`` and shows it; does so on the first process alone.
+    """Writes a line for each step to ``metrics.jsonl`` and shows it, on the first process only.
 
     Args:
-        path: The file. For a resumed run it keeps the lines of the steps in the checkpoint.
-        state: Of the training.
-        steps: How many there will be at most.
+        path: The file. For a resumed run, it keeps the lines up to the checkpoint's step.
+        state: The state of the training.
+        steps: The most steps that there will be.
     """
 
     def __init__(self, path: Path, state: State, steps: int) -> None:
@@ -487,17 +494,17 @@ class Log(AbstractContextManager):
         if self.is_first:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             kept = []
-            if self.state.step > 0:  # a kill may have cut the last line, or left lines beyond
+            if self.state.step > 0:  # the killed run may have left later or half-written lines
                 lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
                 kept = lines[: self.state.step]
             write_atomically(self.path, "".join(kept).encode())
             self.file = self.path.open("a", encoding="utf-8")
-            # Nothing can fail any more: an error would stand behind the bar.
+            # The bar comes last, so that an error message does not appear behind it.
             self.progress = Progress(self.state.step, self.steps, self.state.elapsed())
         return self
 
     def write(self, metrics: dict) -> None:
-        """Write and show what a step gave, with the seconds of training so far."""
+        """Write and show a step's metrics, with the seconds of training so far."""
         if self.is_first:
             metrics = metrics | {"seconds": round(self.state.elapsed(), 3)}
             self.file.write(json.dumps(metrics) + "\n")
@@ -505,7 +512,7 @@ class Log(AbstractContextManager):
             self.progress.show(metrics)
 
     def sync(self) -> None:
-        """Bring the lines to the disk."""
+        """Force the lines to the disk."""
         if self.is_first:
             os.fsync(self.file.fileno())
 
@@ -516,14 +523,14 @@ class Log(AbstractContextManager):
 
 
 class Progress:
-    """Shows the steps on standard error.
+    """Shows the progress of training on standard error.
 
-    A terminal gets a bar. What does not fit is cut off at the right, so what matters most stands
-    first. Anything else, such as a file, gets a line every ten steps.
+    A terminal gets a bar. A narrow terminal cuts it off at the right, so the most important values
+    come first. Anything else, such as a file, gets a line every ten steps.
 
     Args:
         done: Finished steps.
-        steps: How many there will be at most.
+        steps: The most steps that there will be.
         seconds: Training time so far.
     """
 
@@ -561,17 +568,17 @@ class Progress:
 
 
 def save(state: State, log: Log) -> None:
-    """Write a checkpoint, after the lines of its steps have reached the disk."""
+    """Write a checkpoint once the lines of its steps are on the disk."""
     log.sync()
     state.save()
 
 
-# --- stops and failures -------------------------------------------------------------------------
+# --- interruptions and errors -------------------------------------------------------------------
 
 
 @contextmanager
 def naming_checkpoint(state: State) -> Iterator[None]:
-    """Add to an error that ends training which checkpoint is the last."""
+    """Add the name of the last checkpoint to an error that ends training."""
     try:
         yield
     except (OSError, FloatingPointError) as error:
@@ -579,12 +586,12 @@ def naming_checkpoint(state: State) -> Iterator[None]:
 
 
 class Interruption(AbstractContextManager):
-    """Catches SIGINT and SIGTERM, so that training can end after a step.
+    """Catches SIGINT and SIGTERM, so that training can stop after a step.
 
-    A second Ctrl-C ends it at once.
+    A second Ctrl-C stops it at once.
 
     Args:
-        device: Where the processes exchange whether a signal came.
+        device: Device on which the processes exchange whether one of them caught a signal.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -606,14 +613,14 @@ class Interruption(AbstractContextManager):
             raise KeyboardInterrupt
         self.caught.append(number)
 
-    def came(self) -> bool:
-        """Tell whether any process caught a signal; every process must ask."""
+    def requested(self) -> bool:
+        """Tell whether any process caught a signal; every process must call this."""
         (caught,) = summed([len(self.caught)], self.device)
         return caught > 0
 
     @property
     def number(self) -> int:
-        """The number of the first signal here; SIGTERM's if another process caught it."""
+        """The number of the first caught signal; SIGTERM if only another process caught one."""
         return self.caught[0] if self.caught else signal.SIGTERM
 
     def __exit__(self, *_: object) -> None:

@@ -114,7 +114,31 @@ def small_run(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def classifier(small_run):
+    return clinora.Classifier.load(small_run, device="cpu", precision="fp32")
+
+
+@pytest.fixture
+def flags_folder(tmp_path):
+    return tmp_path / "flagged"
+
+
+@pytest.fixture
+def client(classifier, flags_folder):
+    """A client of the app, without a port; it has visited the page and has the visit's cookie."""
+    from fastapi.testclient import TestClient
+
+    from clinora.serving.app import create_app
+
+    app = create_app(classifier, flags_folder)
+    with TestClient(app, "http://127.0.0.1", raise_server_exceptions=False) as client:
+        client.get("/config")
+        yield client
+
+
+@pytest.fixture(scope="module")
 def served(small_run, tmp_path_factory):
+    """A process of serve.py, one for all tests of a module."""
     folder = tmp_path_factory.mktemp("served")
     (folder / "tmp").mkdir()
     served = Served(folder, "--run", small_run, "--port", "0", temporary=folder / "tmp")

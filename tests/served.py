@@ -13,9 +13,19 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+from clinora.calibration import Calibration
 from clinora.serving.server import DEFAULT_LIMITS, Server
 
 ROOT = Path(__file__).parents[1]
+CANARY = "canary-7f3a"  # part of a note's text, for tests that search where it must not appear
+
+
+def calibration(threshold):
+    """Give a calibration that refers the notes whose confidence is below ``threshold``."""
+    return Calibration(
+        weights=(0.2, 0.5), bias=0.1, promise=0.95, threshold=threshold, notes=61, coverage=0.5,
+        accuracy=0.97,
+    )  # fmt: skip
 
 
 def join(client, api, *data, session):

@@ -1,7 +1,10 @@
 """The HTTP interface: the published answer, and refusals in words."""
 
 import json
+import shutil
 import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -12,26 +15,15 @@ import clinora
 from clinora.serving import api
 from clinora.serving.app import create_app
 from clinora.serving.batcher import MOST_REQUESTS
-from tests.served import running
+from clinora.serving.page import CURL, PYTHON
+from tests.served import CANARY, running
 
-CANARY = "canary-7f3a"
 NOTES = ["Severe chest pain.", "The knee is swollen after a fall."]
 
 
 @pytest.fixture(scope="module")
-def classifier(small_run):
-    return clinora.Classifier.load(small_run, device="cpu", precision="fp32")
-
-
-@pytest.fixture
-def client(classifier, tmp_path):
-    with TestClient(create_app(classifier, tmp_path / "flagged"), "http://127.0.0.1") as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
 def lasting_client(classifier, tmp_path_factory):
-    """A client for the many questions that leave nothing behind."""
+    """One client for all tests that neither change the app nor fill its queue."""
     app = create_app(classifier, tmp_path_factory.mktemp("api") / "flagged")
     with TestClient(app, "http://127.0.0.1") as client:
         yield client
@@ -311,10 +303,24 @@ def test_one_notes_failure_is_its_own(client, classifier, monkeypatch, caplog):
     assert CANARY not in caplog.text
 
 
-@pytest.mark.parametrize("path", ["/", "/health", "/config"])
-def test_another_sites_page_is_refused(client, path):
-    for origin, status in (
-        ("https://evil.example", 403), ("http://127.0.0.1:9", 403), ("null", 403),
-        ("http://127.0.0.1", 200),
-    ):  # fmt: skip
-        assert client.get(path, headers={"Origin": origin}).status_code == status
+@pytest.mark.slow
+def test_the_examples_on_the_page_give_the_prediction(classifier, tmp_path):
+    """Run the commands of the tab "API", with the address of a real server."""
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
+    note = "Severe chest pain. ECG shows ST elevation."
+    prediction = classifier([note])[0]
+    assert note in CURL
+    assert note in PYTHON
+    with running(create_app(classifier, tmp_path)) as port:
+        url = f"http://127.0.0.1:{port}"
+        by_curl = output_of("bash", "-c", CURL.format(url=url))
+        by_python = output_of(sys.executable, "-c", PYTHON.format(url=url))
+    answer = json.loads(by_curl)
+    assert answer["label"] == prediction.label
+    assert answer["predicted_class"] == prediction.index
+    assert repr(prediction.label) in by_python
+
+
+def output_of(*command):
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -270,14 +270,14 @@ def test_a_run_records_no_text(run):
 def test_another_base_is_refused(run, reference):
     _, other = reference(num_labels=None)
     shutil.copy(BUNDLED / "base" / "tokenizer.model", other)
-    with pytest.raises(CheckpointError, match=r"the weights in .* is not what .* was trained on"):
+    with pytest.raises(CheckpointError, match=r"weights in .* trained"):
         clinora.Classifier.load(run, base=other)
 
 
 def test_another_tokenizer_is_refused(run, small_run, tmp_path):
     shutil.copytree(BUNDLED / "base", tmp_path / "base")
     shutil.copy(small_run.parent / "base" / "tokenizer.model", tmp_path / "base")
-    with pytest.raises(CheckpointError, match=r"the tokenizer.model in .* is not what"):
+    with pytest.raises(CheckpointError, match=r"tokenizer\.model in .* trained"):
         clinora.Classifier.load(run, base=tmp_path / "base")
 
 
@@ -292,7 +292,7 @@ def test_another_configuration_is_refused_but_not_another_spelling(run, tmp_path
     if same:
         clinora.Classifier.load(run, base=tmp_path / "base")
     else:
-        with pytest.raises(CheckpointError, match=r"the config.json in .* is not what"):
+        with pytest.raises(CheckpointError, match=r"config\.json in .* trained"):
             clinora.Classifier.load(run, base=tmp_path / "base")
 
 
@@ -311,7 +311,7 @@ def test_a_base_that_moved_is_found_with_its_new_place(classifier, run, tmp_path
         ({"schema": 99}, "schema 99"),
         ({"labels": ["A", "B"]}, r"score\.weight \(5 × 320, expected 2 × 320\)"),
         ({"labels": ["A"] * 5}, "labels are not different names"),
-        ({"labels": [1, 2, 3, 4, 5]}, "labels are not different names"),
+        ({"labels": [1, 2, 3, 4, 5]}, "labels are not strings"),
         ({"labels": ["A", "B", "C", "D", "E" * 101]}, "label 4 .*101 characters"),
         ({"labels": ["A", "B\x1b[2J", "C", "D", "E"]}, r"label 1 \('B\\x1b\[2J'\).* U\+001B"),
         ({"labels": ["A", "B", "\u202eC", "D", "E"]}, r"label 2 \('\\u202eC'\).* U\+202E"),
@@ -329,7 +329,7 @@ def test_a_base_that_moved_is_found_with_its_new_place(classifier, run, tmp_path
             },
             r"the weights in .* is not what .* was trained on \(bundled, sha256 5a…\)",
         ),
-        ({"calibration": 7}, "calibration is missing or of another kind"),
+        ({"calibration": 7}, "calibration is missing"),
         ({"calibration": {"bias": 0}}, "calibration: .*missing"),
         ({"calibration": CALIBRATION | {"weights": [1]}}, "two weights"),
         ({"calibration": CALIBRATION | {"weights": "ab"}}, "clinora.json: calibration: "),
@@ -360,7 +360,7 @@ def test_a_tokenizer_larger_than_the_model_is_refused(classifier, reference):
 
 @pytest.mark.parametrize("labels", [("a", "b", "c", "d"), tuple("abcdef")])
 def test_as_many_labels_as_classes(classifier, labels):
-    with pytest.raises(ValueError, match=f"{len(labels)} labels do not fit a head of 5 classes"):
+    with pytest.raises(ValueError, match=rf"{len(labels)} labels.*5 classes"):
         clinora.Classifier(classifier.model, classifier.tokenizer, labels, 64)
 
 
@@ -390,7 +390,7 @@ def test_precision_is_named_or_refused():
     assert choose_dtype(cpu, "fp32") == torch.float32
     assert choose_dtype(cpu, "bf16") == torch.bfloat16
     assert choose_dtype(cpu, "fp16") == torch.float16
-    with pytest.raises(ValueError, match="expected auto, bf16, fp16, fp32"):
+    with pytest.raises(ValueError, match="auto, bf16, fp16, fp32"):
         choose_dtype(cpu, "int4")
 
 

@@ -1,5 +1,6 @@
 """Measures against scikit-learn, SciPy, closed forms, brute force and simulations."""
 
+import functools
 import itertools
 import os
 import subprocess
@@ -75,7 +76,8 @@ def calibration_at(threshold):
 def measured(named, notes, classes, draws=2, **more):
     """Measure without calibration; the bootstrap draws only twice unless its intervals matter."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bootstrap, "__defaults__", (draws,))
+        fewer = functools.partial(bootstrap, replicates=draws)
+        patch.setattr("clinora.evaluation.bootstrap", fewer)
         return measure(answer(named, notes, **more), notes, [f"{i}" for i in range(classes)], None)
 
 

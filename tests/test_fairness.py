@@ -9,25 +9,19 @@ from types import SimpleNamespace
 
 import pytest
 
-import clinora
 from clinora.serving.app import create_app
 from clinora.serving.batcher import MOST_REQUESTS
 from clinora.serving.gate import VISIT_COOKIE
-from tests.served import running
+from tests.served import CANARY, running
 
-CANARY = "canary-7f3a"
 JSON = {"Content-Type": "application/json"}
-
-
-@pytest.fixture(scope="module")
-def classifier(small_run):
-    return clinora.Classifier.load(small_run, device="cpu", precision="fp32")
 
 
 @pytest.fixture
 def served(classifier, tmp_path, monkeypatch):
     """The address of an app on a free port, its batcher, and the notes that were computed."""
-    computed, probabilities = [], classifier.probabilities
+    computed = []
+    probabilities = classifier.probabilities
 
     def note_and_run(notes, *rest):
         computed.extend(notes)
@@ -40,14 +34,15 @@ def served(classifier, tmp_path, monkeypatch):
             address=f"127.0.0.1:{port}",
             batcher=app.state.batcher,
             computed=computed,
-            queue=app.state.gradio.get_blocks()._queue,
+            page=app.state.gradio.get_blocks(),
         )
 
 
 @pytest.fixture
 def go_on(served):
     """The model is held until this event is set."""
-    event, began = threading.Event(), threading.Event()
+    event = threading.Event()
+    began = threading.Event()
     served.batcher.submit_job(lambda: began.set() or event.wait(60))
     began.wait(30)
     yield event
@@ -129,7 +124,8 @@ class Visitor:
 
 
 def test_a_note_whose_visitor_leaves_is_not_computed(served, go_on, monkeypatch, caplog):
-    queued, futures = threading.Semaphore(0), []
+    queued = threading.Semaphore(0)
+    futures = []
     for name in ("submit", "submit_job"):
         queue = getattr(served.batcher, name)
 
@@ -175,17 +171,22 @@ def test_one_address_does_not_fill_the_pages_queue(served, go_on):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="127.0.0.2 is this machine on Linux alone")
 def test_many_sessions_of_one_address_push_out_no_others(served):
-    """Gradio keeps the messages of 2,000 sessions; here of fewer, which takes less time."""
-    served.queue.pending_messages_per_session.max_size = 120
+    """Gradio keeps the messages of 2,000 sessions; here of 120, to save time.
+
+    Gradio has no public name for its queue, nor for what it remembers of each session.
+    """
+    queue = served.page._queue
+    queue.pending_messages_per_session.max_size = 120
     other = Visitor(served.address, "127.0.0.2")
     other.join("predict", "fever")
-    greedy, accepted = Visitor(served.address), 0
+    greedy = Visitor(served.address)
+    accepted = 0
     end = time.monotonic() + 60
     while accepted < 150 and time.monotonic() < end:
         accepted += greedy.join("clear", session=f"s{accepted}") == 200
     assert accepted == 150
-    assert len(served.queue.pending_event_ids_session) < 110  # nor does the memory grow
-    other.connection.close()  # it was idle, and is opened anew
+    assert len(queue.pending_event_ids_session) < 110  # the memory does not grow either
+    other.connection.close()  # it was idle: listen() opens a new one
     other.listen()
     assert '"success":true' in other.stream.read().decode()
 

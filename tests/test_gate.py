@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import gradio
 import httpx
+import psutil
 import pytest
 from fastapi.testclient import TestClient
 from starlette.routing import Mount
@@ -23,9 +24,8 @@ from clinora.serving.app import create_app
 from clinora.serving.flags import Flags
 from clinora.serving.guard import MOST_BODY_BYTES, MOST_FILE_BYTES
 from clinora.serving.page import EXAMPLES
-from tests.served import ROOT, Person, call, join, run_async
+from tests.served import CANARY, ROOT, Person, call, join, run_async
 
-CANARY = "canary-7f3a"  # stands for what must not be given out
 TABLE = b"transcription\nKnee pain for two days.\n"
 # Every route of the Gradio that was looked at. What a later one adds stays closed; here it shows.
 KNOWN_ROUTES = (ROOT / "tests" / "gradio_routes.txt").read_text().splitlines()
@@ -142,20 +142,30 @@ def test_a_post_route_answers_get_with_405(client):
     assert client.post("/").status_code == 405
 
 
-def test_what_gradio_would_add_is_off_whatever_the_environment_says(
-    classifier, tmp_path, monkeypatch
+def test_optional_parts_of_gradio_are_off_whatever_the_environment_says(
+    classifier, tmp_path, monkeypatch, capfd
 ):
     for name in ("GRADIO_RUN_HISTORY", "GRADIO_MCP_SERVER", "GRADIO_SSR_MODE"):
         monkeypatch.setenv(name, "True")
-    app = create_app(classifier, tmp_path)
-    with TestClient(app, "http://127.0.0.1") as client:
+    # To render pages on the server, Gradio would start Node; for MCP, it would import this module.
+    monkeypatch.setenv("GRADIO_NODE_PATH", str(tmp_path / "there is no Node here"))
+    mcp_was_imported = tmp_path / "mcp_was_imported"
+    (tmp_path / "mcp.py").write_text(f"open({str(mcp_was_imported)!r}, 'w')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with TestClient(create_app(classifier, tmp_path), "http://127.0.0.1") as client:
         config = client.get("/config").json()
     assert config["footer_links"] == []
     for name in ("analytics_enabled", "run_history", "mcp_server"):
         assert config[name] is False
-    page = app.state.gradio.get_blocks()
-    assert page.ssr_mode is False
-    assert page.mcp_error is None  # nor was it tried
+    assert capfd.readouterr() == ("", "")  # Gradio prints a message when it cannot start Node
+    assert not mcp_was_imported.exists()
+
+
+@pytest.mark.slow
+def test_the_service_listens_on_the_loopback_address_alone(served):
+    sockets = psutil.Process(served.process.pid).net_connections()
+    listening = [s.laddr.ip for s in sockets if s.status == psutil.CONN_LISTEN]
+    assert listening == ["127.0.0.1"]
 
 
 def test_the_query_of_a_page_reaches_nothing(client):
@@ -277,10 +287,10 @@ GOOD = {
 
 
 def inputs_of(app):
-    """Give every input of every open event: (event, components, place)."""
-    for event in app.state.gradio.get_blocks().fns.values():
+    """Give every input of every open event: (number of the event, event, place of the input)."""
+    for number, event in app.state.gradio.get_blocks().fns.items():
         for place in range(len(event.inputs)):
-            yield event, place
+            yield number, event, place
 
 
 def ask(client, number, data):
@@ -293,13 +303,13 @@ def ask(client, number, data):
 def test_each_input_takes_what_its_component_may_hold_and_nothing_else(app, client, monkeypatch):
     monkeypatch.setattr(gate, "Forward", lambda *_, **__: gate.PlainTextResponse("passed"))
     client.cookies[gate.VISIT_COOKIE] = "me"
-    for event, place in inputs_of(app):
+    for number, event, place in inputs_of(app):
         good = [GOOD.get(type(component), [None])[0] for component in event.inputs]
         kind = type(event.inputs[place])
         for values, status in ((BAD.get(kind, []), 422), (GOOD.get(kind, []), 200)):
             for value in values:
                 data = [*good[:place], value, *good[place + 1 :]]
-                answer = ask(client, event._id, data)
+                answer = ask(client, number, data)
                 assert answer.status_code == status, (event.api_name, kind, value)
 
 

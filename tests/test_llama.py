@@ -277,7 +277,7 @@ def test_a_real_pad_token_at_the_end_counts(twins, notes):
 def test_as_many_lengths_as_rows_or_an_error(notes, lengths):
     """A single one was taken for every row's."""
     ids, _ = notes((7, 7, 7))
-    with pytest.raises(ValueError, match=r"lengths .*, ids \[3, 7\]: expected one length"):
+    with pytest.raises(ValueError, match=r"lengths .*\[3, 7\]"):
         Llama(small())(ids, torch.tensor(lengths))
 
 
@@ -286,7 +286,7 @@ def test_as_many_lengths_as_rows_or_an_error(notes, lengths):
 def test_a_length_outside_the_batch_raises(notes, length, layers):
     model = Llama(small(num_hidden_layers=layers))
     ids, _ = notes((7, 7))
-    with pytest.raises(RuntimeError, match=r"index .* is out of bounds"):
+    with pytest.raises(RuntimeError, match=r"out of bounds"):
         model(ids, torch.tensor([7, length]))
 
 

@@ -21,22 +21,15 @@ import uvicorn
 from fastapi.testclient import TestClient
 from starlette.responses import PlainTextResponse
 
-import clinora
 from clinora.serving import passwords
 from clinora.serving.app import create_app
 from clinora.serving.passwords import MOST_GUESSES, MOST_WAITING
-from tests.served import ROOT, run_async
+from tests.served import CANARY, ROOT, run_async
 
-CANARY = "canary-7f3a"
 NOTE = "Severe chest pain."
 RIGHT = "correct horse"
 SALT = b"0123456789abcdef"
 real_scrypt = hashlib.scrypt
-
-
-@pytest.fixture(scope="module")
-def classifier(small_run):
-    return clinora.Classifier.load(small_run, device="cpu", precision="fp32")
 
 
 def line(name, password):
@@ -65,7 +58,7 @@ def basic(name, password):
 
 def admits(users, name, password):
     """Ask a door for a name and a password, as HTTP does."""
-    door = passwords.Door(PlainTextResponse("in"), users)
+    door = passwords.BasicAuth(PlainTextResponse("in"), users)
     status = TestClient(door).get("/", headers={"Authorization": basic(name, password)}).status_code
     assert status in (200, 401)
     return status == 200
@@ -160,7 +153,7 @@ def test_a_known_and_an_unknown_name_cost_the_same_work(users, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("", "names nobody"),
+        ("", "passwords.txt"),
         ("alice:correct horse\n", "line 1 of"),
         ("alice:00:zz\n", "line 1 of"),
         (line("alice", "a") + "bob:00:11\n", "line 2 of"),
@@ -350,7 +343,7 @@ def statuses_of_a_flood(app, turns, flood, login):
 
 @pytest.fixture
 def door(users):
-    return passwords.Door(PlainTextResponse("in"), users)
+    return passwords.BasicAuth(PlainTextResponse("in"), users)
 
 
 def test_a_new_address_has_a_place_when_all_are_taken(door, turns):

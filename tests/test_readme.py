@@ -1,11 +1,10 @@
 """README and docs/: code runs, commands and options exist, figures are the measured ones."""
 
 import contextlib
+import importlib
 import io
 import json
 import re
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -129,35 +128,32 @@ def test_the_unit_test_passes_and_can_fail(monkeypatch):
         test()
 
 
-@pytest.mark.slow
-def test_commands_have_the_options_that_they_are_given():
-    known = {}
+def options_of(command, capsys):
+    """The options that the help of a command, such as ``python -m MODULE``, lists."""
+    words = command.split()
+    if words[0] == "clinora":
+        module, arguments = "clinora.__main__", [words[1], "--help"]
+    elif words[1] == "-m":
+        module, arguments = words[2], ["--help"]
+    else:
+        module, arguments = words[1].removesuffix(".py"), ["--help"]
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(module).main(arguments)
+    assert ended.value.code == 0, command
+    return set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
+
+
+def test_commands_have_the_options_that_they_are_given(capsys):
     assert len(commands()) > 10
     for command in commands():
-        words = command.split()
-        if words[0] == "clinora":
-            script = ("-m", "clinora", words[1])
-        elif words[1] == "-m":
-            script = tuple(words[1:3])
-        else:
-            script = (words[1],)
-        if script not in known:
-            asked = [sys.executable, *script, "--help"]
-            run = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True)
-            assert run.returncode == 0, command
-            known[script] = set(re.findall(r"--[a-z-]+", run.stdout))
-        options = {word.partition("=")[0] for word in words if word.startswith("--")}
-        assert options <= known[script], command
+        options = {word.partition("=")[0] for word in command.split() if word.startswith("--")}
+        assert options <= options_of(command, capsys), command
 
 
-@pytest.mark.slow
-def test_options_between_backquotes_exist():
-    scripts = [["train.py"], ["serve.py"], ["-m", "clinora", "budget"], ["-m", "tools.compare"]]
+def test_options_between_backquotes_exist(capsys):
     known = {"--extra-index-url"}  # pip's
-    for script in scripts:
-        asked = [sys.executable, *script, "--help"]
-        run = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=True)
-        known |= set(re.findall(r"--[a-z-]+", run.stdout))
+    for command in ("clinora train", "clinora serve", "clinora budget", "python -m tools.compare"):
+        known |= options_of(command, capsys)
     for page in PAGES:
         for words in re.findall(r"(?<!`)`(--[^`\n]+)`(?!`)", text_of(page)):
             assert set(re.findall(r"--[a-z-]+", words)) <= known, (page.name, words)

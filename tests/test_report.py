@@ -1,6 +1,7 @@
 """What a report says, and what it must not say."""
 
 import dataclasses
+import functools
 import io
 import json
 import math
@@ -27,6 +28,7 @@ from clinora.notes import Note, read_notes
 from clinora.report import find_mistakes, model_table, read_steps, results_table, write_report
 from clinora.run import DataRecord
 
+FEW_DRAWS = functools.partial(bootstrap, replicates=20)  # the intervals do not matter here
 LABELS = ("A", "B", "C")
 CALIBRATION = Calibration(
     weights=(1.0, 1.0), bias=0.0, promise=0.95, threshold=0.6, notes=50, coverage=1.0, accuracy=1.0
@@ -50,7 +52,7 @@ def make(n=60, calibrated=True, confidence=None, labels=LABELS, **changes):
     )
     some = Estimate(0.5, 0.4, 0.6)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bootstrap, "__defaults__", (20,))
+        patch.setattr("clinora.evaluation.bootstrap", FEW_DRAWS)
         after = measure(answers, notes, labels, CALIBRATION if calibrated else None)
     results = Results(
         **{
@@ -350,7 +352,7 @@ def test_steps_are_read_and_may_be_absent(tmp_path):
 def evaluated(small_run, tmp_path, monkeypatch, capsys):
     """Evaluate a run that has seen every note not on the test side; gives what is written, said."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(bootstrap, "__defaults__", (20,))
+    monkeypatch.setattr("clinora.evaluation.bootstrap", FEW_DRAWS)
 
     def run(*options, split="texts", lines=()):
         names = clinora.PUBLISHED_CLASSES

@@ -149,7 +149,7 @@ def test_a_tied_parameter_goes_by_either_name():
 
 
 def test_a_string_for_names_is_refused():
-    with pytest.raises(ValueError, match="string 'lora_A': expected a list"):
+    with pytest.raises(ValueError, match="'lora_A'"):
         assert_trains_exactly(Net(), "lora_A")
 
 
@@ -177,7 +177,7 @@ def test_limits_hold_up_to_equality(adapt):
         ({"percent": 20, "parameters": 77}, r"^\d\d\.\d+ percent train, expected at most 20\n"),
         (
             {"parameters": 1, "percent": 1},
-            r"^77 parameters .*\n.* percent train, .*\ntrained, the largest",
+            r"^77 parameters .*\n.* percent train, .*\ntrained, largest",
         ),
     ],
 )

@@ -2,10 +2,10 @@
 
     python -m tools.compare --notes mtsamples --out runs/compare --ranks 1 4 8 16 64 --seeds 0 1 2
 
-Each training runs in its own process, so that its peak memory can be measured. A training that was
-stopped resumes from its checkpoint; finished trainings are not repeated; the table has all results
-in the folder. LoRA's alpha is twice the rank, so that the scaling is the same at every rank. The
-last column compares each with the better linear model on TF-IDF of the same training texts.
+Each training runs in its own process, so that its peak memory can be measured. A stopped training
+resumes from its checkpoint, finished trainings are not repeated, and the table shows all results in
+the folder. LoRA's alpha is twice the rank, so that the scaling is the same at every rank. The last
+column compares each method with the better linear model on TF-IDF of the same training texts.
 """
 
 import argparse
@@ -33,15 +33,15 @@ from clinora.evaluation import baselines, bootstrap_mean, classify, share_of
 from clinora.figures import BLACK
 from clinora.notes import SPLITS, are_correct, choose_classes
 from clinora.report import png, read_steps
-from clinora.resume import unlike
+from clinora.resume import list_differences
 from clinora.run import base_hashes
 from clinora.training import METRICS, InterruptedTraining, TrainingConfig, train
 
 TUNES = ("head", "lora", "full")
-# Peaks, larger for fewer parameters. They were not tuned.
+# Peak learning rates, larger for fewer parameters. They were not tuned.
 LEARNING_RATES = {"head": 1e-2, "lora": TrainingConfig().learning_rate, "full": 2e-4}
 
-KEPT_RANKS = (0, 1, 2, 4, 8, 16, 64)  # of the updates of full fine-tuning
+KEPT_RANKS = (0, 1, 2, 4, 8, 16, 64)  # to which the updates of full fine-tuning are reduced
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,7 +51,7 @@ class Point:
     Attributes:
         tune: "head", "lora" or "full".
         rank: LoRA's r; 0 for the others.
-        seed: Of initialisation, order and dropout.
+        seed: Seed of initialisation, order and dropout.
     """
 
     tune: str
@@ -60,7 +60,7 @@ class Point:
 
     @property
     def group(self) -> str:
-        """Name of the way of tuning, which all seeds share."""
+        """Name of the method, without the seed."""
         return f"r={self.rank}" if self.tune == "lora" else self.tune
 
     @property
@@ -70,9 +70,10 @@ class Point:
 
 
 def train_point(point: Point, args: argparse.Namespace) -> None:
-    """Train and measure one point and write its result; called in a fresh process."""
+    """Train and measure one point and write its result; called in a new process."""
     try:
-        write_atomically(args.out / f"{point.name}.json", json.dumps(measure(point, args)).encode())
+        result = measure(point, args)
+        write_atomically(args.out / f"{point.name}.json", json.dumps(result).encode())
     except (OSError, ValueError, FloatingPointError) as error:
         sys.exit(f"compare.py: {point.name}: {error}")
     except InterruptedTraining as error:
@@ -80,7 +81,7 @@ def train_point(point: Point, args: argparse.Namespace) -> None:
 
 
 def measure(point: Point, args: argparse.Namespace) -> dict:
-    """Train one point, and classify the test notes."""
+    """Train one point and classify the test notes."""
     keep_freed_memory()
     notes = read(args)
     device = choose_device(args.device)
@@ -95,7 +96,7 @@ def measure(point: Point, args: argparse.Namespace) -> dict:
         point.seed,
         token_limit=args.token_limit,
         device=args.device,
-        # Trained parameters are always float32; in full fine-tuning those are all parameters.
+        # Trained parameters are float32; full fine-tuning trains all of them.
         precision="fp32" if point.tune == "full" else args.precision,
     )
     classifier.dtype = choose_dtype(device, args.precision)
@@ -113,7 +114,7 @@ def measure(point: Point, args: argparse.Namespace) -> dict:
     identity = {
         "data": [notes.fingerprint, notes.split_fingerprint],
         "base": base_hashes(model.source),
-        "lora": lora and dataclasses.asdict(lora),
+        "lora": None if lora is None else dataclasses.asdict(lora),
         "token_limit": args.token_limit,
         "precision": str(classifier.dtype),
     }
@@ -134,7 +135,7 @@ def measure(point: Point, args: argparse.Namespace) -> dict:
     if point.tune == "full":
         base = clinora.load_model(args.base, num_labels=len(notes.classes), dtype=torch.float32)
         result |= study_updates(classifier, base.to(device), notes.on("test"))
-    shutil.rmtree(run)  # in full fine-tuning it holds several times the base
+    shutil.rmtree(run)  # after full fine-tuning it is several times as large as the base
     return result
 
 
@@ -144,13 +145,13 @@ def study_updates(
 ) -> dict:
     """Measure how much of ΔW = W_tuned − W_base a low rank keeps, in the decoder's linear layers.
 
-    Changes the classifier: at the end its layers have W_base + ΔW_r, with ΔW_r the best
+    This changes the classifier: at the end its layers have W_base + ΔW_r, with ΔW_r the best
     approximation of rank r (Eckart & Young 1936) and r the largest of ``KEPT_RANKS``.
 
     Returns:
-        singular_values: of each layer by its full name, the largest first, to four digits;
-        right_at_rank: for each r of ``KEPT_RANKS``, of each note 1 if its prediction is correct
-        at that rank, else 0.
+        singular_values: for each layer by its full name, largest first, to four digits;
+        right_at_rank: for each r of ``KEPT_RANKS`` and each note, 1 if the prediction is correct at
+        that rank, else 0.
     """
     updates = {}
     for name, layer in classifier.model.model.named_modules():
@@ -171,7 +172,7 @@ def study_updates(
 
 
 def peak_bytes(device: torch.device) -> int | None:
-    """Give the most memory that this process has held on a device; None if it is not known."""
+    """Give this process's peak memory on a device, in bytes; None if it is unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -186,14 +187,14 @@ def peak_bytes(device: torch.device) -> int | None:
 def summarise(
     results: Sequence[dict], notes: Sequence[clinora.Note], baseline: np.ndarray | None
 ) -> list[dict]:
-    """Pool the seeds of each way of tuning.
+    """Pool the seeds of each method.
 
     The intervals are bootstraps, over notes, of the mean over seeds and of its difference from the
     baseline.
 
     Args:
-        results: Of each training.
-        notes: The N notes that all were measured on.
+        results: The result of each training.
+        notes: The N notes that all trainings were measured on.
         baseline: (N,) 1 where the baseline is correct, 0 elsewhere; None if there is none.
     """
     groups = {}
@@ -208,6 +209,9 @@ def summarise(
         if baseline is not None:
             against = bootstrap_mean(share - baseline, notes)
         peaks = [result["peak_bytes"] for result in group if result["peak_bytes"]]
+        between_seeds = None
+        if len(group) > 1:
+            between_seeds = float(correct.mean(1).std(ddof=1))
         rows.append(
             {
                 "name": Point(tune=tune, rank=rank, seed=0).group,
@@ -220,14 +224,14 @@ def summarise(
                 "low": accuracy.low,
                 "high": accuracy.high,
                 "against_baseline": against,
-                "between_seeds": float(correct.mean(1).std(ddof=1)) if len(group) > 1 else None,
+                "between_seeds": between_seeds,
             }
         )
     return rows
 
 
 def table(rows: Sequence[dict]) -> str:
-    """Put the summary into a Markdown table."""
+    """Format the summary as a Markdown table."""
     lines = [
         "| tuned | parameters trained | seeds | peak MB | notes correct | 95% interval | "
         "points above TF-IDF |",
@@ -237,7 +241,7 @@ def table(rows: Sequence[dict]) -> str:
         peak = f"{row['peak_bytes'] / 1e6:,.0f}" if row["peak_bytes"] else ""
         above = ""
         if row["against_baseline"]:
-            gain, low, high = (100 * share for share in row["against_baseline"])
+            gain, low, high = [100 * share for share in row["against_baseline"]]
             above = f"{gain:+.1f} [{low:+.1f}, {high:+.1f}]"
         lines.append(
             f"| {row['name']} | {row['trainable']:,} | {row['seeds']} | "
@@ -251,27 +255,27 @@ def rank_figure(points: Sequence[dict]) -> Figure:
     """Draw any-label accuracy against the number of trained parameters.
 
     Args:
-        points: Of each way of tuning: name; tune ("head", "lora" or "full"); trainable; and
-            any_label_accuracy, low and high, shares.
+        points: For each method: name; tune ("head", "lora" or "full"); trainable; and the shares
+            any_label_accuracy, low and high.
     """
     figure = Figure(figsize=(7, 4.6), layout="constrained")
     axes = figure.subplots()
     kinds = {"head": "s", "lora": "o", "full": "D"}
     for kind, marker in kinds.items():
-        group = [p for p in points if p["tune"] == kind]
+        group = [point for point in points if point["tune"] == kind]
         if not group:
             continue
-        share = np.array([p["any_label_accuracy"] for p in group])
-        bounds = np.array([(p["low"], p["high"]) for p in group]).T
+        share = np.array([point["any_label_accuracy"] for point in group])
+        bounds = np.array([(point["low"], point["high"]) for point in group]).T
         axes.errorbar(
-            [p["trainable"] for p in group], share, abs(bounds - share), color=BLACK,
+            [point["trainable"] for point in group], share, abs(bounds - share), color=BLACK,
             marker=marker, markerfacecolor="white" if kind != "lora" else BLACK,
             linestyle="-" if kind == "lora" else "none", capsize=3, label=kind,
         )  # fmt: skip
-        for p in group:
+        for point in group:
             axes.annotate(
-                p["name"], (p["trainable"], p["low"]), fontsize=8, rotation=90, ha="center",
-                va="top", xytext=(0, -4), textcoords="offset points",
+                point["name"], (point["trainable"], point["low"]), fontsize=8, rotation=90,
+                ha="center", va="top", xytext=(0, -4), textcoords="offset points",
             )  # fmt: skip
     axes.set_xscale("log")
     axes.margins(x=0.12, y=0.2)
@@ -302,30 +306,38 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder for results, table and figure")
     add("--tune", nargs="+", choices=TUNES, default=TUNES, help="what to train")
-    add("--ranks", nargs="+", type=int, default=(1, 4, 8, 16, 64), help="LoRA's ranks")
-    add("--seeds", nargs="+", type=int, default=(0, 1, 2), help="one training each")
+    add("--ranks", nargs="+", type=int, default=(1, 4, 8, 16, 64), help="ranks of LoRA")
+    add("--seeds", nargs="+", type=int, default=(0, 1, 2), help="seeds, with one training each")
     add("--targets", nargs="+", default=clinora.LoRAConfig().targets, help="layers to adapt")
     add("--base", default="bundled", help="bundled, a folder or a Hub id")
     add("--notes", default="bundled", help="bundled, mtsamples or a CSV file")
-    add("--text-column", default="transcription", help="the notes' column")
-    add("--label-column", default="medical_specialty", help="the classes' column")
-    add("--classes", nargs="+", help="names, one number k (the most frequent), or all")
-    add("--split", choices=SPLITS, default="texts", help="rows: as published, for comparison")
+    add("--text-column", default="transcription", help="column of the notes")
+    add("--label-column", default="medical_specialty", help="column of the classes")
+    add("--classes", nargs="+", help="names, one number k (the k most frequent), or all")
+    add("--split", choices=SPLITS, default="texts", help="texts, or rows (the published split)")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--precision", default="auto", help="auto, bf16, fp16 or fp32")
     add("--token-limit", type=int, default=TOKEN_LIMIT, help="tokens read of a note")
     add("--steps", type=int, default=defaults.steps, help="optimiser steps of each training")
-    add("--tokens-per-batch", type=int, default=defaults.tokens_per_batch, help="of a batch")
+    add(
+        "--tokens-per-batch",
+        type=int,
+        default=defaults.tokens_per_batch,
+        help="most tokens of a padded batch",
+    )
     for tune, rate in LEARNING_RATES.items():
         add(f"--learning-rate-{tune}", type=float, default=rate, help=f"peak (default: {rate})")
     args = parser.parse_args(argv)
-    points = [
-        Point(tune=tune, rank=rank, seed=seed)
-        for seed in dict.fromkeys(args.seeds)
-        for tune in dict.fromkeys(args.tune)
-        for rank in (dict.fromkeys(args.ranks) if tune == "lora" else [0])
-    ]
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the process that trains, too
+    points = []
+    for seed in args.seeds:
+        for tune in args.tune:
+            for rank in args.ranks if tune == "lora" else [0]:
+                point = Point(tune=tune, rank=rank, seed=seed)
+                if point not in points:
+                    points.append(point)
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(143)
+    )  # exiting also ends the training process
     try:
         return compare(args, points)
     except (OSError, ValueError) as error:
@@ -338,14 +350,14 @@ def compare(args: argparse.Namespace, points: Sequence[Point]) -> int:
     """Train each point that has no result yet, then write table and figure."""
     notes = read(args)
     out = args.out
-    free = ("out", "seeds", "ranks", "tune")  # a later call with others adds to the folder
+    free = ("out", "seeds", "ranks", "tune")  # may differ in a later call, which adds results
     fixed = {name: value for name, value in vars(args).items() if name not in free}
     fixed["notes"] = [notes.fingerprint, notes.split_fingerprint]
     fixed["base"] = base_hashes(find_base(args.base))
     fixed = json.loads(json.dumps(fixed))  # tuples become lists, as in the file
     options = out / "options.json"
     if options.is_file():
-        differences = unlike(json.loads(options.read_text()), fixed)
+        differences = list_differences(json.loads(options.read_text()), fixed)
         if differences:
             raise ValueError(f"{out} holds other results: {'; '.join(differences)}")
     out.mkdir(parents=True, exist_ok=True)
@@ -363,7 +375,7 @@ def compare(args: argparse.Namespace, points: Sequence[Point]) -> int:
             raise ValueError(f"{point.name} failed: run the same command to try it again")
         share = np.mean(json.loads(path.read_text())["right"])
         print(f"{point.group}, seed {point.seed}: {share:.1%}", flush=True)
-    # Of earlier calls, too: seeds can be added where they are worth their time.
+    # These include the results of earlier calls.
     results = [json.loads(path.read_text()) for path in out.glob("*-seed*.json")]
     results.sort(key=lambda result: (TUNES.index(result["tune"]), result["rank"], result["seed"]))
     test = notes.on("test")

@@ -1,9 +1,9 @@
-"""Cross-validate training on few notes: a run that has not seen it classifies each note.
+"""Cross-validate training on few notes: each note is classified by a run that has not seen it.
 
     python -m tools.cross_validate --notes bundled --folds 5
 
-The different texts, in the order of their hashes, are dealt to the folds one by one. For each fold
-a new classifier is trained on the other folds, as ``train.py`` does without validation notes.
+The different texts, in the order of their hashes, are divided among the folds in turn. For each
+fold a new classifier is trained on the other folds, as ``train.py`` does without validation notes.
 """
 
 import argparse
@@ -28,14 +28,14 @@ from clinora.notes import are_correct
 from clinora.training import InterruptedTraining, TrainingConfig, train
 
 
-def deal(notes: Sequence[clinora.Note], folds: int) -> list[list[clinora.Note]]:
-    """Deal notes to folds in the order of their hashes.
+def split_into_folds(notes: Sequence[clinora.Note], folds: int) -> list[list[clinora.Note]]:
+    """Divide notes among folds, in the order of their hashes.
 
     Raises:
         ValueError: There are fewer than two folds, or fewer notes than folds.
     """
     if not 2 <= folds <= len(notes):
-        raise ValueError(f"{folds} folds of {len(notes)} notes: expected 2 to {len(notes)}")
+        raise ValueError(f"{folds} folds of {len(notes)} notes: expected 2 to {len(notes)} folds")
     order = sorted(notes, key=lambda note: note.sha256)
     return [order[fold::folds] for fold in range(folds)]
 
@@ -59,10 +59,10 @@ def train_fold(
 
 
 def cross_validate(args: argparse.Namespace) -> None:
-    """Train and measure all folds; print the table."""
+    """Train and measure every fold, then print the table."""
     notes = clinora.read_notes(args.notes)
-    folds = deal(notes.notes, args.folds)
-    correct: dict[str, list[np.ndarray]] = {}  # of each classifier, one array of each fold
+    folds = split_into_folds(notes.notes, args.folds)
+    correct: dict[str, list[np.ndarray]] = {}  # by classifier, one array for each fold
     before = []
     for number, measured in enumerate(folds, 1):
         training = []
@@ -96,11 +96,11 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--notes", default="bundled", help="bundled, mtsamples or a CSV file")
     add("--base", default="bundled", help="bundled, a folder or a Hub id")
-    add("--folds", type=int, default=5)
+    add("--folds", type=int, default=5, help="number of folds")
     add("--steps", type=int, default=defaults.steps, help="optimiser steps of each training")
-    add("--learning-rate", type=float, default=defaults.learning_rate, help="peak")
+    add("--learning-rate", type=float, default=defaults.learning_rate, help="peak learning rate")
     add("--token-limit", type=int, default=TOKEN_LIMIT, help="tokens read of a note")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="seed of every training")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--precision", default="auto", help="auto, bf16, fp16 or fp32")
     args = parser.parse_args(argv)

@@ -1,9 +1,9 @@
-"""Write the token ids that the tests expect, from the independent ``tokenizers`` library.
+"""Write the token ids that the tests expect, computed with the independent ``tokenizers`` library.
 
     python tools/make_token_ids.py tokenizer.model tests/token_ids_llama2.json
 
-It reads the pieces of a SentencePiece BPE model, rebuilds the merges from the scores, and lets
-``tokenizers`` encode; the SentencePiece library only lists the pieces.
+It reads the pieces of a SentencePiece BPE model and rebuilds the merges from their scores. Then
+``tokenizers`` encodes the texts; the SentencePiece library only lists the pieces.
 """
 
 import hashlib
@@ -46,19 +46,25 @@ TEXTS = [
 
 
 def build(path: Path) -> Tokenizer:
-    """Make a BPE of the ``tokenizers`` library out of a SentencePiece file's pieces."""
+    """Make a BPE tokenizer of ``tokenizers`` from the pieces of a SentencePiece file."""
     model = SentencePieceProcessor(model_file=str(path))
-    ids = range(model.vocab_size())
-    vocab = {model.id_to_piece(i): i for i in ids}
-    special = {i for i in ids if model.is_control(i) or model.is_unknown(i) or model.is_byte(i)}
-    scores = {model.id_to_piece(i): model.get_score(i) for i in ids if i not in special}
-    # SentencePiece merges the pair whose union scores highest; BPE the pair that comes first.
-    merges = [
-        (piece[:i], piece[i:])
-        for piece in sorted(scores, key=scores.get, reverse=True)
-        for i in range(1, len(piece))
-        if piece[:i] in scores and piece[i:] in scores
-    ]
+    vocab = {}
+    scores = {}
+    for i in range(model.vocab_size()):
+        piece = model.id_to_piece(i)
+        vocab[piece] = i
+        is_special = model.is_control(i) or model.is_unknown(i) or model.is_byte(i)
+        if not is_special:
+            scores[piece] = model.get_score(i)
+    # SentencePiece merges the pair whose union has the highest score. BPE merges the pair that
+    # comes first in its list, so the list goes from high to low scores.
+    merges = []
+    for piece in sorted(scores, key=scores.get, reverse=True):
+        for cut in range(1, len(piece)):
+            left = piece[:cut]
+            right = piece[cut:]
+            if left in scores and right in scores:
+                merges.append((left, right))
     tokenizer = Tokenizer(
         models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
     )
@@ -70,15 +76,18 @@ def build(path: Path) -> Tokenizer:
 
 def main(argv: list[str] | None = None) -> int:
     """Write the file; returns the exit status."""
-    model, out = map(Path, argv if argv is not None else sys.argv[1:])
+    arguments = sys.argv[1:] if argv is None else argv
+    model, out = [Path(argument) for argument in arguments]
     tokenizer = build(model)
     bos = tokenizer.token_to_id("<s>")
+    texts = []
+    for text in TEXTS:
+        ids = tokenizer.encode(text.strip()).ids
+        texts.append({"text": text, "ids": [bos, *ids]})
     result = {
         "made_by": f"tools/make_token_ids.py with tokenizers {tokenizers.__version__}",
         "model_sha256": hashlib.sha256(model.read_bytes()).hexdigest(),
-        "texts": [
-            {"text": text, "ids": [bos, *tokenizer.encode(text.strip()).ids]} for text in TEXTS
-        ],
+        "texts": texts,
     }
     out.write_text(json.dumps(result, indent=0) + "\n", encoding="utf-8")
     return 0

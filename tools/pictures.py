@@ -24,12 +24,12 @@ from clinora.checkpoint import BUNDLED, write_atomically
 from clinora.figures import BLACK, BLUE, GREY, LIGHT
 from clinora.report import png
 
-# A bundled note with a confidence above the threshold: the page shows an answer, not a referral.
+# A bundled note above the threshold, so that the page shows a prediction and not a referral.
 ANSWERED_NOTE = "laparoscopic cholecystectomy with intraoperative cholangiogram"
 
 
 def lora_figure() -> Figure:
-    """Draw h = W·x + (α/r)·B·A·x: the frozen W, beside it A down to r entries and B up again."""
+    """Draw h = W·x + (α/r)·B·A·x: the frozen W, and beside it A (down to r entries) and B (up)."""
     figure = Figure(figsize=(6.4, 3.4), layout="constrained")
     axes = figure.subplots()
     axes.set(xlim=(0.5, 10), ylim=(0, 6.2), aspect="equal")
@@ -37,7 +37,8 @@ def lora_figure() -> Figure:
 
     def box(corners: list[tuple[float, float]], colour: str, text: str, ink: str) -> None:
         axes.add_patch(Polygon(corners, facecolor=colour, edgecolor=BLACK))
-        x, y = (sum(c) / len(corners) for c in zip(*corners, strict=True))
+        x = sum(corner[0] for corner in corners) / len(corners)
+        y = sum(corner[1] for corner in corners) / len(corners)
         axes.text(x, y, text, ha="center", va="center", color=ink, fontsize=9)
 
     box([(1, 1.6), (4, 1.6), (4, 4.6), (1, 4.6)], LIGHT, "W, frozen\n(out × in)", BLACK)
@@ -62,7 +63,7 @@ def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float]) -> 
 
 
 def results_figure(metrics: dict) -> Figure:
-    """Draw the accuracy over notes and over rows of a run, its base, TF-IDF and the best possible.
+    """Draw accuracy over notes and over rows: the base, a run, TF-IDF and the best possible.
 
     Args:
         metrics: The content of a report's ``metrics.json``.
@@ -105,8 +106,8 @@ def results_figure(metrics: dict) -> Figure:
     return figure
 
 
-def _mean_and_spread(figures: list[float]) -> tuple[float, float, float]:
-    mean, deviation = figures
+def _mean_and_spread(measure: list[float]) -> tuple[float, float, float]:
+    mean, deviation = measure
     return mean, mean - deviation, mean + deviation
 
 
@@ -131,7 +132,7 @@ def _bars(axes: Axes, shares: list[tuple[float, float, float]]) -> None:
 
 
 def page_picture(chromium: str) -> bytes:
-    """Serve the bundled run, submit a bundled note and return the browser's picture as PNG."""
+    """Serve the bundled run, submit a bundled note and return a screenshot of the page as PNG."""
     from playwright.sync_api import expect, sync_playwright
 
     from clinora.serving.app import create_app, serve
@@ -150,10 +151,10 @@ def page_picture(chromium: str) -> bytes:
             page.get_by_label("Enter Clinical Note").fill(note)
             page.get_by_role("button", name="Submit").click()
             expect(page.get_by_label("Prediction in text")).not_to_have_value("", timeout=60_000)
-            page.wait_for_timeout(1000)  # until nothing moves
-            shown = page.screenshot(full_page=True)
+            page.wait_for_timeout(1000)  # until all animations have ended
+            screenshot = page.screenshot(full_page=True)
             browser.close()
-    return shown
+    return screenshot
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -161,11 +162,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=Path("docs"), help="folder to write")
+    parser.add_argument("--out", type=Path, default=Path("docs"), help="folder to write to")
     args = parser.parse_args(argv)
     chromium = shutil.which("chromium")
     if chromium is None:
-        parser.exit(2, "pictures.py: no chromium on the PATH: install Debian's\n")
+        parser.exit(2, "pictures.py: there is no chromium on the PATH: install Debian's package\n")
     args.out.mkdir(parents=True, exist_ok=True)
     metrics = json.loads((BUNDLED / "adapter" / "report" / "metrics.json").read_text())
     pictures = {

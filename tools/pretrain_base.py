@@ -2,11 +2,12 @@
 
     python -m tools.pretrain_base --corpus FOLDER --notes mtsamples --out clinora/bundled/base
 
-The corpus is a folder of ``*.jsonl.gz`` files, with a JSON object with ``text`` and ``license`` on
-each line. Of the notes, only the training split is read; the hashes of all that were read are
-written beside the weights. Where the notes' file has ``sample_name`` and ``description``, these
-follow each note, so that the model learns to say what a note is about; never its specialty. With
-``--resume`` it resumes from its last checkpoint, on a CPU to the same bits.
+The corpus is a folder of ``*.jsonl.gz`` files; each line is a JSON object with ``text`` and
+``license``. Only the training split of the notes is read; the hashes of the notes that were read
+are written into the output folder. If the file of the notes has ``sample_name`` and
+``description``, these follow each note, so that the model learns to say what a note is about. The
+specialty never follows. ``--resume`` continues from the last checkpoint, on a CPU with the same
+bits.
 """
 
 import argparse
@@ -27,7 +28,7 @@ SHAPE = LlamaConfig(
     hidden_size=320,
     intermediate_size=896,
     num_hidden_layers=6,
-    num_attention_heads=4,  # few wide heads: the cost of attention grows with their number
+    num_attention_heads=4,  # few and wide, because the cost of attention grows with their number
     num_key_value_heads=2,
     max_position_embeddings=1024,
     rms_norm_eps=1e-5,
@@ -43,13 +44,18 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--corpus", type=Path, required=True, help="folder of *.jsonl.gz files")
     add("--notes", default="mtsamples", help="mtsamples, or a CSV file")
-    add("--out", type=Path, required=True, help="folder to write")
-    add("--checkpoints", type=Path, default=Path("runs", "pretraining"), help="folder to resume")
+    add("--out", type=Path, required=True, help="folder to write to")
+    add(
+        "--checkpoints",
+        type=Path,
+        default=Path("runs", "pretraining"),
+        help="folder of the checkpoints",
+    )
     add("--resume", action="store_true", help="resume from the last checkpoint")
-    add("--tokens", type=float, default=30e6, help="tokens to train on")
-    add("--batch", type=int, default=8192, help="tokens of a step")
+    add("--tokens", type=float, default=30e6, help="number of tokens to train on")
+    add("--batch", type=int, default=8192, help="tokens per step")
     add("--lr", type=float, default=3e-3, help="peak learning rate")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="seed of the weights, the texts and their order")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     args = parser.parse_args(argv)
     try:
@@ -62,27 +68,32 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_job(args: argparse.Namespace) -> None:
-    """Read the texts, train the tokenizer and the model, and write both with the card."""
+    """Read the texts, train the tokenizer and the model, and write both with the model card."""
     check_options(args)
     keep_freed_memory()
     torch.manual_seed(args.seed)
     device = choose_device(args.device)
     sources = corpus.read_sources(args.corpus, args.notes, args.seed)
     texts = corpus.mix(sources, args.seed)
-    print(f"{len(texts):,} texts, {sum(map(len, texts)) / 1e6:.1f} M characters", flush=True)
+    characters = sum(len(text) for text in texts)
+    print(f"{len(texts):,} texts, {characters / 1e6:.1f} M characters", flush=True)
     args.checkpoints.mkdir(parents=True, exist_ok=True)
     path = args.checkpoints / "tokenizer.model"
-    if not (args.resume and path.is_file()):
+    is_trained = args.resume and path.is_file()
+    if not is_trained:
         write_atomically(path, tokenizer.train_tokenizer(texts, SHAPE.vocab_size))
     pieces = path.read_bytes()
     notes = [Tokenizer(path).encode(text) for text in sources[0].texts]
     beginnings = choose_beginnings(notes)
     ids = tokenizer.encode(texts, pieces)
-    unseen = tokenizer.encode([text for s in sources for text in s.held_out], pieces)
+    held_out = []
+    for source in sources:
+        held_out += source.held_out
+    unseen = tokenizer.encode(held_out, pieces)
     if loop.held_out_windows(unseen) < 1:
         raise ValueError(
-            f"the held-out texts, one in {corpus.HELD_OUT} of a source, have {len(unseen)} tokens: "
-            f"expected more than {loop.STAGES[0][0]}"
+            f"the held-out texts, one in {corpus.HELD_OUT} of each source, have {len(unseen)} "
+            f"tokens: expected more than {loop.STAGES[0][0]}"
         )
     model = LlamaForCausalLM(SHAPE).to(device)
     parameters = sum(p.numel() for p in model.parameters())
@@ -102,7 +113,8 @@ def run_job(args: argparse.Namespace) -> None:
     )
     last = curve[-1]
     rate = card.token_rate(curve)
-    share = 6 * parameters * rate / peak  # 2 forward, 4 backward; a multiply-add is two operations
+    # For each parameter and token 2 operations forward and 4 backward: a multiply-add is two.
+    share = 6 * parameters * rate / peak
     about = card.COPYING | {
         "curve": curve,
         "command": f"--notes {Path(args.notes).name} --tokens {int(args.tokens)} "
@@ -133,27 +145,27 @@ def run_job(args: argparse.Namespace) -> None:
 
 
 def check_options(args: argparse.Namespace) -> None:
-    """Refuse numbers with which no training can run.
+    """Check the numbers in the options.
 
     Raises:
-        ValueError: A number is not more than 0, or a batch is no whole number of windows.
+        ValueError: A number is not above 0, or a batch is not a whole number of windows.
     """
     for name in ("tokens", "batch", "lr"):
         number = getattr(args, name)
         if not 0 < number < math.inf:
             raise ValueError(f"--{name} {number}: expected more than 0")
     for length, _ in loop.STAGES:
-        if args.batch % length:
+        if args.batch % length != 0:
             raise ValueError(
                 f"--batch {args.batch}: expected a multiple of the windows of {length}"
             )
 
 
 def choose_beginnings(notes: list[list[int]]) -> list[list[int]]:
-    """Choose the beginnings of notes, as token ids, with which copying is measured.
+    """Choose the beginnings of notes, as token ids, for measuring copying.
 
     Raises:
-        ValueError: All notes are too short.
+        ValueError: Every note is too short.
     """
     prompt = card.COPYING["prompt"]
     enough = prompt + card.COPYING["run"]
@@ -164,7 +176,7 @@ def choose_beginnings(notes: list[list[int]]) -> list[list[int]]:
 
 
 def describe_device(device: torch.device) -> str:
-    """Describe the device for the card."""
+    """Describe the device for the model card."""
     if device.type == "cuda":
         return f"one {torch.cuda.get_device_name()}"
     return f"{torch.get_num_threads()} threads of a CPU"

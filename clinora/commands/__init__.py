@@ -1,11 +1,11 @@
-"""The commands ``clinora train``, ``eval``, ``serve`` and ``budget``, and what they share.
+"""The commands ``clinora train``, ``eval``, ``serve`` and ``budget``, and the code they share.
 
-Each command is a module: its options, then the story of its job from top to bottom. Its ``main``
-takes the words after the command and ``prog``, the command as it was typed: "clinora train",
-"python -m clinora train" or "train.py". Messages repeat that form.
+Each command is one module: first its options, then the steps of its job from top to bottom. Its
+``main`` takes the arguments after the command, and ``prog``, the command as the user typed it:
+"clinora train", "python -m clinora train" or "train.py". Messages use the same form.
 
-The modules import PyTorch and the rest of the package inside their functions. So ``--help`` waits
-for as little as possible, and Ctrl-C finds its handler from the first moment.
+The modules import PyTorch and the rest of the package inside their functions. Therefore ``--help``
+is fast, and Ctrl-C is handled from the start.
 """
 
 import argparse
@@ -15,12 +15,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-FAILED = 2  # exit status after an error, as argparse has it
+FAILED = 2  # exit status after an error, the same as argparse's
 STOPPED = 130  # exit status after Ctrl-C: 128 + SIGINT
 
 
 def new_parser(prog: str, description: str) -> argparse.ArgumentParser:
-    """Make a parser whose help keeps the description's lines as they are."""
+    """Create a parser whose help keeps the line breaks of the description."""
     return argparse.ArgumentParser(
         prog=prog,
         description=description,
@@ -39,7 +39,7 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
 
 
 def as_typed(prog: str, command: str) -> str:
-    """Give a command in the form in which ``prog`` was typed.
+    """Return a command in the form in which the user typed ``prog``.
 
     >>> as_typed("train.py", "eval")
     'python eval.py'
@@ -55,7 +55,7 @@ def as_typed(prog: str, command: str) -> str:
 
 
 def end_with(prog: str, text: str, status: int) -> NoReturn:
-    """End the command with lines on standard error, the first of which names it."""
+    """Write the command's name and a text to standard error, and exit with a status."""
     sys.stderr.write(f"{prog}: {text}\n")
     sys.exit(status)
 
@@ -72,25 +72,25 @@ def one_line_errors(prog: str) -> Iterator[None]:
 
 
 def check_run(run: str, prog: str) -> None:
-    """Check that a trained run is there.
+    """Check that the folder of a trained run exists.
 
     Raises:
-        ValueError: It is not. The message says which command makes one.
+        ValueError: The folder does not exist. The message gives the command that trains a run.
     """
     if run != "bundled" and not Path(run).is_dir():
         train = as_typed(prog, "train")
-        raise ValueError(f"there is no run {run}: {train} --run {run} makes one")
+        raise ValueError(f"there is no run {run}: train one with {train} --run {run}")
 
 
 def make_folder(folder: Path, option: str) -> None:
-    """Make a folder to write into.
+    """Create an output folder.
 
     Raises:
-        ValueError: It cannot be made. The message names the option that gives another.
+        ValueError: The folder cannot be created. The message names the option for another folder.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(
-            f"the folder {folder} cannot be made ({error.strerror}): give another with {option}"
+            f"the folder {folder} cannot be created ({error.strerror}): give another with {option}"
         ) from None

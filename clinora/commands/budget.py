@@ -1,4 +1,4 @@
-"""Count the parameters and bytes of fine-tuning a Llama, without loading it.
+"""Count the parameters and the memory of fine-tuning a Llama model, without loading it.
 
 Example: {prog} config.json --rank 8 --targets q_proj v_proj
 """
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def build_parser(prog: str = "clinora budget") -> argparse.ArgumentParser:
-    """Describe the options."""
+    """Define the options."""
     from clinora.budget import ELEMENT_BYTES
     from clinora.lora import LoRAConfig
 
@@ -49,7 +49,7 @@ def build_parser(prog: str = "clinora budget") -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None, prog: str = "clinora budget") -> int:
-    """Print the budget of a model as tables; returns the exit status."""
+    """Print the budget of a model as tables, and return the exit status."""
     with one_line_errors(prog):
         args = build_parser(prog).parse_args(argv)
         sys.stdout.reconfigure(errors="replace")  # a redirect on Windows is not UTF-8
@@ -111,13 +111,16 @@ def _target_table(targets: list["Target"]) -> str:
 
 
 def _bytes_table(targets: list["Target"], precision: str) -> str:
-    title = ["LoRA weights", "LoRA gradients", "LoRA AdamW"]
-    title += ["full weights", "full gradients", "full AdamW"]
-    totals = [0] * len(title)
-    rows = [(f"MB, {precision}", *title)]
+    titles = (
+        "LoRA weights", "LoRA gradients", "LoRA AdamW",
+        "full weights", "full gradients", "full AdamW",
+    )  # fmt: skip
+    totals = [0] * len(titles)
+    rows = [(f"MB, {precision}", *titles)]
     for target in targets:
         sizes = [*target.held_bytes("lora", precision), *target.held_bytes("full", precision)]
-        totals = [total + size for total, size in zip(totals, sizes, strict=True)]
+        for column, size in enumerate(sizes):
+            totals[column] += size
         rows.append((target.name, *map(_megabytes, sizes)))
     rows.append(("all", *map(_megabytes, totals)))
     return _table(rows)
@@ -125,10 +128,13 @@ def _bytes_table(targets: list["Target"], precision: str) -> str:
 
 def _budget_table(budgets: list["Budget"]) -> str:
     rows = [("", "trainable", "share", "weights", "gradients", "AdamW", "activations", "total")]
-    for b in budgets:
-        share = f"{b.trainable / b.parameters:.3%}"
-        sizes = (b.weights, b.gradients, b.optimizer, b.activations, b.total)
-        rows.append((b.method, f"{b.trainable:,}", share, *map(_megabytes, sizes)))
+    for budget in budgets:
+        trainable = f"{budget.trainable:,}"
+        share = f"{budget.trainable / budget.parameters:.3%}"
+        sizes = (
+            budget.weights, budget.gradients, budget.optimizer, budget.activations, budget.total
+        )  # fmt: skip
+        rows.append((budget.method, trainable, share, *map(_megabytes, sizes)))
     return _table(rows)
 
 
@@ -137,7 +143,7 @@ def _megabytes(size: int) -> str:
 
 
 def _table(rows: list[tuple[str, ...]]) -> str:
-    """Align columns: the first to the left, the others to the right."""
+    """Align the first column to the left and the others to the right."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     lines = []
     for first, *others in rows:

@@ -1,6 +1,6 @@
-"""Measure a trained run on notes that it was not trained on.
+"""Evaluate a trained run on notes that it was not trained on.
 
-Without options: the bundled adapter on the bundled notes. With --run: on the test side of the notes
+Without options: the bundled adapter on the bundled notes. With --run: the test split of the notes
 that the run was trained on.
 
 Example: {command} --run runs/demo
@@ -21,20 +21,20 @@ from clinora.commands import (
 
 
 def build_parser(prog: str = "clinora eval") -> argparse.ArgumentParser:
-    """Describe the options."""
+    """Define the options."""
     parser = new_parser(prog, __doc__.format(command=as_typed(prog, "eval")))
     add = parser.add_argument
     add("--run", default="bundled", help="folder of a trained run (default: %(default)s)")
-    add("--base", help="where the base is, if it has moved (default: the run's)")
+    add("--base", help="the base model, if it has moved (default: the run's)")
     add("--notes", help="bundled, mtsamples or a CSV file (default: the run's)")
-    add("--text-column", help="the notes' column (default: the run's)")
-    add("--label-column", help="the classes' column (default: the run's)")
+    add("--text-column", help="column of the texts (default: the run's)")
+    add("--label-column", help="column of the labels (default: the run's)")
     add(
         "--include-seen",
         action="store_true",
-        help="measure on training notes, too; then the result is not a test (default: off)",
+        help="also evaluate on training notes; the result is then not a test (default: off)",
     )
-    add("--report", type=Path, help="folder to write (default: report/ in the run's folder)")
+    add("--report", type=Path, help="output folder (default: report/ in the run's folder)")
     add(
         "--show-text",
         action="store_true",
@@ -45,16 +45,16 @@ def build_parser(prog: str = "clinora eval") -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None, prog: str = "clinora eval") -> int:
-    """Evaluate and report; returns the exit status."""
+    """Evaluate the run, write the report, and return the exit status."""
     with one_line_errors(prog):
         args = build_parser(prog).parse_args(argv)
-        sys.stdout.reconfigure(errors="replace")  # a console may lack a letter of a class's name
+        sys.stdout.reconfigure(errors="replace")  # a console may lack a character of a class name
         evaluate_run(args, prog)
     return 0
 
 
 def evaluate_run(args: argparse.Namespace, prog: str) -> None:
-    """Load the run, read notes, leave out those it has seen, measure and write the report."""
+    """Load the run, read the notes, leave out those it has seen, evaluate, and write the report."""
     check_run(args.run, prog)
     from clinora.classifier import Classifier
     from clinora.device import keep_freed_memory
@@ -70,12 +70,17 @@ def evaluate_run(args: argparse.Namespace, prog: str) -> None:
     data = classifier.data
     if data is None:
         raise ValueError(
-            f"{args.run} does not record which notes it has seen: nothing would be a test"
+            f"{args.run} does not record which notes it has seen, so no note can test it"
         )
     bundled = args.run == "bundled"
-    source = args.notes or ("bundled" if bundled else data.source)
+    if args.notes:
+        source = args.notes
+    elif bundled:
+        source = "bundled"
+    else:
+        source = data.source
     if source is None:
-        raise ValueError(f"{args.run} does not record its notes: name a file with --notes")
+        raise ValueError(f"{args.run} does not record its notes: give a file with --notes")
     notes = read_notes(
         source,
         text_column=args.text_column or data.text_column or TEXT_COLUMN,
@@ -95,8 +100,8 @@ def evaluate_run(args: argparse.Namespace, prog: str) -> None:
         measured = [note for note in notes.notes if not data.has_seen(note)]
     if not measured:
         raise ValueError(
-            f"the run was trained on all {len(notes.notes):,} notes: --include-seen measures on "
-            "them all the same"
+            f"the run was trained on all {len(notes.notes):,} notes: --include-seen evaluates it "
+            "on them anyway"
         )
     left_out = len(notes.notes) - len(measured)
     about = f"Notes: {notes}. {left_out:,} of them, which the run has seen, are left out."
@@ -109,11 +114,7 @@ def evaluate_run(args: argparse.Namespace, prog: str) -> None:
     folder = args.report or run / name
     make_folder(folder, "--report")
     results, answers = assess(
-        classifier,
-        notes,
-        measured,
-        trained_on=trained_on,
-        own_split=own_split,
+        classifier, notes, measured, trained_on=trained_on, own_split=own_split
     )
     write_report(
         folder,

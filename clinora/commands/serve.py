@@ -1,4 +1,4 @@
-"""Serve a trained run as a page and an API: type a note, see its predicted class.
+"""Serve a trained run: a web page and an API that predict the class of a note.
 
 Without options: the bundled adapter, at http://127.0.0.1:7860.
 
@@ -23,47 +23,47 @@ from clinora.commands import (
     one_line_errors,
 )
 
-FLAGS = "flagged"  # folder in the working directory, made at the first flag
+FLAGS = "flagged"  # folder in the working directory; the first flag creates it
 
 
 def build_parser(prog: str = "clinora serve") -> argparse.ArgumentParser:
-    """Describe the options."""
+    """Define the options."""
     parser = new_parser(prog, __doc__.format(command=as_typed(prog, "serve")))
     add = parser.add_argument
     add("--run", default="bundled", help="folder of a trained run (default: %(default)s)")
-    add("--base", help="where the base is, if it has moved (default: the run's)")
+    add("--base", help="the base model, if it has moved (default: the run's)")
     add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    add("--port", type=int, default=7860, help="0: any that is free (default: %(default)s)")
+    add("--port", type=int, default=7860, help="0: any free port (default: %(default)s)")
     add(
         "--allow-host",
         action="append",
         default=[],
         metavar="NAME",
-        help="a name by which browsers know this machine; needed beyond the loopback address "
-        "(default: none)",
+        help="host name that browsers use for this machine; required beyond the loopback address; "
+        "may be repeated (default: none)",
     )
     add(
         "--auth-file",
-        help="who may enter: lines of python -m clinora.serving.passwords NAME (default: none)",
+        help="password file: lines of python -m clinora.serving.passwords NAME (default: none)",
     )
     add(
         "--trusted-proxy",
         action="append",
         default=[],
         metavar="ADDRESS",
-        help="a proxy (address or network) whose X-Forwarded-For and X-Forwarded-Proto are "
-        "believed; give it once for each proxy (default: none)",
+        help="proxy (address or network) whose X-Forwarded-For and X-Forwarded-Proto headers are "
+        "trusted; may be repeated (default: none)",
     )
     add_machine_options(parser)
     return parser
 
 
 def main(argv: list[str] | None = None, prog: str = "clinora serve") -> int:
-    """Serve until Ctrl-C or SIGTERM; returns the exit status."""
+    """Serve until Ctrl-C or SIGTERM, and return the exit status."""
     with one_line_errors(prog):
         args = build_parser(prog).parse_args(argv)
         sys.stdout.reconfigure(errors="replace")  # a redirect on Windows is not UTF-8
-        # uvicorn raises them again at its end, when every request has its answer.
+        # uvicorn raises the signal again when it has answered the accepted requests.
         signal.signal(signal.SIGINT, lambda *_: sys.exit(STOPPED))
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         serve_run(args, prog)
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None, prog: str = "clinora serve") -> int:
 
 
 def serve_run(args: argparse.Namespace, prog: str) -> None:
-    """Take the port, load the run and serve it."""
+    """Open the port, load the run and serve it."""
     check_addresses(args)
     with take_port(args.host, args.port) as listener:
         check_run(args.run, prog)
@@ -82,7 +82,9 @@ def serve_run(args: argparse.Namespace, prog: str) -> None:
         from clinora.serving.passwords import read_passwords
 
         keep_freed_memory()
-        users = None if args.auth_file is None else read_passwords(args.auth_file)
+        users = None
+        if args.auth_file is not None:
+            users = read_passwords(args.auth_file)
         classifier = Classifier.load(
             args.run, base=args.base, device=args.device, precision=args.precision
         )
@@ -108,53 +110,55 @@ def serve_run(args: argparse.Namespace, prog: str) -> None:
 
 
 def check_addresses(args: argparse.Namespace) -> None:
-    """Check the names and addresses, and that a page open to other machines asks who enters.
+    """Check names and addresses, and that a service for other machines has a password file.
 
     Raises:
-        ValueError: One is malformed, or --auth-file or --allow-host is missing.
+        ValueError: A name or an address is malformed, or --auth-file or --allow-host is missing.
     """
     loopback = is_loopback(args.host)
     for name in args.allow_host:
         if not re.fullmatch(r"[A-Za-z0-9.-]+", name):
-            raise ValueError(f"--allow-host {name}: expected a name alone, as notes.example")
+            raise ValueError(f"--allow-host {name}: expected a name alone, such as notes.example")
     for address in args.trusted_proxy:
         try:
             ipaddress.ip_network(address)
         except ValueError as error:
             raise ValueError(
-                f"--trusted-proxy: expected an address or a network, as 127.0.0.1 or 10.0.0.0/28 "
-                f"({error})"
+                "--trusted-proxy: expected an address or a network, such as 127.0.0.1 or "
+                f"10.0.0.0/28 ({error})"
             ) from None
-    is_open = not loopback or args.allow_host
-    is_guarded = args.auth_file and args.allow_host
-    if is_open and not is_guarded:
+    if loopback and not args.allow_host:
+        return  # open to this machine only
+    if not args.auth_file or not args.allow_host:
         raise ValueError(
-            f"--host {args.host} is open to other machines, and so is a name of --allow-host: give "
-            "--auth-file with those who may enter, and --allow-host with the name that they know "
-            "this machine by"
+            f"--host {args.host} is open to other machines, and so is any --allow-host: give "
+            "--auth-file with the users' passwords, and --allow-host with the host name that "
+            "browsers use"
         )
 
 
 def is_loopback(host: str) -> bool:
-    """Tell whether an IPv4 address is this machine's own.
+    """Return whether a host is a loopback address.
 
     Raises:
-        ValueError: It is not an IPv4 address.
+        ValueError: The host is not an IPv4 address.
     """
     try:
         return ipaddress.IPv4Address(host).is_loopback
     except ValueError:
-        raise ValueError(f"--host {host}: expected an IPv4 address, as 0.0.0.0") from None
+        raise ValueError(f"--host {host}: expected an IPv4 address, such as 0.0.0.0") from None
 
 
 def take_port(host: str, port: int) -> socket.socket:
-    """Listen on an address.
+    """Open a listening socket.
 
     Raises:
-        ValueError: The port is taken, or there is no such port or address.
+        ValueError: The port is in use, or the port or the address does not exist.
     """
     try:
         return socket.create_server((host, port))
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"{host}, port {port} ({reason}): choose another with --port") from None
+    except OverflowError as error:  # the number is not a port number
+        reason = str(error)
+    except OSError as error:
+        reason = error.strerror or str(error)
+    raise ValueError(f"{host}, port {port} ({reason}): choose another with --port")

@@ -1,4 +1,4 @@
-"""Fine-tune a base model with LoRA on clinical notes, and measure it before and after.
+"""Fine-tune a base model with LoRA on clinical notes, and evaluate it before and after.
 
 Without options: the bundled base on the bundled notes, offline.
 
@@ -32,7 +32,7 @@ from clinora.commands import (
 
 
 def build_parser(prog: str = "clinora train") -> argparse.ArgumentParser:
-    """Describe the options; those of training and LoRA are made from their configurations."""
+    """Define the options; those for training and LoRA are made from their configurations."""
     from clinora.calibration import PROMISE
     from clinora.classifier import TOKEN_LIMIT
     from clinora.lora import LoRAConfig
@@ -51,22 +51,22 @@ def build_parser(prog: str = "clinora train") -> argparse.ArgumentParser:
         default="bundled",
         help="bundled, mtsamples or a CSV file (default: %(default)s)",
     )
-    add("--text-column", default=TEXT_COLUMN, help="the notes' column (default: %(default)s)")
-    add("--label-column", default=LABEL_COLUMN, help="the classes' column (default: %(default)s)")
+    add("--text-column", default=TEXT_COLUMN, help="column of the texts (default: %(default)s)")
+    add("--label-column", default=LABEL_COLUMN, help="column of the labels (default: %(default)s)")
     add(
         "--classes",
         nargs="+",
-        help="names; one number k, for the k most frequent; or all (default: the five published "
-        "classes if the file has them, otherwise all)",
+        help="class names; or a number k, for the k most frequent classes; or all (default: the "
+        "five published classes if the file has them, otherwise all)",
     )
     add(
         "--split",
         choices=SPLITS,
         default=SPLITS[0],
-        help="texts: equal texts are on one side; rows: as published, for comparison "
+        help="texts: equal texts are in the same split; rows: the published split, for comparison "
         "(default: %(default)s)",
     )
-    add("--run", type=Path, help="folder to write (default: a new one in runs/)")
+    add("--run", type=Path, help="output folder (default: a new one in runs/)")
     add(
         "--resume",
         action="store_true",
@@ -77,13 +77,13 @@ def build_parser(prog: str = "clinora train") -> argparse.ArgumentParser:
         "--token-limit",
         type=int,
         default=TOKEN_LIMIT,
-        help="tokens read of a note (default: %(default)s)",
+        help="tokens of a note that are read (default: %(default)s)",
     )
     add(
         "--promise",
         type=float,
         default=PROMISE,
-        help="share of correct predictions among those that are not referred to a person "
+        help="target share of correct predictions among notes that are not referred to a person "
         "(default: %(default)s)",
     )
     add(
@@ -130,7 +130,7 @@ def build_parser(prog: str = "clinora train") -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None, prog: str = "clinora train") -> int:
-    """Train and report; returns the exit status."""
+    """Train, evaluate, write the report, and return the exit status."""
     words = sys.argv[1:] if argv is None else list(argv)
     with one_line_errors(prog):
         args = build_parser(prog).parse_args(words)
@@ -141,14 +141,14 @@ def main(argv: list[str] | None = None, prog: str = "clinora train") -> int:
                 words += ["--run", str(args.run)]
             if not args.resume:
                 words += ["--resume"]
-            how_to_resume = f"To go on: {shlex.join([*launcher(prog), *words])}"
+            how_to_resume = f"To resume: {shlex.join([*launcher(prog), *words])}"
             with training_errors(prog, args.run, how_to_resume):
                 train_and_report(args, prog)
     return 0
 
 
 def train_and_report(args: argparse.Namespace, prog: str) -> None:
-    """Read the notes, train and calibrate a classifier, save it, measure it before and after."""
+    """Read the notes, train, calibrate and save a classifier, and evaluate it before and after."""
     import torch
 
     from clinora.calibration import check_promise
@@ -165,7 +165,8 @@ def train_and_report(args: argparse.Namespace, prog: str) -> None:
     rank, processes = world()
     first = rank == 0
     names = [option.name for option in dataclasses.fields(TrainingConfig)]
-    config = TrainingConfig(**{name: getattr(args, name) for name in names})
+    options = {name: getattr(args, name) for name in names}
+    config = TrainingConfig(**options)
     lora = LoRAConfig(
         rank=args.rank, alpha=args.alpha, dropout=args.dropout, targets=tuple(args.targets)
     )
@@ -183,7 +184,9 @@ def train_and_report(args: argparse.Namespace, prog: str) -> None:
     validation = notes.on("validation")
     test = notes.on("test")
     if not training or not test:
-        raise ValueError(f"{len(training)} training and {len(test)} test notes: both must be there")
+        raise ValueError(
+            f"{len(training)} training and {len(test)} test notes: at least one of each is needed"
+        )
 
     device = choose_device(args.device)
     if device.type == "cuda" and processes > 1:
@@ -217,9 +220,12 @@ def train_and_report(args: argparse.Namespace, prog: str) -> None:
         return
     steps = read_steps(args.run / METRICS)
     print(f"Trained {len(steps)} steps in {steps[-1]['seconds']:.0f} s on {device}, {precision}.")
+    source = args.notes
+    if source not in NAMED_NOTES:
+        source = str(Path(source).resolve())
     classifier.data = dataclasses.replace(
         classifier.data,
-        source=args.notes if args.notes in NAMED_NOTES else str(Path(args.notes).resolve()),
+        source=source,
         text_column=args.text_column,
         label_column=args.label_column,
         split=args.split,
@@ -241,12 +247,14 @@ def train_and_report(args: argparse.Namespace, prog: str) -> None:
         show_text=args.show_text,
     )
     print(f"\n{results_table(results)}\n\nReport: {report / 'report.md'}")
-    print(f"To measure it again: {as_typed(prog, 'eval')} --run {args.run}")
+    print(f"To evaluate it again: {as_typed(prog, 'eval')} --run {args.run}")
     print(f"To open its page: {as_typed(prog, 'serve')} --run {args.run}")
 
 
 def check_run_folder(run: Path, resume: bool) -> None:
     """Check that training overwrites nothing, or that there is training to resume.
+
+    This is stricter than ``training.check_folder``, which accepts files that belong to no run.
 
     Raises:
         ValueError: The folder is not empty, or holds no training to resume.
@@ -259,21 +267,23 @@ def check_run_folder(run: Path, resume: bool) -> None:
         return
     if not run.exists():
         return
-    # A kill at the very beginning leaves a hidden beginning of the history, and nothing else.
-    if run.is_dir() and set(run.iterdir()) <= set(run.glob(f".{METRICS}.*")):
-        return
+    if run.is_dir():
+        # Training that was killed at its very start leaves only hidden files of its history.
+        leftovers = set(run.glob(f".{METRICS}.*"))
+        if leftovers.issuperset(run.iterdir()):
+            return
     raise ValueError(
         f"{run} exists and is not empty: choose another --run, remove it, or --resume it"
     )
 
 
-# --- one process or several, errors and how to go on --------------------------------------------
+# --- one or several processes, errors and resuming ----------------------------------------------
 
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """Join the processes that torchrun started, if it started this one; leave them at the end."""
-    if "RANK" not in os.environ:  # torchrun sets it
+    """Join the process group if torchrun started this process, and leave it at the end."""
+    if "RANK" not in os.environ:  # torchrun sets this variable
         yield
         return
     import torch.distributed as dist
@@ -282,22 +292,23 @@ def process_group() -> Iterator[None]:
     try:
         yield
     finally:
-        # What is left of training in reference cycles would hold the group's threads, and a
-        # thread that is still there at exit aborts the process.
+        # Objects of training in reference cycles would keep the group's threads alive, and a
+        # thread that is alive at exit aborts the process.
         gc.collect()
         dist.destroy_process_group()
 
 
 def new_run() -> Path:
-    """Name a folder in ``runs/`` by the time; all processes take the first one's."""
+    """Return a folder in ``runs/`` named by the time; all processes use that of the first."""
     from clinora.device import gathered
 
-    return gathered(Path("runs", datetime.now().strftime("%Y-%m-%d-%H%M%S")))[0]
+    folder = Path("runs", datetime.now().strftime("%Y-%m-%d-%H%M%S"))
+    return gathered(folder)[0]
 
 
 @contextmanager
 def training_errors(prog: str, run: Path, how_to_resume: str) -> Iterator[None]:
-    """Turn what may end training early into a message that says how to go on."""
+    """Turn errors and signals that end training early into a message that says how to resume."""
     from clinora.device import world
     from clinora.training import METRICS, InterruptedTraining
 
@@ -311,32 +322,35 @@ def training_errors(prog: str, run: Path, how_to_resume: str) -> Iterator[None]:
             end_with(prog, f"{text}\n{how_to_resume}", 128 + number)
         sys.exit(128 + number)
     except KeyboardInterrupt:
-        has_begun = (run / METRICS).is_file()
-        end_with(prog, f"stopped\n{how_to_resume}" if has_begun else "stopped", STOPPED)
+        message = "stopped"
+        if (run / METRICS).is_file():  # training has begun
+            message = f"stopped\n{how_to_resume}"
+        end_with(prog, message, STOPPED)
     except RuntimeError as error:
-        if "memory" in str(error):  # of a GPU, or the CPU's allocator
+        if "memory" in str(error):  # from a GPU or the CPU's allocator
             end_with(prog, "out of memory: try fewer --tokens-per-batch", FAILED)
         if world()[1] == 1:
             raise
         import torch.distributed as dist
 
         reason = str(error).partition("\n")[0]
-        if isinstance(error, dist.DistBackendError) or "onnection" in reason:
+        is_disconnect = "Connection" in reason or "connection" in reason
+        if isinstance(error, dist.DistBackendError) or is_disconnect:
             reason = "another process has ended"
         end_with(prog, f"{reason}. {how_to_resume}", FAILED)
 
 
 def launcher(prog: str) -> list[str]:
-    """Give the words before the options that start this command again, as it was started."""
+    """Return the words before the options of a command line that starts this command again."""
     if "RANK" in os.environ:
         return torchrun(prog, int(os.environ["LOCAL_WORLD_SIZE"]))
     return as_typed(prog, "train").split()
 
 
 def torchrun(prog: str, processes: int) -> list[str]:
-    """Give the words before the options that start this command on several processes.
+    """Return the words before the options of a command line for several processes.
 
-    Without the ``--`` torchrun would take ``--run`` for its own ``--run-path``.
+    Without the ``--``, torchrun would read ``--run`` as its own option ``--run-path``.
 
     >>> " ".join(torchrun("train.py", 2))
     'torchrun --nproc-per-node=2 -- train.py'

@@ -1,7 +1,7 @@
-"""The page and the API: a FastAPI app with Gradio behind it, for the person at this machine.
+"""The page and the API: a FastAPI app in front of Gradio, for the user of this machine.
 
-No note's text may reach a log, so errors are logged by ``report_error``: a message may quote what
-came in, a type and a place cannot.
+The text of a note must not reach a log. An error's message may quote its input, so ``report_error``
+logs only the error's type and place.
 """
 
 import logging
@@ -13,7 +13,7 @@ _log = logging.getLogger(__name__)
 
 
 def report_error(error: BaseException) -> str:
-    """Log an error's type and place, without its message, and give a reference to it."""
+    """Log an error's type and place without its message, and return a reference to the log line."""
     reference = secrets.token_hex(4)
     frames = list(traceback.walk_tb(error.__traceback__))
     place = "an unknown place"

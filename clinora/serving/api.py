@@ -1,9 +1,9 @@
-"""The HTTP interface: whether the service is well, and the classes of one or many notes as JSON.
+"""The HTTP API: health checks, and the predicted classes of one or several notes as JSON.
 
     POST /v1/classify  {"note": "…"}           → {"predicted_class": 0, "label": "…", …}
     POST /v1/classify  {"notes": ["…", "…"]}   → {"results": [{…}, {"error": "…"}]}
 
-No answer to a wrong question repeats it: it may hold a note.
+An error response never repeats the request body, since that may contain a note.
 """
 
 import asyncio
@@ -21,15 +21,15 @@ from clinora.serving import report_error
 from clinora.serving.batcher import Batcher, BusyError
 from clinora.serving.proxy import network_of
 
-MOST_NOTES = 32  # of a request
-MOST_CHARACTERS = 100_000  # of a note
-REQUEST_SECONDS = 30  # after which a request is told that the service is busy
+MOST_NOTES = 32  # in a request
+MOST_CHARACTERS = 100_000  # in a note
+REQUEST_SECONDS = 30  # after this time, the response says that the service is busy
 RETRY_AFTER = {"Retry-After": "1"}  # seconds
 EXPECTED = f'expected {{"note": "text"}} or {{"notes": ["text", …]}} with 1 to {MOST_NOTES} notes'
 
 
-class Question(BaseModel):
-    """A note, or several."""
+class RequestBody(BaseModel):
+    """The body of a classification request: one note or several."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -37,37 +37,39 @@ class Question(BaseModel):
     notes: list[str] | None = Field(None, min_length=1, max_length=MOST_NOTES)
 
 
-def read_question(content_type: str, body: bytes) -> Question:
-    """Read the body of a request.
+class DuplicateKeyError(ValueError):
+    """A JSON object has the same key twice, so it is not clear which value is meant."""
+
+
+def read_body(content_type: str, content: bytes) -> RequestBody:
+    """Parse and check the body of a classification request.
 
     Raises:
-        HTTPException: The body does not have the expected form. The detail says what is wrong and
-            what was expected, and repeats nothing of the body.
+        HTTPException: 415 or 422; the body does not have the expected form. The detail says what
+            is wrong and what was expected. It quotes nothing from the body.
     """
     if content_type.partition(";")[0].strip().lower() != "application/json":
         raise HTTPException(415, f"The Content-Type is not application/json; {EXPECTED}")
     try:
-        value = json.loads(body.decode("utf-8-sig"), object_pairs_hook=_unique)
-        question = Question.model_validate(value)
+        value = json.loads(content.decode("utf-8-sig"), object_pairs_hook=_unique)
+        body = RequestBody.model_validate(value)
     except UnicodeDecodeError:
         wrong = "The body is not UTF-8"
     except RecursionError:
         wrong = "The JSON is nested too deeply"
     except DuplicateKeyError:
-        wrong = "The JSON has a key twice"
+        wrong = "The JSON has a duplicate key"
     except ValidationError:
         wrong = "The JSON has a wrong key, type or number of notes"
     except ValueError:
         wrong = "The body is not JSON"
     else:
-        if (question.note is None) != (question.notes is None):
-            return question
+        has_note = body.note is not None
+        has_notes = body.notes is not None
+        if has_note != has_notes:
+            return body
         wrong = "The JSON does not have exactly one of note and notes"
     raise HTTPException(422, f"{wrong}; {EXPECTED}")
-
-
-class DuplicateKeyError(ValueError):
-    """A JSON object has a key twice: which value counts would be a guess."""
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -77,8 +79,8 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return values
 
 
-def refuse(note: str) -> str | None:
-    """Say why a note cannot be classified; None if it can."""
+def note_error(note: str) -> str | None:
+    """Return the reason why a note cannot be classified, or None if it can."""
     if not has_visible(note):
         return "The note is empty."
     if len(note) > MOST_CHARACTERS:
@@ -87,21 +89,21 @@ def refuse(note: str) -> str | None:
 
 
 def describe(prediction: Prediction, classifier: Classifier) -> dict:
-    """Give a prediction as JSON knows it, the published form first."""
+    """Convert a prediction to a JSON object; the keys of the published form come first."""
     return prediction.as_json() | {
         "confidence": prediction.confidence,
         "refer": prediction.refer,
         "probabilities": dict(zip(classifier.labels, prediction.probabilities, strict=True)),
         "tokens": prediction.tokens,
-        "tokens_exact": not prediction.truncated,  # or it has at least so many
+        "tokens_exact": not prediction.truncated,  # if false, the note has at least ``tokens``
         "tokens_read": min(prediction.tokens, classifier.token_limit),
     }
 
 
 def add_routes(app: FastAPI, batcher: Batcher) -> None:
-    """Add ``/health``, ``/ready`` and ``/v1/classify`` to an app."""
+    """Add the routes ``/health``, ``/ready`` and ``/v1/classify`` to an app."""
 
-    async def health(_request: Request) -> JSONResponse:  # a busy service still answers
+    async def health(_request: Request) -> JSONResponse:  # also answers while the model is busy
         return JSONResponse({"status": "ok"})
 
     async def ready(request: Request) -> JSONResponse:
@@ -110,29 +112,29 @@ def add_routes(app: FastAPI, batcher: Batcher) -> None:
         return JSONResponse({"status": "busy"}, 503, RETRY_AFTER)
 
     async def classify(request: Request) -> JSONResponse:
-        question = read_question(request.headers.get("Content-Type", ""), await request.body())
-        asked = question.notes or [question.note]
-        notes = [clean_text(note) for note in asked]
-        refusals = [refuse(note) for note in notes]
-        accepted = [n for n, refusal in zip(notes, refusals, strict=True) if refusal is None]
+        body = read_body(request.headers.get("Content-Type", ""), await request.body())
+        texts = [body.note] if body.notes is None else body.notes
+        notes = [clean_text(text) for text in texts]
+        errors = [note_error(note) for note in notes]
+        accepted = [note for note, error in zip(notes, errors, strict=True) if error is None]
         try:
             futures = batcher.submit(accepted, client=network_of(request.client))
-            predictions = iter(await _wait(futures, request))
+            answers = iter(await _wait(futures, request))
         except (BusyError, TimeoutError):
             return JSONResponse({"detail": "The service is busy: try again."}, 503, RETRY_AFTER)
         results = []
-        for refusal in refusals:
-            if refusal is not None:
-                results.append({"error": refusal})
+        for error in errors:
+            if error is not None:
+                results.append({"error": error})
             else:
-                results.append(_result(next(predictions), batcher.classifier))
-        if question.notes is not None:
+                results.append(_result(next(answers), batcher.classifier))
+        if body.notes is not None:
             return JSONResponse({"results": results})
-        (result,) = results
-        if "error" in result:
-            status = 422 if refusals[0] is not None else 500
-            return JSONResponse({"detail": result["error"]}, status)
-        return JSONResponse(result)
+        result = results[0]
+        if "error" not in result:
+            return JSONResponse(result)
+        status = 500 if errors[0] is None else 422
+        return JSONResponse({"detail": result["error"]}, status)
 
     app.add_route("/health", health, methods=["GET"])
     app.add_route("/ready", ready, methods=["GET"])
@@ -146,23 +148,26 @@ def add_routes(app: FastAPI, batcher: Batcher) -> None:
 
 
 async def _wait(futures: Sequence[Future], request: Request) -> list[Prediction | BaseException]:
-    """Wait for answers; what nobody waits for any more and is not begun is not computed.
+    """Wait for the predictions of a request, or for the errors in their place.
+
+    After a timeout or a disconnect, notes that the model has not started on are cancelled.
 
     Raises:
-        TimeoutError: Time is up, or the client has hung up.
+        TimeoutError: ``REQUEST_SECONDS`` have passed, or the client has disconnected.
     """
-    answers = asyncio.gather(*map(asyncio.wrap_future, futures), return_exceptions=True)
-    hung_up = asyncio.create_task(_cancel_when_hung_up(futures, request))
+    awaitables = [asyncio.wrap_future(future) for future in futures]
+    gathered = asyncio.gather(*awaitables, return_exceptions=True)
+    disconnect = asyncio.create_task(_cancel_on_disconnect(futures, request))
     try:
-        found = await asyncio.wait_for(answers, REQUEST_SECONDS)
-        if hung_up.done():
+        answers = await asyncio.wait_for(gathered, REQUEST_SECONDS)
+        if disconnect.done():
             raise TimeoutError
-        return found
+        return answers
     finally:
-        hung_up.cancel()
+        disconnect.cancel()
 
 
-async def _cancel_when_hung_up(futures: Sequence[Future], request: Request) -> None:
+async def _cancel_on_disconnect(futures: Sequence[Future], request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
     for future in futures:

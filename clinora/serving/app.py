@@ -1,4 +1,4 @@
-"""The app that serves the page and the API: assembled from the modules of this package."""
+"""Assembles the app that serves the page and the API from the modules of this package."""
 
 import asyncio
 import ipaddress
@@ -23,17 +23,17 @@ from clinora.serving.flags import Flags
 from clinora.serving.gate import add_page
 from clinora.serving.guard import BodyLimit, Guard
 from clinora.serving.page import CSS, THEME, build_page
-from clinora.serving.passwords import Door
+from clinora.serving.passwords import BasicAuth
 from clinora.serving.proxy import Proxies
 from clinora.serving.server import serve
 from clinora.serving.storage import KEPT_SECONDS, Storage
 
 __all__ = ["create_app", "serve"]
 
-MOST_SESSIONS = 1_000  # whose last prediction is remembered, for a flag
-AT_ONCE = 32  # handlers of the page that run; the batcher bounds what reaches the model
-MOST_EVENTS = 64  # of the page that wait for a handler
-# Another name would be another site's, whose owner has it point here (DNS rebinding).
+MOST_SESSIONS = 1_000  # sessions of which Gradio keeps the last prediction, for a flag
+AT_ONCE = 32  # handlers of the page that run at once; the batcher limits the load on the model
+MOST_EVENTS = 64  # events of the page that wait for a handler
+# Any other host name may be another site's that its owner points at this machine (DNS rebinding).
 LOOPBACK_NAMES = ["127.0.0.1", "localhost"]
 
 
@@ -47,36 +47,35 @@ def create_app(
     url: str = "http://127.0.0.1:7860",
     trusted_proxies: Sequence[str] = (),
 ) -> FastAPI:
-    """Make the app: the page at ``/``, the API beside it, one batcher for both.
+    """Create the app. The page at ``/`` and the API share one batcher.
 
     Args:
         classifier: A trained run.
-        flags_folder: Where flagged predictions go; made at the first one.
-        hosts: Names that the app answers to beside those of the loopback address.
-        users: Salt and password hash of each user; None: no password is asked for.
-        card: What the model card says of the run, in Markdown.
-        url: Where the app is, for the snippets that the page shows.
-        trusted_proxies: Addresses or networks, as ``10.0.0.0/28``, of the proxies whose
-            X-Forwarded-For and X-Forwarded-Proto are believed.
+        flags_folder: Folder for flagged predictions. It is created with the first flag.
+        hosts: Host names that the app accepts in addition to those of the loopback address.
+        users: Salt and password hash of each user. With None, no password is required.
+        card: The model card, in Markdown.
+        url: The app's address, for the examples on the page.
+        trusted_proxies: Addresses or networks, such as ``10.0.0.0/28``, of the proxies whose
+            X-Forwarded-For and X-Forwarded-Proto headers are trusted.
 
     Raises:
-        ValueError: A trusted proxy is neither an address nor a network.
+        ValueError: A trusted proxy is not an IP address or a network.
     """
     proxies = [ipaddress.ip_network(address) for address in trusted_proxies]
     _keep_libraries_quiet()
     storage = Storage()
-    # Gradio keeps what a handler gives it here, and reads these when the page is built.
-    os.environ |= {
-        "GRADIO_TEMP_DIR": str(storage.folder),
-        # Gradio summarises its events with pandas at every event, or so rarely.
-        "GRADIO_ANALYTICS_MAX_EVENTS": "50",
-        "GRADIO_ANALYTICS_CACHE_FREQUENCY": "1000000",
-    }
+    # Gradio reads these variables when the page is built.
+    os.environ["GRADIO_TEMP_DIR"] = str(storage.folder)  # where it keeps the handlers' files
+    # Otherwise Gradio summarises its events with pandas after each of them.
+    os.environ["GRADIO_ANALYTICS_MAX_EVENTS"] = "50"
+    os.environ["GRADIO_ANALYTICS_CACHE_FREQUENCY"] = "1000000"
     batcher = Batcher(classifier)
     page = build_page(batcher, Flags(flags_folder), storage, card, url)
     page.state_session_capacity = MOST_SESSIONS
-    page.max_threads = AT_ONCE  # of its own, or waiting handlers would hold up all other routes
-    page.has_launched = True  # or Gradio does not check the paths of files
+    # Gradio's own threads; in a shared pool, waiting handlers would block all other routes.
+    page.max_threads = AT_ONCE
+    page.has_launched = True  # otherwise Gradio does not check file paths
     page.queue(api_open=False, max_size=MOST_EVENTS, default_concurrency_limit=AT_ONCE)
     gradio_app = gradio.mount_gradio_app(
         FastAPI(openapi_url=None),
@@ -96,34 +95,35 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        removing = asyncio.create_task(_remove_old_files(storage))
+        cleanup = asyncio.create_task(_remove_old_files(storage))
         async with gradio_app.router.lifespan_context(gradio_app):
             yield
-        removing.cancel()
+        cleanup.cancel()
         await run_in_threadpool(batcher.close)
         storage.close()
 
     app = FastAPI(openapi_url=None, redirect_slashes=False, lifespan=lifespan)
-    # The last added is the first that a request meets: a stranger's body is not read.
+    # The middleware added last runs first, so a body is read only after the password check.
     app.add_middleware(BodyLimit)
     if users is not None:
-        app.add_middleware(Door, users=users)
+        app.add_middleware(BasicAuth, users=users)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK_NAMES, *hosts])
     app.add_middleware(Guard)
     app.add_middleware(Proxies, trusted=proxies)
     add_routes(app, batcher)
     add_page(app, page, gradio_app, storage)
-    app.state.gradio = gradio_app.routes[-1].app
+    app.state.gradio = gradio_app.routes[-1].app  # mount_gradio_app added this route last
     app.state.batcher = batcher
     app.state.trusted_proxies = proxies
     return app
 
 
 def _keep_libraries_quiet() -> None:
-    """Keep Gradio from printing what came in, and the log from filling with malformed forms."""
+    """Stop Gradio from printing its inputs, and malformed forms from filling the log."""
+    # Errors that occur before a handler runs quote its inputs.
     quiet = SimpleNamespace(print_exc=lambda: report_error(sys.exception()))
     for module in (gradio.queueing, gradio.routes, gradio.route_utils):
-        module.traceback = quiet  # errors before a handler runs quote its inputs
+        module.traceback = quiet
     logging.getLogger("python_multipart").setLevel(logging.ERROR)
 
 

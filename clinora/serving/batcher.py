@@ -1,9 +1,9 @@
-"""One bounded queue before one model: page, API and files share it, and none waits for ever.
+"""One bounded queue for one model, shared by the page, the API and the files of many notes.
 
-A single thread works on what the queue holds. Clients take turns, and so do the requests of one
-client, so that many notes or requests of one client do not hold up the few of another. Notes that
-wait together go through the model together; anything else that needs the model (another strength,
-an explanation) is a request too and has the model for itself.
+A single thread processes the queue. Clients take turns, and so do the requests of one client.
+Therefore a client with many notes or requests does not delay a client with few. Notes that wait at
+the same time are classified in one batch. Anything else that needs the model (another strength, an
+explanation) is a job: a request that runs alone.
 """
 
 import itertools
@@ -16,27 +16,28 @@ from typing import TypeVar
 
 from clinora.classifier import Classifier, Prediction
 
-# Of one client. The server bounds how many clients there are.
-MOST_REQUESTS = 64  # that wait
-MOST_WAITING = 128  # notes that wait; beyond them a request of one note still finds room
-MOST_TOGETHER = 16  # notes that go through the model at once
-MOST_TOKENS = 2048  # of these notes, padded to the longest; a note alone may have more
+# Limits for one client; the server limits the number of clients.
+MOST_REQUESTS = 64  # waiting requests
+MOST_WAITING = 128  # waiting notes; beyond this limit, requests of one note are still accepted
+# Limits for one batch.
+MOST_TOGETHER = 16  # notes
+MOST_TOKENS = 2048  # tokens, padded to the longest note; a single note may have more
 
 T = TypeVar("T")
 
 
 class BusyError(Exception):
-    """Too much is waiting, or the service is ending: nothing was queued."""
+    """The queue is full or the service is shutting down; nothing was queued."""
 
 
 @dataclass(eq=False, slots=True)
 class _Work:
-    """A note or a job that waits, and the future of its answer."""
+    """A waiting note or job, and the future of its result."""
 
     item: str | Callable
     client: str
     future: Future
-    tokens: int | None = None  # that the model reads; None: not counted yet
+    tokens: int | None = None  # tokens that the model reads; None until they are counted
 
     @property
     def is_note(self) -> bool:
@@ -44,19 +45,19 @@ class _Work:
 
 
 class Batcher:
-    """Runs a classifier for many callers at once.
+    """Runs one classifier for many concurrent clients.
 
     Attributes:
-        classifier: The run; only the batcher's own thread may use its model.
-        most_together: How many notes go through the model at once.
-        most_tokens: How many tokens they have together, padded to the longest.
+        classifier: The classifier. Only the batcher's thread may use its model.
+        most_together: The largest number of notes in a batch.
+        most_tokens: The largest number of tokens in a batch, padded to the longest note.
     """
 
     def __init__(self, classifier: Classifier) -> None:
         self.classifier = classifier
         self.most_together = MOST_TOGETHER
         self.most_tokens = MOST_TOKENS
-        # What waits of each request, notes or a job, never nothing; the first has the next turn.
+        # One deque per request: its waiting notes, or its job. None is empty; the first is next.
         self._requests: deque[deque[_Work]] = deque()
         self._changed = threading.Condition()
         self._open = True
@@ -66,70 +67,78 @@ class Batcher:
     def submit(
         self, notes: Sequence[str], wait: float = 0, *, client: str = ""
     ) -> list[Future[Prediction]]:
-        """Queue the notes of one request, all of them or none.
+        """Queue the notes of one request: either all of them or none.
 
-        A note whose future is cancelled before its turn is not computed.
+        A note whose future is cancelled before its turn is not classified.
 
         Args:
-            notes: At most ``MOST_WAITING``.
-            wait: Seconds to wait for room.
-            client: Who asks: any name, the same for all requests of a client.
+            notes: At most ``MOST_WAITING`` notes.
+            wait: Seconds to wait for room in the queue.
+            client: Any name that is the same for all requests of one client.
 
         Raises:
-            BusyError: There was no room, or the service is ending.
+            BusyError: There was no room, or the service is shutting down.
         """
         return self._queue(notes, wait, client)
 
     def submit_job(self, job: Callable[[], T], *, client: str = "") -> Future[T]:
-        """Queue a function that has the model for itself.
+        """Queue a function that runs alone on the batcher's thread and may use the model.
 
         Args:
             job: The function.
             client: As in ``submit``.
 
         Raises:
-            BusyError: There is no room, or the service is ending.
+            BusyError: There is no room, or the service is shutting down.
         """
         return self._queue([job], 0, client)[0]
 
     def ready(self, client: str = "") -> bool:
-        """Tell whether a note of this client would be queued now."""
+        """Return whether the queue would accept a note of this client now."""
         with self._changed:
             return self._open and self._thread.is_alive() and self._has_room(1, client)
 
     def close(self) -> None:
-        """Take nothing more, and finish what is queued."""
+        """Accept no more requests, and finish those in the queue."""
         with self._changed:
             self._open = False
             self._changed.notify_all()
         self._thread.join()
 
     def _queue(self, items: Sequence[str | Callable], wait: float, client: str) -> list[Future]:
-        waiting = deque(_Work(item, client, Future()) for item in items)
-        futures = [work.future for work in waiting]  # now: the thread takes work out of the deque
+        request = deque(_Work(item, client, Future()) for item in items)
+        # Collected before the batcher's thread can take work out of the deque.
+        futures = [work.future for work in request]
         with self._changed:
             self._changed.wait_for(
                 lambda: not self._open or self._has_room(len(items), client), wait
             )
             if not self._open or not self._has_room(len(items), client):
                 raise BusyError
-            if waiting:
-                self._requests.append(waiting)
+            if request:
+                self._requests.append(request)
                 self._changed.notify_all()
         return futures
 
     def _has_room(self, items: int, client: str) -> bool:
-        """Tell whether a client's request of so many notes finds room; cancelled ones need none."""
-        counts = []
+        """Return whether a request with this many notes fits into the client's limits.
+
+        Cancelled notes do not count.
+        """
+        requests = 0
+        waiting = 0
         for request in self._requests:
             if request[0].client != client:
                 continue
             wanted = [work for work in request if not work.future.cancelled()]
             if wanted:
-                counts.append(len(wanted))
-        if len(counts) >= MOST_REQUESTS:
+                requests += 1
+                waiting += len(wanted)
+        if requests >= MOST_REQUESTS:
             return False
-        return items <= 1 or sum(counts) + items <= MOST_WAITING
+        if items <= 1:
+            return True
+        return waiting + items <= MOST_WAITING
 
     def _run(self) -> None:
         while True:
@@ -137,64 +146,77 @@ class Batcher:
                 self._changed.wait_for(lambda: self._requests or not self._open)
                 if not self._requests:
                     return
-                self._forget_gone()
+                self._drop_cancelled()
                 candidates = self._candidates()
-            fitting = self._fitting(candidates)  # it tokenises: others may queue meanwhile
+            # This tokenizes notes, so it must not hold the lock that new requests need.
+            batch = self._fitting(candidates)
             with self._changed:
-                taken = [work for work in fitting if self._take(work)]
+                taken = [work for work in batch if self._take(work)]
                 self._changed.notify_all()  # there is room again
-            if taken and not self._answer(taken):
-                for work in taken:  # one note's fault is not the others'
+            if not taken:
+                continue
+            if not self._answer(taken):
+                # One note failed. Alone, each of the others still gets its prediction.
+                for work in taken:
                     self._answer([work])
 
-    def _forget_gone(self) -> None:
+    def _drop_cancelled(self) -> None:
+        """Remove cancelled work from the queue."""
+        remaining: deque[deque[_Work]] = deque()
         for request in self._requests:
-            for work in [work for work in request if work.future.cancelled()]:
+            cancelled = [work for work in request if work.future.cancelled()]
+            for work in cancelled:
                 request.remove(work)
                 work.future.set_running_or_notify_cancel()
-        self._requests = deque(request for request in self._requests if request)
+            if request:
+                remaining.append(request)
+        self._requests = remaining
 
     def _candidates(self) -> list[_Work]:
-        """Choose what may go next: a job, or notes, one of each client and request in turn.
+        """Choose what may run next: one job, or notes taken from clients and requests in turn.
 
-        Notes do not wait for the jobs between them; the job that comes first has the next turn.
+        If the first request is a job, it runs. Otherwise notes are taken, also from requests that
+        stand behind a job.
         """
         if not self._requests:
             return []
         first = self._requests[0][0]
         if not first.is_note:
             return [first]
-        of_clients: dict[str, list[deque[_Work]]] = {}
+        requests_of_clients: dict[str, list[deque[_Work]]] = {}
         for request in self._requests:
             if request[0].is_note:
-                of_clients.setdefault(request[0].client, []).append(request)
-        notes = _in_turn([_in_turn(requests) for requests in of_clients.values()])
+                requests_of_clients.setdefault(request[0].client, []).append(request)
+        notes_of_clients = [_in_turn(requests) for requests in requests_of_clients.values()]
+        notes = _in_turn(notes_of_clients)
         return list(itertools.islice(notes, self.most_together))
 
     def _fitting(self, candidates: list[_Work]) -> list[_Work]:
-        """Give the first candidates that go through the model together, at least one."""
+        """Return the first candidates that fit into one batch: at least one."""
+        batch: list[_Work] = []
         longest = 0
-        for i, work in enumerate(candidates):
+        for work in candidates:
             if not work.is_note:
                 return [work]
             if work.tokens is None:
                 work.tokens = self._count(work.item)
             longest = max(longest, work.tokens)
-            if i > 0 and longest * (i + 1) > self.most_tokens:
-                return candidates[:i]
-        return candidates
+            if batch and longest * (len(batch) + 1) > self.most_tokens:
+                break
+            batch.append(work)
+        return batch
 
     def _count(self, note: str) -> int:
         try:
             return len(self.classifier.tokenizer.encode(note, self.classifier.token_limit))
-        except Exception:  # its caller is told when it is classified
+        except Exception:  # classifying the note will raise it again, for its caller
             return self.classifier.token_limit
 
     def _take(self, work: _Work) -> bool:
-        """Take a note or a job out of the queue; False if its caller has gone meanwhile.
+        """Take a note or a job out of the queue; return False if it was cancelled meanwhile.
 
-        The next turn of its client is after those of all other clients, and the next turn of its
-        request is after those of the client's other requests.
+        The client goes to the end of the queue, behind all other clients. Its request goes behind
+        the client's other requests.
         """
         request = next(request for request in self._requests if work in request)
         self._requests.remove(request)
@@ -207,10 +229,14 @@ class Batcher:
         return work.future.set_running_or_notify_cancel()
 
     def _answer(self, taken: list[_Work]) -> bool:
-        """Compute and hand out answers; False if several failed together and none has one."""
+        """Run notes or a job and set the results; return False if a batch failed as a whole."""
         items = [work.item for work in taken]
         try:
-            answers = self.classifier(items) if taken[0].is_note else [items[0]()]
+            if taken[0].is_note:
+                answers = self.classifier(items)
+            else:
+                job = items[0]
+                answers = [job()]
         except Exception as error:
             if len(taken) > 1:
                 return False
@@ -222,6 +248,8 @@ class Batcher:
 
 
 def _in_turn(sources: Sequence[Iterable[T]]) -> Iterator[T]:
-    """Give one item of each source, then another of each, until all are given."""
-    for round_of_items in itertools.zip_longest(*sources):
-        yield from (item for item in round_of_items if item is not None)
+    """Yield the first item of each source, then the second of each, until all are exhausted."""
+    for items in itertools.zip_longest(*sources):
+        for item in items:
+            if item is not None:
+                yield item

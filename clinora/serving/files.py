@@ -1,4 +1,4 @@
-"""Reads a file with many notes: a CSV file in UTF-8 with a header."""
+"""Reads a file of many notes: CSV in UTF-8 with a header."""
 
 import csv
 import io
@@ -8,28 +8,28 @@ MOST_ROWS = 2_000
 
 
 class FileError(ValueError):
-    """The page cannot read the file; the message says why and quotes none of it."""
+    """The page cannot read the file; the message says why and quotes nothing from the file."""
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A file's header and its rows, each with as many fields as it has."""
+    """The header and the rows of a file; rows may have different numbers of fields."""
 
     header: list[str]
     rows: list[list[str]]
 
 
 def read_table(content: bytes) -> Table:
-    """Read a file.
+    """Parse a file's content, without its empty lines.
 
     Raises:
-        FileError: It is not UTF-8 or not CSV, or it has no rows or more than ``MOST_ROWS``.
+        FileError: The file is not UTF-8 or not CSV, or has no rows or more than ``MOST_ROWS``.
     """
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise FileError("The file is not UTF-8: save it as a CSV file in UTF-8.") from None
-    csv.field_size_limit(2**31 - 1)  # a row that is too long has an error of its own
+    csv.field_size_limit(2**31 - 1)  # a note that is too long gets its own error later
     reader = csv.reader(io.StringIO(text, newline=""))
     rows = []
     try:

@@ -1,13 +1,13 @@
-"""What is open: the routes and events of the page, and what each of its inputs may hold.
+"""The open routes and events of the page, and the checks of their inputs.
 
-Gradio has many more routes than the page uses, and trusts what its own page sends. So nothing
-reaches it directly. The routes here are the only ones; each event is looked up in the list of those
-that the page triggers; each input is checked against its component; and the request that Gradio
-receives is written anew from what passed.
+Gradio has many more routes than the page uses, and it trusts the requests of its page. Therefore no
+request reaches Gradio directly. Only the routes in this module exist. An event must be on the list
+of those that the page triggers, and each input must pass the check of its component. Gradio then
+receives a new request that holds only checked values.
 
-A **visit** is one browser at the page, known by a random cookie. What it uploads, what is made for
-it and its events are its own: the name under which Gradio keeps a visit's events is derived from
-the cookie, so no other visit can name it.
+A **visit** is one browser on the page, identified by a random cookie. The files that a visit
+uploads, its results and its events belong to it alone: the session hash under which Gradio keeps
+the events is derived from the cookie, so another visit cannot use it.
 """
 
 import hashlib
@@ -32,23 +32,23 @@ from clinora.serving.sessions import Sessions
 from clinora.serving.storage import Owner, Storage, StoredFile
 
 VISIT_COOKIE = "clinora_visit"
-# The standard library needs seconds to read a value of many backslashes (CVE-2024-7592).
+# A pattern, because http.cookies needs seconds for a value of many backslashes (CVE-2024-7592).
 VISIT_PATTERN = re.compile(rf"(?:^|; ?){VISIT_COOKIE}=([A-Za-z0-9_-]{{1,64}})(?=;|$)")
-MOST_PATH_CHARACTERS = 200  # of one of the page's own files
-MOST_TEXT_CHARACTERS = 250_000  # of a text; a handler says more kindly what a note may have
+MOST_PATH_CHARACTERS = 200  # in the path of a file of the page
+MOST_TEXT_CHARACTERS = 250_000  # in a text; the handlers have a lower limit for notes
 UPLOAD_ROUTE = "/gradio_api/upload"
 
-# Gradio's routes that are open as they are: the page uses them.
+# Gradio's routes that the page uses unchanged.
 PLAIN_ROUTES = (
     "/",
-    "/config",  # what "/" holds as JSON, for programs that use the page's protocol
+    "/config",  # the content of "/" as JSON, for programs that use the page's protocol
     "/theme.css",
     "/assets/{path:path}",
     "/static/{path:path}",
     "/favicon.ico",
     "/gradio_api/app_id",
 )
-# The first routes of a visit, which give it its cookie.
+# A visit starts at one of these routes and gets its cookie there.
 FIRST_ROUTES = ("/", "/config")
 
 # The events that the page triggers, by their api_name.
@@ -69,7 +69,7 @@ EVENTS = (
 
 
 class Join(BaseModel):
-    """What the page posts to trigger an event; whatever else it posts is left out."""
+    """The fields of the request that triggers an event; other fields are ignored."""
 
     fn_index: int
     session_hash: str = Field(pattern="^[a-z0-9]{1,64}$")
@@ -77,52 +77,58 @@ class Join(BaseModel):
 
 
 def add_page(app: FastAPI, blocks: gradio.Blocks, gradio_app: ASGIApp, storage: Storage) -> None:
-    """Add the page's routes to an app: all that a browser may ask of Gradio.
+    """Add the page's routes to an app. A browser can reach Gradio only through them.
 
     Args:
         app: The app that is served.
         blocks: The page.
-        gradio_app: The ASGI app that Gradio made of it; it is reached through these routes alone.
+        gradio_app: The ASGI app that Gradio made from the page.
         storage: The files of the visits.
 
     Raises:
-        ValueError: An open event has an input for which there is no check here.
+        ValueError: This module has no check for an input of an open event.
     """
     events = open_events(blocks)
     sessions = Sessions(blocks)
-    reading = CapacityLimiter(1)  # files: what one client uploads must not take all processors
+    reading = CapacityLimiter(1)  # one file at a time: uploads must not occupy all processors
 
     async def forward_plain(request: Request) -> Forward:
         path = request.scope["path"]
         if len(path) > MOST_PATH_CHARACTERS or not path.isprintable():
             raise HTTPException(404)
-        fresh = _known_visit(request) is None and path in FIRST_ROUTES
-        return Forward(gradio_app, new_visit=secrets.token_urlsafe(16) if fresh else None)
+        new_visit = None
+        if path in FIRST_ROUTES and _known_visit(request) is None:
+            new_visit = secrets.token_urlsafe(16)
+        return Forward(gradio_app, new_visit=new_visit)
 
     async def join(request: Request) -> ASGIApp:
         visit = _visit(request)
         try:
-            asked = Join.model_validate_json(await request.body())
+            received = Join.model_validate_json(await request.body())
         except ValidationError:
             raise HTTPException(422, "Expected JSON with fn_index, session_hash, data.") from None
-        event = events.get(asked.fn_index)
+        event = events.get(received.fn_index)
         if event is None:
             raise HTTPException(404, "There is no such event.")
-        if len(asked.data) != len(event.inputs):
+        if len(received.data) != len(event.inputs):
             raise HTTPException(422, f"Expected {len(event.inputs)} inputs.")
+
+        def find_file(path: object) -> StoredFile | None:
+            return storage.find(path, visit)
+
         data = [
-            check_input(component, value, lambda path: storage.find(path, visit))
-            for component, value in zip(event.inputs, asked.data, strict=True)
+            check_input(component, value, find_file)
+            for component, value in zip(event.inputs, received.data, strict=True)
         ]
-        session = _session(visit, asked.session_hash)
-        body = {"fn_index": asked.fn_index, "session_hash": session, "data": data}
+        session = _session(visit, received.session_hash)
+        body = {"fn_index": received.fn_index, "session_hash": session, "data": data}
         forward = Forward(gradio_app, body=json.dumps(body).encode())
         return sessions.join(session, network_of(request.client), forward)
 
     async def queue_data(request: Request) -> Forward:
         session = _session(_visit(request), request.query_params.get("session_hash", ""))
         if session not in blocks._queue.pending_messages_per_session:
-            raise HTTPException(404, "No event was triggered, or its result was read.")
+            raise HTTPException(404, "No event was triggered, or its result was already read.")
         return Forward(gradio_app, query={"session_hash": session})
 
     async def heartbeat(request: Request) -> Forward:
@@ -138,17 +144,17 @@ def add_page(app: FastAPI, blocks: gradio.Blocks, gradio_app: ASGIApp, storage: 
                     raise HTTPException(422, "Expected one file.")
                 content = await file.read()
                 name = file.filename or ""
-        except UnicodeError:  # the form's charset may be any of Python's codecs
+        except UnicodeError:  # a form may choose any of Python's codecs as its charset
             raise HTTPException(422, "Expected a form in UTF-8.") from None
         try:
             await to_thread.run_sync(read_table, content, limiter=reading)
-        except FileError as error:  # as text: the page shows an answer's body as it is
+        except FileError as error:  # plain text, since the page shows the response body unchanged
             return PlainTextResponse(str(error), 422)
         stored = await run_in_threadpool(storage.add, owner, name, content)
         return JSONResponse([str(stored.path)])
 
     async def upload_progress(_request: Request) -> Response:
-        # A file of this size is there before a bar of progress could be seen.
+        # A file of this size is uploaded before a progress bar would be visible.
         return PlainTextResponse('data: {"msg": "done"}\n\n', media_type="text/event-stream")
 
     async def download(request: Request) -> Response:
@@ -168,10 +174,10 @@ def add_page(app: FastAPI, blocks: gradio.Blocks, gradio_app: ASGIApp, storage: 
 
 
 def open_events(blocks: gradio.Blocks) -> dict[int, gradio.blocks.BlockFunction]:
-    """Give the open events of a page by their numbers.
+    """Return the open events of a page by their numbers.
 
     Raises:
-        ValueError: One has an input for which there is no check.
+        ValueError: This module has no check for an input of an open event.
     """
     events = {number: fn for number, fn in blocks.fns.items() if fn.api_name in EVENTS}
     for event in events.values():
@@ -181,21 +187,25 @@ def open_events(blocks: gradio.Blocks) -> dict[int, gradio.blocks.BlockFunction]
     return events
 
 
-# --- what an input may hold ---------------------------------------------------------------------
+# --- checks of the inputs -----------------------------------------------------------------------
 
 FindFile = Callable[[object], StoredFile | None]
 
 
+class ExpectedError(ValueError):
+    """The value of an input is not valid; the message says what was expected."""
+
+
 def check_input(component: gradio.blocks.Block, value: object, find_file: FindFile) -> object:
-    """Give what an input's component may read.
+    """Check the value of an input, and return it in the form that Gradio expects.
 
     Args:
-        component: The component.
-        value: What came for it, of any type.
-        find_file: Finds the visit's own file at a path.
+        component: The component that the value is for.
+        value: The received value, of any type.
+        find_file: Returns the visit's file at a path, or None.
 
     Raises:
-        HTTPException: 422; it says what was expected and does not repeat the value.
+        HTTPException: 422; the detail says what was expected and does not repeat the value.
     """
     check = CHECKS[type(component)]
     try:
@@ -203,10 +213,6 @@ def check_input(component: gradio.blocks.Block, value: object, find_file: FindFi
     except ExpectedError as expected:
         label = getattr(component, "label", None) or "input"
         raise HTTPException(422, f"{label}: expected {expected}.") from None
-
-
-class ExpectedError(ValueError):
-    """An input does not hold what it should; the message says what was expected."""
 
 
 def _check_text(_component: gradio.Textbox, value: object, _find: FindFile) -> str | None:
@@ -217,18 +223,19 @@ def _check_text(_component: gradio.Textbox, value: object, _find: FindFile) -> s
     return value
 
 
-def _check_truth(_component: gradio.Checkbox, value: object, _find: FindFile) -> bool:
+def _check_boolean(_component: gradio.Checkbox, value: object, _find: FindFile) -> bool:
     if not isinstance(value, bool):
         raise ExpectedError("true or false")
     return value
 
 
 def _check_number(component: gradio.Slider, value: object, _find: FindFile) -> float:
-    low, high = component.minimum, component.maximum
+    low = component.minimum
+    high = component.maximum
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not low <= value <= high:  # nothing compares with NaN
-        raise ExpectedError(f"a number from {low:g} to {high:g}")
-    return value
+    if is_number and low <= value <= high:  # False for NaN
+        return value
+    raise ExpectedError(f"a number from {low:g} to {high:g}")
 
 
 def _check_choice(component: gradio.Radio, value: object, _find: FindFile) -> str | None:
@@ -253,7 +260,9 @@ def _choices(component: gradio.Radio | gradio.CheckboxGroup) -> list[str]:
 def _check_file(_component: gradio.File, value: object, find: FindFile) -> dict | None:
     if value is None:
         return None
-    stored = find(value.get("path")) if isinstance(value, dict) else None
+    stored = None
+    if isinstance(value, dict):
+        stored = find(value.get("path"))
     if stored is None:
         raise ExpectedError("a file that was uploaded here and is still kept")
     return {
@@ -265,18 +274,19 @@ def _check_file(_component: gradio.File, value: object, find: FindFile) -> dict 
 
 
 def _check_example(component: gradio.Dataset, value: object, _find: FindFile) -> int:
-    if type(value) is not int or not 0 <= value < len(component.samples):
-        raise ExpectedError("the number of an example")
-    return value
+    is_number = type(value) is int  # isinstance would accept True
+    if is_number and 0 <= value < len(component.samples):
+        return value
+    raise ExpectedError("the number of an example")
 
 
 def _ignore_state(_component: gradio.State, _value: object, _find: FindFile) -> None:
-    return None  # it is kept here and never comes from the browser
+    return None  # the state is kept on the server, so the browser's value is ignored
 
 
 CHECKS = {
     gradio.Textbox: _check_text,
-    gradio.Checkbox: _check_truth,
+    gradio.Checkbox: _check_boolean,
     gradio.Slider: _check_number,
     gradio.Radio: _check_choice,
     gradio.CheckboxGroup: _check_choices,
@@ -291,7 +301,9 @@ CHECKS = {
 
 def _known_visit(request: Request) -> str | None:
     found = VISIT_PATTERN.search(request.headers.get("cookie", ""))
-    return found and found[1]
+    if found is None:
+        return None
+    return found[1]
 
 
 def _visit(request: Request) -> str:
@@ -302,15 +314,15 @@ def _visit(request: Request) -> str:
 
 
 def _session(visit: str, name: str) -> str:
-    """Give the name under which Gradio keeps a visit's events."""
+    """Return the session hash under which Gradio keeps a visit's events."""
     return hashlib.sha256(f"{visit} {name}".encode()).hexdigest()
 
 
 class Forward:
-    """An ASGI answer: Gradio's, to a request written anew.
+    """An ASGI response: sends Gradio a new request and passes on its answer.
 
-    Path and method stay as they came unless given. Nothing stays of the query, the body, the
-    cookies and the password.
+    The new request keeps the method, and the path unless another is given. It keeps neither the
+    query nor the body, the cookies and the password.
     """
 
     def __init__(
@@ -324,7 +336,7 @@ class Forward:
     ) -> None:
         self.gradio_app = gradio_app
         self.path = path
-        self.query = urlencode(query or {}).encode()
+        self.query = b"" if query is None else urlencode(query).encode()
         self.body = body
         self.new_visit = new_visit
 
@@ -342,12 +354,14 @@ class Forward:
         unread: list[Message] = [{"type": "http.request", "body": self.body}]
 
         async def receive_new() -> Message:
-            return unread.pop() if unread else await receive()
+            if unread:
+                return unread.pop()
+            return await receive()
 
         async def send_with_cookie(message: Message) -> None:
             if self.new_visit is not None and message["type"] == "http.response.start":
-                # Not Strict: a link on another site would come without it, and the cookie of the
-                # answer would end the visit in another tab.
+                # Not Strict: a browser that follows a link from another site would then send no
+                # cookie, and the new cookie in the response would end the visit in another tab.
                 cookie = f"{VISIT_COOKIE}={self.new_visit}; HttpOnly; SameSite=Lax; Path=/"
                 if scope["scheme"] == "https":
                     cookie += "; Secure"

@@ -1,4 +1,4 @@
-"""What every request meets first: refusals of other sites, headers, and limits of a body."""
+"""Middleware for every request: cross-site refusal, response headers and body size limits."""
 
 from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers, MutableHeaders
@@ -19,14 +19,14 @@ HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
 }
-STATIC_ROUTES = ("/assets/", "/static/", "/theme.css")  # the same for everybody
+STATIC_ROUTES = ("/assets/", "/static/", "/theme.css")  # identical for all users, so cacheable
 
 
 class Guard:
-    """ASGI middleware: refuses what other sites' pages ask, sends headers, keeps errors private.
+    """ASGI middleware: refuses requests from other sites' pages, adds headers, hides error texts.
 
-    Another site's page could have a browser that is logged in here ask for it: its requests carry
-    that site's Origin.
+    A page of another site could send requests through a browser that is logged in here. The Origin
+    header of such a request gives the other site.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -51,20 +51,22 @@ class Guard:
         headers = Headers(scope=scope)
         origin = headers.get("origin")
         if origin and origin.partition("://")[2] != headers.get("host"):
-            answer = JSONResponse({"detail": "Another site's page asked."}, 403)
-            await answer(scope, receive, send_with_headers)
+            detail = "Requests from another site's page are refused."
+            response = JSONResponse({"detail": detail}, 403)
+            await response(scope, receive, send_with_headers)
             return
         try:
             await self.app(scope, receive, send_with_headers)
-        except Exception as error:  # the server would log its message
+        except Exception as error:  # uvicorn would log the error's message
             reference = report_error(error)
             if not started:
                 detail = f"This did not work; reference {reference}."
-                await JSONResponse({"detail": detail}, 500)(scope, receive, send_with_headers)
+                response = JSONResponse({"detail": detail}, 500)
+                await response(scope, receive, send_with_headers)
 
 
 class BodyLimit:
-    """ASGI middleware: reads a request's body whole, and refuses one that is too long."""
+    """ASGI middleware: reads the whole request body first, and refuses one that is too long."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -73,7 +75,9 @@ class BodyLimit:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        limit = MOST_FILE_BYTES + FORM_BYTES if scope["path"] == UPLOAD_ROUTE else MOST_BODY_BYTES
+        limit = MOST_BODY_BYTES
+        if scope["path"] == UPLOAD_ROUTE:
+            limit = MOST_FILE_BYTES + FORM_BYTES
         body = bytearray()
         more = True
         while more:
@@ -84,11 +88,14 @@ class BodyLimit:
             more = message.get("more_body", False)
             if len(body) > limit:
                 detail = f"This is too long: at most {limit:,} bytes."
-                await JSONResponse({"detail": detail}, 413)(scope, receive, send)
+                response = JSONResponse({"detail": detail}, 413)
+                await response(scope, receive, send)
                 return
-        whole: list[Message] = [{"type": "http.request", "body": bytes(body)}]
+        unread: list[Message] = [{"type": "http.request", "body": bytes(body)}]
 
-        async def receive_whole() -> Message:
-            return whole.pop() if whole else await receive()
+        async def receive_body() -> Message:
+            if unread:
+                return unread.pop()
+            return await receive()
 
-        await self.app(scope, receive_whole, send)
+        await self.app(scope, receive_body, send)

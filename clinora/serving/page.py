@@ -1,7 +1,7 @@
-"""What a person sees: a note classified and explained, LoRA's inside, files, API, model card.
+"""The page's tabs: classify and explain a note, LoRA internals, many notes, API, model card.
 
-Every handler checks its inputs, since the page's own checks run in the browser. It reports a
-failure by a reference, since an error's message may quote the note.
+Every handler checks its inputs on the server, since a browser's checks can be bypassed. When a
+handler fails, the page shows a reference to the log, since an error's message may quote the note.
 """
 
 import csv
@@ -25,7 +25,7 @@ from clinora.figures import singular_values_figure, updates_figure
 from clinora.llama import LlamaConfig
 from clinora.notes import Note, clean_text, has_visible
 from clinora.serving import report_error
-from clinora.serving.api import REQUEST_SECONDS, describe, refuse
+from clinora.serving.api import REQUEST_SECONDS, describe, note_error
 from clinora.serving.batcher import MOST_TOGETHER, Batcher, BusyError
 from clinora.serving.files import MOST_ROWS, FileError, read_table
 from clinora.serving.flags import Flags, FlagsFullError
@@ -38,10 +38,10 @@ DESCRIPTION = (
 )
 DISCLAIMER = "Demonstration only, not a medical device."
 PREVIEW_ROWS = 20
-LOOK_SECONDS = 0.2  # between looks whether the visitor is still there
+POLL_SECONDS = 0.2  # between checks whether the visitor is still connected
 REASONS = ("The class is wrong", "The confidence is wrong", "The highlights mislead", "Other")
 
-# The published note, then three invented ones, of Orthopedic, Radiology and Surgery.
+# The published example, then three fictional notes: Orthopedic, Radiology and Surgery.
 EXAMPLES = [
     "The patient reports severe chest pain and shortness of breath. ECG shows ST elevation. "
     "Possible myocardial infarction.",
@@ -72,10 +72,10 @@ THEME = gr.themes.Default(
 CSS = """
 .gradio-container { max-width: min(1080px, 100vw) !important; margin: 0 auto !important; }
 .gradio-container .column, .gradio-container .block { min-width: 0 !important; max-width: 100%; }
-/* On a phone what stands side by side stands one below the other, and nothing is cut off. */
+/* On a phone, columns are stacked, and nothing is cut off. */
 .gradio-container .row > .column, .gradio-container .row > .block,
 .gradio-container .row > .form > .block { min-width: min(300px, 100%) !important; }
-/* There the examples come last: what was found follows the note. */
+/* On a phone, the examples come last, so that the prediction directly follows the note. */
 @media (max-width: 700px) {
   .note-and-answer > .column { display: contents; }
   .note-and-answer > .column > * { flex: 0 0 100%; }
@@ -84,9 +84,9 @@ CSS = """
 .gradio-container :focus-visible { outline: 2px solid var(--color-accent) !important; }
 .small { font-size: var(--text-sm); }
 .refer p { border-left: 4px solid var(--color-red); padding-left: 12px; font-weight: 600; }
-/* Gradio's breaks words anywhere, and is too dark to read on at −1. */
+/* Gradio's default breaks words anywhere, and its colour at −1 is too dark to read text on. */
 .gradio-container .textfield { word-break: normal; overflow-wrap: anywhere; }
-/* Long class names wrap, in the answers, in the heading and beside their bars. */
+/* Long class names wrap in the predictions, in the heading and beside their bars. */
 .gradio-container .output-class, .gradio-container .confidence-set .text,
 .gradio-container .json-node .content { overflow-wrap: anywhere; min-width: 0; }
 .gradio-container .score-token { --pale: color-mix(in srgb, var(--body-background-fill) 40%, #0000);
@@ -111,11 +111,11 @@ def build_page(batcher: Batcher, flags: Flags, storage: Storage, card: str, url:
     """Build the page.
 
     Args:
-        batcher: Runs the model for all.
-        flags: Where flagged predictions go.
-        storage: Keeps the files of those who visit.
+        batcher: Runs the model for all visitors.
+        flags: Stores flagged predictions.
+        storage: Stores the visitors' files.
         card: The model card, in Markdown.
-        url: Where the page is, for the snippets.
+        url: The page's address, for the examples.
     """
     with gr.Blocks(title=TITLE, analytics_enabled=False) as page:
         gr.Markdown(f"# {TITLE}\n\n{DESCRIPTION}")
@@ -135,16 +135,17 @@ def build_page(batcher: Batcher, flags: Flags, storage: Storage, card: str, url:
     return page
 
 
-# --- a note -------------------------------------------------------------------------------------
+# --- one note -----------------------------------------------------------------------------------
 
 
 def _classify_tab(batcher: Batcher, flags: Flags) -> None:
-    classifier, labels = batcher.classifier, batcher.classifier.labels
+    classifier = batcher.classifier
+    labels = classifier.labels
 
     def predict(note: str | None) -> tuple:
         note = _checked(note)
         prediction = _wait(batcher.submit([note], client=_client())[0])
-        # In the same event: the browser loses one that begins as the last of a chain ends.
+        # In the same event: the browser loses a chained event that starts as the last one ends.
         sentences = _wait(batcher.submit_job(lambda: explain(classifier, note), client=_client()))
         record = prediction.as_json() | {
             "confidence": prediction.confidence,
@@ -154,7 +155,7 @@ def _classify_tab(batcher: Batcher, flags: Flags) -> None:
         }
         shares = dict(zip(labels, prediction.probabilities, strict=True))
         return (
-            prediction.as_json(), prediction.as_text(), shares, _sure(prediction),
+            prediction.as_json(), prediction.as_text(), shares, _confidence(prediction),
             _verdict(prediction, classifier), _length(prediction, classifier), _spans(sentences),
             record,
         )  # fmt: skip
@@ -192,10 +193,10 @@ def _classify_tab(batcher: Batcher, flags: Flags) -> None:
             as_json = gr.JSON(label="Predicted Classification in JSON Format")
             as_text = gr.Textbox(label="Prediction in text", interactive=False)
             verdict = gr.Markdown(elem_classes="refer")
-            sure = gr.Textbox(label="Confidence that this class is right", interactive=False)
+            confidence = gr.Textbox(label="Confidence that this class is right", interactive=False)
             shares = gr.Label(label="Uncalibrated probabilities", num_top_classes=len(labels))
     highlighted = gr.HighlightedText(
-        label="Sentences that spoke for the answer (red, above 0) and against it (purple, below 0)",
+        label="Sentences for the predicted class (red, above 0) and against it (purple, below 0)",
         show_legend=True,
     )
     gr.Markdown(
@@ -206,19 +207,19 @@ def _classify_tab(batcher: Batcher, flags: Flags) -> None:
     reason = gr.Radio(REASONS, label="Why flag this prediction?")
     consent = gr.Checkbox(False, label="I may store this note's text: keep it with the flag")
     flag_button = gr.Button("Flag")
-    record = gr.State()  # of the last prediction, on the server; it holds no text
-    outputs = [as_json, as_text, shares, sure, verdict, length, highlighted, record]
+    record = gr.State()  # the last prediction; it stays on the server and holds no note text
+    outputs = [as_json, as_text, shares, confidence, verdict, length, highlighted, record]
     empty = (None, None, None, None, "", "", None, None)
-    examples.click(EXAMPLES.__getitem__, examples, note, api_name="choose_example")
-    predicted = submit.click(_told_by_reference(predict), note, outputs, api_name="predict")
+    examples.click(lambda number: EXAMPLES[number], examples, note, api_name="choose_example")
+    predicted = submit.click(_with_error_messages(predict), note, outputs, api_name="predict")
     predicted.failure(lambda: empty, None, outputs, api_name="clear_failed_prediction")
-    # Not gr.ClearButton, which evaluates a string as a script: the policy forbids that.
+    # Not gr.ClearButton: it evaluates a string as a script, which the security policy forbids.
     clear.click(
         lambda: (None, *empty, None, False), None,
         [note, *outputs, reason, consent], api_name="clear",
     )  # fmt: skip
     flag_button.click(
-        _told_by_reference(flag), [note, record, consent, reason], None, api_name="flag"
+        _with_error_messages(flag), [note, record, consent, reason], None, api_name="flag"
     )
 
 
@@ -226,20 +227,31 @@ def _checked(note: str | None) -> str:
     note = clean_text(note or "")
     if not has_visible(note):
         raise _message("Enter a clinical note first.")
-    if why := refuse(note):
-        raise _message(f"{why} Enter a part of it.")
+    error = note_error(note)
+    if error is not None:
+        raise _message(f"{error} Enter a part of it.")
     return note
 
 
 def _spans(sentences: list[Sentence]) -> list[tuple[str, float | None]]:
-    """Scale contributions to −1 … 1, as the page colours them."""
-    read = [abs(s.contribution) for s in sentences if s.contribution is not None]
-    most = max(read, default=0) or 1
-    return [(s.text, None if s.contribution is None else s.contribution / most) for s in sentences]
+    """Scale the sentences' contributions to −1 … 1, the range of the page's colours."""
+    largest = 0.0
+    for sentence in sentences:
+        if sentence.contribution is not None:
+            largest = max(largest, abs(sentence.contribution))
+    spans = []
+    for sentence in sentences:
+        share = sentence.contribution
+        if share is not None and largest > 0:
+            share = share / largest
+        spans.append((sentence.text, share))
+    return spans
 
 
-def _sure(prediction: Prediction) -> str:
-    return "not calibrated" if prediction.confidence is None else f"{prediction.confidence:.1%}"
+def _confidence(prediction: Prediction) -> str:
+    if prediction.confidence is None:
+        return "not calibrated"
+    return f"{prediction.confidence:.1%}"
 
 
 def _verdict(prediction: Prediction, classifier: Classifier) -> str:
@@ -261,26 +273,32 @@ def _length(prediction: Prediction, classifier: Classifier) -> str:
     return f"The note has more than {limit:,} tokens; the first {limit:,} were read."
 
 
-# --- LoRA's inside ------------------------------------------------------------------------------
+# --- LoRA internals -----------------------------------------------------------------------------
 
 
 def _internals_tab(batcher: Batcher) -> None:
     classifier = batcher.classifier
-    model, labels = classifier.model, classifier.labels
-    lora, config = model.lora_config, model.model.config
+    model = classifier.model
+    labels = classifier.labels
+    lora = model.lora_config
+    config = model.model.config
     updates = layer_updates(model)
-    # A target may be a longer name, such as "layers.0.self_attn.q_proj".
-    adapted = list(dict.fromkeys(target.split(".")[-1] for target in lora.targets))
+    adapted = []  # last parts of the names, since a target may be "layers.0.self_attn.q_proj"
+    for target in lora.targets:
+        name = target.split(".")[-1]
+        if name not in adapted:
+            adapted.append(name)
 
     def count(rank: float, targets: list[str] | None) -> list[list[str]]:
         rows = []
         for name, shape in (("the loaded base", config), ("TinyLlama", TINYLLAMA)):
             try:
                 layers = lora_targets(shape, int(rank), tuple(targets or ()))
-            except ValueError as error:  # says what would fit
+            except ValueError as error:  # its message says which rank and targets are possible
                 rows.append([name, str(error), "", "", ""])
                 continue
-            trained, full = (sum(getattr(t, kind) for t in layers) for kind in ("lora", "full"))
+            trained = sum(layer.lora for layer in layers)
+            full = sum(layer.full for layer in layers)
             share = trained / base_parameters(shape, None)
             rows.append(
                 [name, f"{trained:,}", f"{4 * trained / 1e6:,.2f}", f"{share:.3%}", f"{full:,}"]
@@ -288,19 +306,21 @@ def _internals_tab(batcher: Batcher) -> None:
         return rows
 
     def compare_strengths(note: str | None, strength: float) -> list[list[str]]:
-        note, strength = _checked(note), min(2.0, max(0.0, float(strength)))
+        note = _checked(note)
+        chosen = min(2.0, max(0.0, float(strength)))
 
         def job() -> list:
-            columns = []
-            for s in (0.0, 1.0, strength):
-                with clinora.lora_strength(model, s):
-                    columns.append(classifier([note])[0].probabilities)
-            return columns
+            probabilities = []
+            for value in (0.0, 1.0, chosen):
+                with clinora.lora_strength(model, value):
+                    probabilities.append(classifier([note])[0].probabilities)
+            return probabilities
 
         columns = _wait(batcher.submit_job(job, client=_client()))
-        return [
-            [label, *(f"{column[i]:.1%}" for column in columns)] for i, label in enumerate(labels)
-        ]
+        rows = []
+        for i, label in enumerate(labels):
+            rows.append([label, *(f"{column[i]:.1%}" for column in columns)])
+        return rows
 
     def compare_merged(note: str | None) -> str:
         note = _checked(note)
@@ -311,16 +331,21 @@ def _internals_tab(batcher: Batcher) -> None:
                 if isinstance(layer, clinora.LoRALinear):
                     replaced[f"{name}.weight"] = clinora.merged_weight(layer)
                     replaced[f"{name}.lora_B"] = layer.lora_B.new_zeros(layer.lora_B.shape)
-            ids = classifier.tokenizer.encode(note, classifier.token_limit)
-            merged = classifier.logits([ids], lambda *x: functional_call(model, replaced, x))
-            return classifier([note])[0].probabilities, merged.softmax(-1)[0].tolist()
 
-        beside, merged = _wait(batcher.submit_job(job, client=_client()))
-        apart = max(abs(a - b) for a, b in zip(beside, merged, strict=True))
+            def run_merged(*inputs: object) -> object:
+                return functional_call(model, replaced, inputs)
+
+            ids = classifier.tokenizer.encode(note, classifier.token_limit)
+            logits = classifier.logits([ids], run_merged)
+            return classifier([note])[0].probabilities, logits.softmax(-1)[0].tolist()
+
+        separate, merged = _wait(batcher.submit_job(job, client=_client()))
+        difference = max(abs(p - q) for p, q in zip(separate, merged, strict=True))
+        dtype = str(classifier.dtype).removeprefix("torch.")
         return (
-            f"Largest difference of a probability: {100 * apart:.2g} points. The merged weight "
-            f"W + (α/r)·B·A is rounded once, to {str(classifier.dtype).removeprefix('torch.')}; "
-            "the model that is served was not changed."
+            f"Largest difference of a probability: {100 * difference:.2g} points. The merged "
+            f"weight W + (α/r)·B·A is rounded once, to {dtype}; the model that is served was not "
+            "changed."
         )
 
     gr.Markdown(
@@ -339,7 +364,7 @@ def _internals_tab(batcher: Batcher) -> None:
     )  # fmt: skip
     for chosen, event in ((rank, "count_for_rank"), (targets, "count_for_targets")):
         chosen.change(
-            _told_by_reference(count), [rank, targets], counts, trigger_mode="always_last",
+            _with_error_messages(count), [rank, targets], counts, trigger_mode="always_last",
             api_name=event,
         )  # fmt: skip
     with gr.Row():
@@ -355,13 +380,13 @@ def _internals_tab(batcher: Batcher) -> None:
     compare = gr.Button("Compare strengths")
     merge = gr.Button("Merge and compare")
     merged = gr.Markdown()
-    strengths = _told_by_reference(compare_strengths)
+    strengths = _with_error_messages(compare_strengths)
     compare.click(strengths, [note, strength], table, api_name="compare_strengths")
     strength.change(
         strengths, [note, strength], table, trigger_mode="always_last",
         api_name="compare_moved_strength",
     )  # fmt: skip
-    merge.click(_told_by_reference(compare_merged), note, merged, api_name="compare_merged")
+    merge.click(_with_error_messages(compare_merged), note, merged, api_name="compare_merged")
 
 
 # --- many notes ---------------------------------------------------------------------------------
@@ -369,8 +394,37 @@ def _internals_tab(batcher: Batcher) -> None:
 
 def _many_tab(batcher: Batcher, storage: Storage) -> None:
     classifier = batcher.classifier
-    told = ["predicted_class", "label", "confidence", "refer", "tokens", "tokens_exact"]
-    header = ["row", *told, "error"]
+    fields = ["predicted_class", "label", "confidence", "refer", "tokens", "tokens_exact"]
+    header = ["row", *fields, "error"]
+
+    def classify_part(part: list[tuple[str, str | None]]) -> list[list]:
+        """Classify some notes of a file; return the fields and the error of each."""
+        accepted = [note for note, error in part if error is None]
+        is_busy = False
+        futures = []
+        try:
+            futures = batcher.submit(accepted, REQUEST_SECONDS, client=_client())
+        except BusyError:  # earlier rows of the file keep their predictions
+            is_busy = True
+        answers = iter(futures)
+        rows = []
+        for _note, error in part:
+            cells = ["" for _field in fields]
+            if error is None and is_busy:
+                error = "The service was busy."
+            elif error is None:
+                try:
+                    result = describe(_wait(next(answers)), classifier)
+                    cells = [_cell(result[field]) for field in fields]
+                    error = ""
+                except VisitorGoneError:
+                    for future in futures:
+                        future.cancel()
+                    raise
+                except Exception as failure:
+                    error = f"This did not work; reference {report_error(failure)}."
+            rows.append([*cells, error])
+        return rows
 
     def classify_file(
         path: str | None,
@@ -381,32 +435,13 @@ def _many_tab(batcher: Batcher, storage: Storage) -> None:
             raise _message("Choose a CSV file first.")
         try:
             owner, content = storage.take(path)
-        except FileNotFoundError:  # it waited for too long
+        except FileNotFoundError:  # the storage has removed it meanwhile
             raise _message("The file is gone: choose it again.") from None
         notes = _notes_of(content, (column or "").strip())
         rows = []
         for start in progress.tqdm(range(0, len(notes), MOST_TOGETHER), unit="batches"):
-            part = notes[start : start + MOST_TOGETHER]
-            good = [note for note, why in part if not why]
-            try:
-                futures = batcher.submit(good, REQUEST_SECONDS, client=_client())
-            except BusyError:  # what is done is not lost
-                futures = []
-                part = [(note, why or "The service was busy.") for note, why in part]
-            answers = iter(futures)
-            for _, why in part:
-                row = [len(rows) + 1, *("" for _ in told), why or ""]
-                if not why:
-                    try:
-                        found = describe(_wait(next(answers)), classifier)
-                        row[1:-1] = [_cell(found[name]) for name in told]
-                    except VisitorGoneError:
-                        for future in futures:
-                            future.cancel()
-                        raise
-                    except Exception as error:
-                        row[-1] = f"This did not work; reference {report_error(error)}."
-                rows.append(row)
+            for cells in classify_part(notes[start : start + MOST_TOGETHER]):
+                rows.append([len(rows) + 1, *cells])
         out = io.StringIO(newline="")
         csv.writer(out).writerows([header, *rows])
         result = storage.add(owner, "classes.csv", out.getvalue().encode())
@@ -416,28 +451,30 @@ def _many_tab(batcher: Batcher, storage: Storage) -> None:
         f"A CSV file with a header, at most {MOST_ROWS:,} rows and 5 MB. The answer has a row for "
         "each, without the notes' text; a row that cannot be classified says why."
     )
-    # Without file_types: the browser's message about a file of another type shows its name as HTML.
+    # No file_types: when they exclude a file, the browser shows its name as HTML.
     upload = gr.File(label="CSV file")
-    upload.preprocess = _path_of  # Gradio's own leaves an empty file behind at each event
+    upload.preprocess = _path_of  # Gradio's method leaves an empty file behind after each event
     column = gr.Textbox("transcription", label="Column of the notes")
     start = gr.Button("Classify all", variant="primary")
     preview = gr.Dataframe(headers=header, interactive=False, label="The first rows")
     download = gr.File(label="Classes", interactive=False)
     outputs = [upload, preview, download]
-    # One file after the other, so that together they do not fill the batcher's queue.
+    # One file at a time, so that several files do not fill the batcher's queue.
     done = start.click(
-        _told_by_reference(classify_file), [upload, column], outputs, concurrency_limit=1,
+        _with_error_messages(classify_file), [upload, column], outputs, concurrency_limit=1,
         show_progress_on=preview, api_name="classify_file",
     )  # fmt: skip
     done.failure(lambda: (None, None, None), None, outputs, api_name="clear_failed_file")
 
 
 def _path_of(upload: FileData | None) -> str | None:
-    return None if upload is None else upload.path
+    if upload is None:
+        return None
+    return upload.path
 
 
 def _notes_of(content: bytes, column: str) -> list[tuple[str, str | None]]:
-    """Read a file's notes, each with the reason why it cannot be classified, if there is one."""
+    """Return a file's notes; each has None, or the reason why it cannot be classified."""
     try:
         table = read_table(content)
     except FileError as error:
@@ -446,36 +483,38 @@ def _notes_of(content: bytes, column: str) -> list[tuple[str, str | None]]:
         raise _message(
             f"The file has no column {column!r}: correct the name and choose the file again."
         )
-    place = table.header.index(column)
+    position = table.header.index(column)
     notes = []
     for row in table.rows:
         if len(row) != len(table.header):
             notes.append(("", f"The row has {len(row)} fields, the header {len(table.header)}."))
         else:
-            note = clean_text(row[place])
-            notes.append((note, refuse(note)))
+            note = clean_text(row[position])
+            notes.append((note, note_error(note)))
     return notes
 
 
 def _cell(value: object) -> object:
-    """Round a number for reading, and keep a spreadsheet from reading a text as a formula."""
+    """Round a number, and quote a text that a spreadsheet would take for a formula."""
     if isinstance(value, float):
         return round(value, 4)
-    return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@") else value
+    if isinstance(value, str) and value.startswith(("=", "+", "-", "@")):
+        return f"'{value}"
+    return value
 
 
-# --- what goes wrong ----------------------------------------------------------------------------
+# --- waiting and errors -------------------------------------------------------------------------
 
 
 class VisitorGoneError(Exception):
-    """Nobody waits for the answer any more."""
+    """The visitor has closed the page or the connection."""
 
 
 def _wait(future: Future) -> object:
-    """Wait for an answer; one that nobody waits for any more and is not begun is not computed.
+    """Wait for the result of a note or job. After a timeout or a disconnect, cancel it.
 
     Raises:
-        TimeoutError: Time is up.
+        TimeoutError: ``REQUEST_SECONDS`` have passed.
         VisitorGoneError: The visitor has closed the page or the connection.
     """
     end = time.monotonic() + REQUEST_SECONDS
@@ -483,22 +522,24 @@ def _wait(future: Future) -> object:
         while not future.done() and time.monotonic() < end:
             if _visitor_is_gone():
                 raise VisitorGoneError
-            wait([future], LOOK_SECONDS)
+            wait([future], POLL_SECONDS)
         return future.result(0)
     finally:
         future.cancel()
 
 
 def _client() -> str:
-    """Name the client whose event this handler works on; "" if nobody's request is at hand."""
+    """Return the client whose event the current handler processes, or "" outside a request."""
     request = LocalContext.request.get(None)
-    return "" if request is None else network_of(request.client)
+    if request is None:
+        return ""
+    return network_of(request.client)
 
 
 def _visitor_is_gone() -> bool:
-    """Tell whether the connection on which this handler's answer is awaited was closed.
+    """Return whether the visitor has closed the connection that waits for the current event.
 
-    Gradio marks the event then, but has no public name for this.
+    Gradio then marks the event, but has no public name for the mark.
     """
     queue = LocalContext.blocks.get()._queue
     event = queue.event_ids_to_events.get(LocalContext.event_id.get())
@@ -506,11 +547,13 @@ def _visitor_is_gone() -> bool:
 
 
 def _message(text: str) -> gr.Error:
-    """Make an error that the page shows as this text: Gradio shows messages as HTML."""
+    """Create an error whose text the page shows literally; Gradio shows messages as HTML."""
     return gr.Error(html.escape(text, quote=False), print_exception=False)
 
 
-def _told_by_reference(handler: Callable) -> Callable:
+def _with_error_messages(handler: Callable) -> Callable:
+    """Wrap a handler so that the page shows a message for each error, without the error's text."""
+
     @functools.wraps(handler)
     def guarded(*arguments: object) -> object:
         try:

@@ -1,9 +1,9 @@
-"""Names and passwords of those who may use the page and the API from other machines.
+"""Names and passwords of the users who may open the page and the API from other machines.
 
     python -m clinora.serving.passwords alice >> passwords.txt
 
-asks for alice's password and prints her line, ``name:salt:hash`` in hexadecimal: the hash is
-scrypt's, and the file does not hold the password.
+asks for alice's password and prints a line for the password file: ``name:salt:hash``, with the salt
+and the scrypt hash in hexadecimal. The file does not contain the password.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import anyio
 from anyio import CapacityLimiter, to_thread
@@ -28,96 +29,116 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from clinora.serving.api import RETRY_AFTER
 from clinora.serving.proxy import network_of
 
-FEWEST_CHARACTERS = 12  # of a password
-# Control characters, and surrogates: a terminal's bytes that are not UTF-8.
+FEWEST_CHARACTERS = 12  # in a password
+# Control characters, and surrogates, which stand for bytes from the terminal that are not UTF-8.
 NOT_IN_PASSWORDS = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
-MOST_GUESSES = 8  # of one address that wait for their turn
-MOST_WAITING = 64  # guesses of all addresses that wait for their turn
+MOST_GUESSES = 8  # waiting guesses of one address
+MOST_WAITING = 64  # waiting guesses of all addresses
 MOST_REMEMBERED = 10_000  # addresses whose last turn is remembered
-OPEN_TO_ALL = ("/health", "/ready")  # they tell nothing but whether the service is well
+OPEN_TO_ALL = ("/health", "/ready")  # they reveal only the status of the service
 
 
 def scrypt(password: str, salt: bytes) -> bytes:
-    """Hash a password slowly: 2¹⁴ rounds, 16 MB (RFC 7914)."""
+    """Hash a password slowly with scrypt (RFC 7914): 2¹⁴ rounds, 16 MB."""
     return hashlib.scrypt(password.encode(), salt=salt, n=2**14, r=8, p=1)
 
 
 def may_be_password(text: str) -> bool:
-    """Tell whether a text may be a password: it holds no control character (RFC 7617, section 2).
+    """Return whether a text has no control characters, as a password must (RFC 7617, section 2).
 
-    scrypt's first step is HMAC with the password as key. HMAC appends NUL characters to a short
-    key, so with a NUL at its end a password would open the same lines as without. HMAC also
-    replaces a key of more than 64 bytes by its SHA-256, which would then be a second password:
-    of these 32 bytes, about one in 10¹¹ is UTF-8 text without a control character.
+    scrypt first computes an HMAC with the password as the key. HMAC pads a short key with NUL
+    characters, so a password with NULs at its end would match the same lines as without them. HMAC
+    replaces a key of more than 64 bytes by its SHA-256, so those 32 bytes would be a second
+    password; about one in 10¹¹ such values is UTF-8 text without a control character.
     """
     return not NOT_IN_PASSWORDS.search(text)
 
 
+class _User(NamedTuple):
+    name: str
+    salt: bytes
+    expected: bytes
+
+
 def read_passwords(path: str | Path) -> dict[str, tuple[bytes, bytes]]:
-    """Read salt and hash of each name.
+    """Read each user's salt and password hash from a password file.
 
     Raises:
         OSError: The file cannot be read.
-        ValueError: A line is not ``name:salt:hash``, a name stands there twice, or there is none.
+        ValueError: A line is not ``name:salt:hash``, a name occurs twice, or the file has no users.
     """
     users = {}
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        try:
-            name, salt, expected = line.strip().split(":")
-            salt, expected = bytes.fromhex(salt), bytes.fromhex(expected)
-        except ValueError:
-            name = ""
-        if not name or len(expected) != 64 or name in users:
+        user = _read_line(line.strip())
+        if user is None or user.name in users:
             raise ValueError(
                 f"line {number} of {path}: expected name:salt:hash, each name once; "
-                "python -m clinora.serving.passwords NAME makes such a line"
+                "python -m clinora.serving.passwords NAME prints such a line"
             )
-        users[name] = salt, expected
+        users[user.name] = (user.salt, user.expected)
     if not users:
-        raise ValueError(f"{path} names nobody: python -m clinora.serving.passwords NAME >> {path}")
+        raise ValueError(
+            f"{path} has no users: add one with python -m clinora.serving.passwords NAME >> {path}"
+        )
     return users
 
 
+def _read_line(line: str) -> _User | None:
+    """Parse a line of a password file; return None if it is malformed."""
+    try:
+        name, salt, expected = line.split(":")
+        user = _User(name, bytes.fromhex(salt), bytes.fromhex(expected))
+    except ValueError:
+        return None
+    if not name or len(user.expected) != 64:
+        return None
+    return user
+
+
 def read_header(header: str) -> tuple[str, str] | None:
-    """Read name and password from an Authorization header; None if no user could have sent it."""
+    """Parse the name and the password of an Authorization header; None if it is malformed."""
     scheme, _, credentials = header.partition(" ")
     try:
         decoded = base64.b64decode(credentials, validate=True).decode()
     except ValueError:
         return None
     name, colon, password = decoded.partition(":")
-    if scheme.lower() != "basic" or not colon or not may_be_password(password):
+    if scheme.lower() != "basic":
+        return None
+    if not colon or not may_be_password(password):
         return None
     return name, password
 
 
 @dataclass(eq=False)
 class Guess:
-    """A guess that asks for a turn."""
+    """A login attempt that waits for its turn to be checked."""
 
     address: str
-    decided: anyio.Event = field(default_factory=anyio.Event)  # it has its turn, or is refused
+    decided: anyio.Event = field(default_factory=anyio.Event)  # set when it has a turn or none
 
 
 class Turns:
-    """Gives guesses their turn, one at a time; the address whose turn is longest ago is next.
+    """Lets one guess run at a time. The address whose last turn is longest ago is next.
 
-    A new address so comes before all that have had a turn. Each address has at most MOST_GUESSES
-    guesses that wait. When more than MOST_WAITING wait in all, a guess of the address whose turn
-    was last loses its place, which counts as a turn: a new address always has a place.
+    Therefore a new address comes before all addresses that have had a turn. At most MOST_GUESSES
+    guesses of one address wait. When more than MOST_WAITING guesses wait in all, the address that
+    had the most recent turn loses one, which counts as a turn. So there is always room for a guess
+    of a new address.
     """
 
     def __init__(self) -> None:
         self._waiting: list[Guess] = []  # in the order of their arrival
         self._holder: Guess | None = None
-        self._count = 0  # of turns
-        self._last: dict[str, int] = {}  # number of each address' last turn, in rising order
+        self._count = 0  # turns so far
+        self._last: dict[str, int] = {}  # the number of each address's last turn, ascending
 
     @asynccontextmanager
     async def turn(self, address: str) -> AsyncIterator[bool]:
-        """Wait for a turn and hold it inside the ``with``; yields False to a refused guess."""
+        """Wait for a turn and hold it inside the ``with`` block; yields False if refused."""
         guess = Guess(address)
         self._join(guess)
         try:
@@ -138,7 +159,7 @@ class Turns:
             self._decide(max(self._waiting, key=self._last_turn))
 
     def _leave(self, guess: Guess) -> None:
-        if guess in self._waiting:  # its request was cancelled
+        if guess in self._waiting:  # the request was cancelled while the guess waited
             self._waiting.remove(guess)
         if guess is self._holder:
             self._holder = None
@@ -150,11 +171,11 @@ class Turns:
             self._decide(self._holder)
 
     def _last_turn(self, guess: Guess) -> int:
-        """Number of the last turn that the guess' address had; 0: none is remembered."""
+        """Return the number of the last turn of a guess's address, or 0 if none is remembered."""
         return self._last.get(guess.address, 0)
 
     def _decide(self, guess: Guess) -> None:
-        """End the waiting of a guess, with or without a turn, and remember its address."""
+        """End the waiting of a guess, with or without a turn, and record a turn of its address."""
         self._waiting.remove(guess)
         guess.decided.set()
         self._count += 1
@@ -165,20 +186,22 @@ class Turns:
             del self._last[oldest]
 
 
-class Door:
-    """ASGI middleware: HTTP Basic authentication (RFC 7617), for page and API alike.
+class BasicAuth:
+    """ASGI middleware: HTTP Basic authentication (RFC 7617) for the page and the API.
 
-    A header that was right once is admitted at once from then on. Any other costs a scrypt, one
-    at a time, in the order of ``Turns``. A flood from thousands of addresses can still delay or
-    refuse new logins, but not people who are already logged in.
+    A header that was correct once is accepted immediately from then on. Every other header costs
+    one scrypt; these run one at a time, in the order of ``Turns``. A flood from thousands of
+    addresses can still delay or refuse new logins, but not users who are already logged in.
     """
 
     def __init__(self, app: ASGIApp, users: dict[str, tuple[bytes, bytes]]) -> None:
-        self.app, self.users = app, users
-        self._nobody = secrets.token_bytes(16), secrets.token_bytes(64)
-        self._known: set[bytes] = set()  # hashes of headers that were right
+        self.app = app
+        self.users = users
+        self._unknown_user = (secrets.token_bytes(16), secrets.token_bytes(64))
+        self._known: set[bytes] = set()  # hashes of the headers that were correct
         self._turns = Turns()
-        self._thread = CapacityLimiter(1)  # its own, since the page's handlers may hold all others
+        # A separate thread, since the page's handlers may occupy all others.
+        self._thread = CapacityLimiter(1)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in OPEN_TO_ALL:
@@ -191,9 +214,9 @@ class Door:
         await self.app(scope, receive, send)
 
     async def _refuse(self, header: str, address: str) -> JSONResponse | None:
-        """Give the answer to someone who may not come in; None to one who may."""
+        """Check a header; return the response that refuses it, or None if it is correct."""
         ask = {"WWW-Authenticate": 'Basic realm="Clinora", charset="UTF-8"'}
-        wrong = JSONResponse({"detail": "Name and password are needed."}, 401, ask)
+        wrong = JSONResponse({"detail": "A name and a password are required."}, 401, ask)
         credentials = read_header(header)
         if credentials is None:
             return wrong
@@ -201,17 +224,17 @@ class Door:
             if not has_turn:
                 busy = "There are too many attempts to log in; try again in a second."
                 return JSONResponse({"detail": busy}, 429, RETRY_AFTER)
-            if self._knows(header):  # another request with it had its turn before
+            if self._knows(header):  # another request with the same header was checked meanwhile
                 return None
-            right = await to_thread.run_sync(self.admits, *credentials, limiter=self._thread)
-        if not right:
+            is_right = await to_thread.run_sync(self.admits, *credentials, limiter=self._thread)
+        if not is_right:
             return wrong
         self._known.add(_digest(header))
         return None
 
     def admits(self, name: str, password: str) -> bool:
-        """Tell whether a name has this password; takes as long for a name that is unknown."""
-        salt, expected = self.users.get(name, self._nobody)
+        """Return whether a user has this password. An unknown name takes the same time."""
+        salt, expected = self.users.get(name, self._unknown_user)
         return hmac.compare_digest(scrypt(password, salt), expected)
 
     def _knows(self, header: str) -> bool:
@@ -223,23 +246,24 @@ def _digest(header: str) -> bytes:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Ask for a password and print its line; returns the exit status."""
+    """Ask for a password, print the user's line, and return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m clinora.serving.passwords",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("name", help="who may enter")
+    parser.add_argument("name", help="name of the user")
     name = parser.parse_args(argv).name
-    if ":" in name or not name.isprintable() or not name or name != name.strip():
+    has_outer_spaces = name != name.strip()
+    if not name or ":" in name or not name.isprintable() or has_outer_spaces:
         parser.exit(2, f"passwords: {name!r}: expected a name without a colon or outer spaces\n")
-    password = getpass.getpass(f"Password of {name}: ")  # asked on the terminal, not on stdout
+    password = getpass.getpass(f"Password of {name}: ")  # prompts on the terminal, not on stdout
     if len(password) < FEWEST_CHARACTERS:
         parser.exit(2, f"passwords: expected {FEWEST_CHARACTERS} characters or more\n")
     if not may_be_password(password):
         parser.exit(2, "passwords: expected a password without control characters\n")
     if getpass.getpass("Again: ") != password:
-        parser.exit(2, "passwords: the two are not the same\n")
+        parser.exit(2, "passwords: the two passwords are not the same\n")
     salt = secrets.token_bytes(16)
     print(f"{name}:{salt.hex()}:{scrypt(password, salt).hex()}")
     return 0

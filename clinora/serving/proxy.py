@@ -1,4 +1,4 @@
-"""The client's address and the scheme of a request, as a trusted proxy reports them."""
+"""Reads a client's address and the scheme of its request from a trusted proxy's headers."""
 
 import ipaddress
 from collections.abc import Sequence
@@ -7,52 +7,55 @@ from ipaddress import IPv4Network, IPv6Network
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
-# Gradio builds the page's own address from some of these.
-REPORTS = (b"forwarded", b"x-real-ip", b"x-gradio-server")
-REPORTS_PREFIX = b"x-forwarded-"
+# Headers that a proxy sets. Gradio builds the page's own address from some of them.
+PROXY_HEADERS = (b"forwarded", b"x-real-ip", b"x-gradio-server")
+PROXY_PREFIX = b"x-forwarded-"
 
 
 class Proxies:
-    """ASGI middleware: believes X-Forwarded-For and X-Forwarded-Proto from a trusted proxy alone.
+    """ASGI middleware: applies X-Forwarded-For and X-Forwarded-Proto from trusted proxies only.
 
-    Behind it, ``scope["client"]`` and ``scope["scheme"]`` are the reported ones, and no header of
-    a proxy is left: a proxy passes on the headers that it does not set, so even a trusted proxy's
-    X-Forwarded-Host may be the client's own words.
+    The app then finds the client's address and scheme in ``scope["client"]`` and
+    ``scope["scheme"]``. All proxy headers are removed. A proxy passes on headers that it does not
+    set, so even the X-Forwarded-Host of a trusted proxy may come from the client.
 
     Args:
-        app: The app behind it.
-        trusted: Networks of the proxies; one address is a network too.
+        app: The app that receives the requests.
+        trusted: Networks of the proxies; a single address is a network too.
     """
 
     def __init__(self, app: ASGIApp, trusted: Sequence[IPv4Network | IPv6Network]) -> None:
         self._app = app
         networks = [str(network) for network in trusted]
         # Each proxy appends the address that it sees, so uvicorn reads X-Forwarded-For from the
-        # right, up to the first address that is not trusted. What stands left of it is unproven.
-        self._believe = ProxyHeadersMiddleware(self._pass_on, networks)
+        # right, up to the first address that is not trusted. A client can forge those to its left.
+        self._apply_headers = ProxyHeadersMiddleware(self._remove_headers, networks)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self._believe(dict(scope), receive, send)
+        await self._apply_headers(dict(scope), receive, send)
 
-    async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _remove_headers(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "lifespan":
-            scope["headers"] = [pair for pair in scope["headers"] if not _is_report(pair[0])]
+            headers = scope["headers"]
+            scope["headers"] = [pair for pair in headers if not _is_proxy_header(pair[0])]
         await self._app(scope, receive, send)
 
 
-def _is_report(name: bytes) -> bool:
-    return name in REPORTS or name.startswith(REPORTS_PREFIX)
+def _is_proxy_header(name: bytes) -> bool:
+    return name in PROXY_HEADERS or name.startswith(PROXY_PREFIX)
 
 
 def network_of(client: tuple[str, int] | None) -> str:
-    """Give the network that stands for a client wherever each client has its part.
+    """Return the network that identifies a client where limits apply to each client.
 
-    This is the IPv4 address, or the /64 network of the IPv6 address: one customer has a /64 at
-    least, and can change the rest of the address at will. All clients without an IP address count
-    as one.
+    This is the IPv4 address or the /64 network of the IPv6 address. A customer of a provider has at
+    least a /64 and can choose the rest of the address freely. All clients without an IP address
+    count as one client, "".
     """
+    if not client:
+        return ""
     try:
-        address = ipaddress.ip_address(client[0] if client else "")
+        address = ipaddress.ip_address(client[0])
     except ValueError:
         return ""
     if address.version == 4:

@@ -1,7 +1,7 @@
-"""The files of the page: what a visit uploaded, and what was made for it.
+"""Temporary storage for the page's files: the uploads of each visit and its results.
 
-They lie in one temporary folder that belongs to this process alone. Nothing else is given out: a
-path that was not put here, or belongs to another visit, does not exist.
+The files are in a temporary folder of this process. No other file is given out: a path that was not
+stored here, or that belongs to another visit, is treated as missing.
 """
 
 import atexit
@@ -20,22 +20,22 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-PREFIX = "clinora-service-"  # of the temporary folder, and of its lock beside it
+PREFIX = "clinora-service-"  # starts the name of the temporary folder, and of its lock file
 MOST_BYTES_OF_A_VISIT = 20_000_000
 MOST_BYTES = 200_000_000
 KEPT_SECONDS = 1800
-# A file takes at least this much of them: many tiny files would fill the file system's table.
+# A smaller file counts as this size, since many tiny files would use up the file system's inodes.
 LEAST_BYTES_OF_A_FILE = 50_000
 MOST_NAME_BYTES = 200  # in UTF-8; file systems refuse more than 255
 
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """Whose a file is.
+    """The owner of a file.
 
     Attributes:
-        visit: The visit that may read it.
-        address: Where that visit comes from, or "".
+        visit: The visit that may read the file.
+        address: The client's network address, or "".
     """
 
     visit: str
@@ -53,21 +53,21 @@ class StoredFile:
 
 
 class Storage:
-    """Keeps files for a while, each for the visit that owns it.
+    """Keeps files for a limited time, each for the visit that owns it.
 
-    A visit that stores more than ``MOST_BYTES_OF_A_VISIT`` loses its oldest files. When more than
-    ``MOST_BYTES`` are stored in all, the address that stores most loses its oldest files, so that
-    one client cannot crowd out the others.
+    If a visit stores more than ``MOST_BYTES_OF_A_VISIT``, its oldest files are removed. If all
+    visits together store more than ``MOST_BYTES``, the oldest files of the address that stores most
+    are removed, so that one client cannot displace the files of others.
 
     Attributes:
-        folder: The temporary folder, readable by its owner alone.
+        folder: The temporary folder. Only the user of this process can read it.
     """
 
     def __init__(self) -> None:
         _remove_abandoned_folders()
         self.folder = Path(tempfile.gettempdir()) / f"{PREFIX}{secrets.token_hex(8)}"
         self._in_use = _lock_of(self.folder)
-        self._in_use.acquire()  # first: a folder whose lock is free counts as abandoned
+        self._in_use.acquire()  # before the folder exists: without a held lock it is abandoned
         self.folder.mkdir(mode=0o700)
         self._files: dict[str, StoredFile] = {}  # by path, the oldest first
         self._lock = threading.Lock()
@@ -77,12 +77,12 @@ class Storage:
         """Store a file for a visit.
 
         Args:
-            owner: The visit.
-            name: What a person calls the file; characters that a file system may refuse become _.
-            content: What it holds.
+            owner: The owner of the file.
+            name: The file's name; characters that a file system may refuse are replaced by _.
+            content: The file's content.
 
         Raises:
-            OSError: It cannot be written.
+            OSError: The file cannot be written.
         """
         folder = self.folder / secrets.token_hex(16)
         file = StoredFile(folder / _safe_name(name), owner, len(content), time.monotonic())
@@ -98,15 +98,19 @@ class Storage:
         return file
 
     def find(self, path: object, visit: str) -> StoredFile | None:
-        """Give the file at ``path`` if this visit owns it."""
-        file = self._files.get(path) if isinstance(path, str) else None
-        return file if file and file.owner.visit == visit else None
+        """Return the file at ``path`` if this visit owns it, otherwise None."""
+        if not isinstance(path, str):
+            return None
+        file = self._files.get(path)
+        if file is None or file.owner.visit != visit:
+            return None
+        return file
 
     def take(self, path: str) -> tuple[Owner, bytes]:
-        """Remove a file, and give whose it was and what it held.
+        """Remove a file, and return its owner and its content.
 
         Raises:
-            FileNotFoundError: There is no such file, or no longer.
+            FileNotFoundError: The file does not exist, or no longer.
         """
         with self._lock:
             file = self._files.get(path)
@@ -124,7 +128,7 @@ class Storage:
                     self._remove(file)
 
     def close(self) -> None:
-        """Remove the folder with everything in it."""
+        """Remove the folder with all files."""
         with self._lock:
             self._files.clear()
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -137,7 +141,7 @@ class Storage:
         shutil.rmtree(file.path.parent, ignore_errors=True)
 
     def _make_room(self) -> None:
-        """Remove the oldest files of whoever stores too much, until all is within the bounds."""
+        """Remove the oldest files of a visit or address that stores too much, until all fit."""
         while True:
             of_visits: Counter[str] = Counter()
             of_addresses: Counter[str] = Counter()
@@ -148,35 +152,42 @@ class Storage:
             visit, most_of_a_visit = of_visits.most_common(1)[0]
             address, _ = of_addresses.most_common(1)[0]
             if most_of_a_visit > MOST_BYTES_OF_A_VISIT:
-                self._remove(next(f for f in self._files.values() if f.owner.visit == visit))
+                own_files = [file for file in self._files.values() if file.owner.visit == visit]
             elif of_addresses.total() > MOST_BYTES:
-                self._remove(next(f for f in self._files.values() if f.owner.address == address))
+                own_files = [file for file in self._files.values() if file.owner.address == address]
             else:
                 return
+            self._remove(own_files[0])
 
 
 def _safe_name(name: str) -> str:
-    """Keep of a file's name what is a plain name on every system."""
+    """Reduce a file's name to one that every file system accepts."""
     plain = re.sub(r"[^\w .()-]", "_", name)
-    end = plain.encode()[-MOST_NAME_BYTES:].decode(errors="ignore")  # a cut character is left out
-    return end.strip(" .") or "file"
+    # A character that the cut splits is left out.
+    end = plain.encode()[-MOST_NAME_BYTES:].decode(errors="ignore").strip(" .")
+    if not end:
+        return "file"
+    return end
 
 
 def _remove_abandoned_folders() -> None:
-    """Remove the temporary folders of this user's processes that were killed."""
+    """Remove the temporary folders that killed processes of this user left behind."""
     for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
-        with suppress(OSError, Timeout):  # it may vanish meanwhile
+        with suppress(OSError, Timeout):  # another process may remove the folder meanwhile
             if not _is_own_folder(folder):
                 continue
-            with _lock_of(folder):  # its process is gone, or it would hold this
+            with _lock_of(folder):  # raises Timeout while the folder's process is running
                 shutil.rmtree(folder, ignore_errors=True)
             _lock_path(folder).unlink()
 
 
 def _is_own_folder(path: Path) -> bool:
-    about = path.lstat()
-    user = os.getuid() if hasattr(os, "getuid") else about.st_uid  # Windows has a folder per user
-    return stat.S_ISDIR(about.st_mode) and about.st_uid == user
+    status = path.lstat()
+    if not stat.S_ISDIR(status.st_mode):
+        return False
+    if not hasattr(os, "getuid"):  # on Windows each user has a temporary folder
+        return True
+    return status.st_uid == os.getuid()
 
 
 def _lock_of(folder: Path) -> FileLock:

@@ -1,4 +1,4 @@
-"""What is published: the base's files, its model card, and how much of its notes it repeats.
+"""The published base: its files, its model card, and how much it copies from its notes.
 
 Shapes: B notes, T tokens, D width, V vocabulary.
 """
@@ -24,8 +24,8 @@ from clinora.notes import text_sha256
 from clinora.report import png
 from tools.pretraining.corpus import Source
 
-# How copying is measured: beginnings of notes to continue, tokens of each, tokens to add, and
-# tokens in a row that count as a copy.
+# How copying is measured: the number of beginnings of notes, the tokens of each, the tokens that
+# the model adds, and the tokens in a row that count as a copy.
 COPYING = {"beginnings": 500, "prompt": 64, "continued": 100, "run": 50}
 
 
@@ -37,18 +37,18 @@ def share_copied(
     continued: int,
     run: int,
 ) -> float:
-    """Continue beginnings of notes greedily; give the share that repeats a training note.
+    """Continue beginnings of notes greedily; give the share of continuations that copy a note.
 
     Args:
         model: The base.
         beginnings: (N, T) token ids.
-        notes: Token ids of all notes that it was trained on.
+        notes: Token ids of all notes that the base was trained on.
         continued: Tokens of a continuation.
-        run: Tokens in a row that count as a copy, from any of the notes.
+        run: Tokens in a row, from any of the notes, that count as a copy.
     """
-    read = set()
+    runs_of_notes = set()
     for note in notes:
-        read.update(_runs(note, run))
+        runs_of_notes.update(_runs(note, run))
     copied = 0
     for part in tqdm(beginnings.split(50), desc="copying", unit="part"):
         for _ in range(continued):
@@ -57,27 +57,29 @@ def share_copied(
             logits = F.linear(states, model.model.embed_tokens.weight)  # (B, V)
             part = torch.cat((part, logits.argmax(-1, keepdim=True)), 1)
         for added in part[:, -continued:].tolist():
-            if not read.isdisjoint(_runs(added, run)):
+            copies_a_note = any(ids in runs_of_notes for ids in _runs(added, run))
+            if copies_a_note:
                 copied += 1
     return copied / len(beginnings)
 
 
 def _runs(ids: list[int], length: int) -> list[tuple[int, ...]]:
-    """List all runs of so many ids in a row."""
+    """List all runs of ``length`` ids in a row."""
     return [tuple(ids[i : i + length]) for i in range(len(ids) - length + 1)]
 
 
 def token_rate(curve: Sequence[dict]) -> float:
-    """Give the median rate of training in tokens a second: other work may slow some of it."""
+    """Give the median training rate in tokens per second; other work may slow some intervals."""
     rates = []
-    for before, after in itertools.pairwise([{"tokens": 0, "seconds": 0}, *curve]):
+    start = {"tokens": 0, "seconds": 0}
+    for before, after in itertools.pairwise([start, *curve]):
         seconds = after["seconds"] - before["seconds"]
         rates.append((after["tokens"] - before["tokens"]) / seconds)
     return statistics.median(rates)
 
 
 def loss_figure(curve: Sequence[dict]) -> Figure:
-    """Draw the loss on training windows and on held-out texts against the tokens seen."""
+    """Draw the loss on training windows and on held-out texts against the number of tokens."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     tokens = [point["tokens"] / 1e6 for point in curve]
@@ -153,14 +155,14 @@ training note.
 def write_base(
     folder: Path, model: LlamaForCausalLM, tokenizer: bytes, sources: Sequence[Source], about: dict
 ) -> None:
-    """Write the base's folder, which Transformers loads too; the weights are bfloat16.
+    """Write the base's folder, which Transformers can also load; the weights are bfloat16.
 
     Args:
         folder: Where to write.
         model: The base.
         tokenizer: The bytes of ``tokenizer.model``.
-        sources: What it was trained on; the first one are the notes.
-        about: What the card says: the fields of ``CARD``, and the loss curve as ``curve``.
+        sources: The texts that it was trained on; the first source is the notes.
+        about: The values of the fields of ``CARD``, and the loss curve as ``curve``.
     """
     folder.mkdir(parents=True, exist_ok=True)
     config = dataclasses.asdict(model.model.config)
@@ -175,7 +177,9 @@ def write_base(
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
-    weights = {n: p.detach().bfloat16().cpu().contiguous() for n, p in model.named_parameters()}
+    weights = {}
+    for name, parameter in model.named_parameters():
+        weights[name] = parameter.detach().bfloat16().cpu().contiguous()
     rows = [_source_row(source) for source in sources]
     curve = about["curve"]
     notes = sources[0]
@@ -196,7 +200,7 @@ def write_base(
 
 
 def _source_row(source: Source) -> str:
-    """Describe a source as a row of the card's table."""
+    """Format a source as a row of the card's table."""
     words = sum(len(text.split()) for text in source.texts) / 1e6
     return (
         f"| {source.name} | {source.origin} | {', '.join(source.licenses)} | "

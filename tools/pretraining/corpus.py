@@ -1,4 +1,4 @@
-"""What the base reads: the corpus, the training notes, and how often each is read."""
+"""The texts that the base is trained on: the corpus and the training notes."""
 
 import gzip
 import json
@@ -13,8 +13,8 @@ import pandas as pd
 import clinora
 from clinora.notes import clean_text, find_notes
 
-# Of each source, how often it is read, and the GitHub repositories that it comes from, at the
-# revision used. Texts that resemble notes are read more often than articles and leaflets.
+# For each source: how often it is read, and the GitHub repositories that it comes from, with their
+# revisions. Texts that resemble notes are read more often than articles and leaflets.
 SOURCES = {
     "acibench_notes": (4, "wyim/aci-bench@b909b2b"),
     "primock57_notes": (4, "babylonhealth/primock57@cd2ac70"),
@@ -44,7 +44,7 @@ NOTES_ORIGIN = (
     "[harishnair04/mtsamples](https://huggingface.co/datasets/harishnair04/mtsamples), published "
     "as CC0 on [Kaggle](https://www.kaggle.com/datasets/tboyle10/medicaltranscriptions)"
 )
-HELD_OUT = 100  # one of so many texts measures the loss
+HELD_OUT = 100  # one text in this many is held out to measure the loss
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,13 +52,13 @@ class Source:
     """Texts of one origin.
 
     Attributes:
-        name: Name of the file, without its endings.
-        texts: To train on.
-        held_out: To measure the loss on.
-        titles: What follows a text, if anything.
+        name: Name of the file, without its extensions.
+        texts: The texts to train on.
+        held_out: The texts to measure the loss on.
+        titles: By text, the title that follows it; texts may have none.
         licenses: The licences of the texts.
         repeats: How often the texts are read.
-        origin: Where they were published, in Markdown.
+        origin: Where the texts were published, in Markdown.
     """
 
     name: str
@@ -75,7 +75,7 @@ def read_sources(corpus: Path, notes: str, seed: int) -> list[Source]:
 
     Raises:
         FileNotFoundError: The folder holds no ``*.jsonl.gz`` file.
-        ValueError: A file is not what it should be.
+        ValueError: A file is damaged or has another format.
     """
     files = sorted(corpus.glob("*.jsonl.gz"))
     if not files:
@@ -84,7 +84,7 @@ def read_sources(corpus: Path, notes: str, seed: int) -> list[Source]:
 
 
 def _read_notes(notes: str, seed: int) -> Source:
-    """Read the notes of the training split, and what the file says of them."""
+    """Read the notes of the training split, with their titles."""
     training = [note.text for note in clinora.read_notes(notes, classes="all").on("training")]
     titles = read_titles(notes)
     texts, held_out = _hold_out(training, seed)
@@ -111,8 +111,9 @@ def _read_file(file: Path, seed: int) -> Source:
             for line in lines:
                 row = json.loads(line)
                 rows.append((row["text"], row["license"]))
-        if not all(isinstance(value, str) for row in rows for value in row):
-            raise TypeError
+        for text, license in rows:
+            if not isinstance(text, str) or not isinstance(license, str):
+                raise TypeError
     except (gzip.BadGzipFile, zlib.error, EOFError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{file} ({type(error).__name__}): expected gzip, and in each line a JSON object "
@@ -134,7 +135,7 @@ def _read_file(file: Path, seed: int) -> Source:
 
 
 def _hold_out(texts: Sequence[str], seed: int) -> tuple[list[str], list[str]]:
-    """Shuffle texts; give those to train on and those that are held out."""
+    """Shuffle texts; give the texts to train on and the held-out texts."""
     shuffled = random.Random(seed).sample(texts, len(texts))
     cut = len(texts) // HELD_OUT
     return shuffled[cut:], shuffled[:cut]
@@ -152,20 +153,20 @@ def read_titles(notes: str) -> dict[str, str]:
 
 
 def mix(sources: Sequence[Source], seed: int) -> list[str]:
-    """Repeat the texts of each source as often as it says, and shuffle them all.
+    """Repeat the texts of each source ``repeats`` times, and shuffle them all.
 
-    Where a title follows, every second reading cuts the text after some words and continues with
+    If a text has a title, every second reading cuts the text after some words and continues with
     the title, so that one window holds both.
     """
     draw = random.Random(seed)
     texts = []
     for source in sources:
-        whole, part = divmod(source.repeats, 1)
+        whole, fraction = divmod(source.repeats, 1)
         for reading in range(int(whole)):
             cut = reading % 2 == 1
             for text in source.texts:
                 texts.append(_with_title(text, source.titles.get(text), cut, draw))
-        texts += draw.sample(source.texts, round(len(source.texts) * part))
+        texts += draw.sample(source.texts, round(len(source.texts) * fraction))
     draw.shuffle(texts)
     return texts
 

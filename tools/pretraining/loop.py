@@ -1,7 +1,8 @@
 """The base's training loop.
 
-Muon trains the matrices, AdamW the embedding and the norms, all on float32 masters; forward and
-backward pass compute in bfloat16, except for the embedding, whose gradient sums many rows.
+Muon trains the matrices, and AdamW the embedding and the norms, all on float32 master weights. The
+forward and backward passes compute in bfloat16, except for the embedding, whose gradient sums many
+rows.
 
 Shapes: B windows, T tokens, D width, V vocabulary.
 """
@@ -23,12 +24,12 @@ from clinora.checkpoint import write_atomically
 from clinora.llama import LlamaForCausalLM
 from clinora.resume import State, hash_state
 
-# Tokens of a window, and the share of the training at which this stage ends: attention costs less
-# in short windows.
+# The tokens of a window, and the share of the training at which the stage ends. Training starts
+# with short windows because attention costs less in them.
 STAGES = ((512, 0.8), (1024, 1.0))
-HELD_OUT_WINDOWS = 32  # at most, of the first stage's length
-# Tokens of which the head's logits are made at a time: on a CPU they fit the caches; a GPU needs
-# few launches.
+HELD_OUT_WINDOWS = 32  # at most, with the length of the first stage
+# The head computes the logits of this many tokens at a time: few enough for the caches of a CPU,
+# and many for a GPU, to need few launches.
 HEAD_TOKENS = 1024
 HEAD_TOKENS_CUDA = 8192
 LOSS_EVERY = 50  # steps
@@ -36,9 +37,12 @@ CHECKPOINT_EVERY = 100  # steps
 
 
 def windows(ids: np.ndarray, length: int, count: int, seed: int) -> Iterator[Tensor]:
-    """Cut the stream into windows and deal them in random order, endlessly: (count, length + 1).
+    """Cut the stream into windows and yield them in random order, without end.
 
-    Windows at the end of an epoch that are fewer than ``count`` are left out of it.
+    At the end of an epoch, fewer than ``count`` remaining windows are left out.
+
+    Yields:
+        (count, length + 1) token ids.
 
     Raises:
         ValueError: There are fewer windows than ``count``.
@@ -60,40 +64,45 @@ def held_out_windows(unseen: np.ndarray) -> int:
 
 
 def batches(ids: np.ndarray, steps: int, tokens: int, seed: int, done: int) -> Iterator[Tensor]:
-    """Deal the windows of all stages, without those of the first ``done`` steps."""
+    """Yield the windows of all stages, without those of the first ``done`` steps."""
     begin = 0
     for length, share in STAGES:
         end = round(steps * share)
-        dealt = windows(ids, length, tokens // length, seed)
+        windows_of_stage = windows(ids, length, tokens // length, seed)
         for step in range(begin, end):
-            window = next(dealt)
+            window = next(windows_of_stage)
             if step >= done:
                 yield window
         begin = end
 
 
 def learn(model: LlamaForCausalLM, window: Tensor, backward: bool) -> float:
-    """Give the mean cross-entropy of the next token, in nats, of a window (B, T + 1).
+    """Compute the mean cross-entropy of the next token, in nats, for windows (B, T + 1).
 
-    The head's logits, (B·T, V) float32, would be the largest tensor: they are computed, and their
-    gradient taken, for some tokens at a time.
+    All logits together, (B·T, V) float32, would be the largest tensor. So the logits and their
+    gradient are computed for a part of the tokens at a time.
+
+    Args:
+        model: The base.
+        window: (B, T + 1) token ids.
+        backward: Whether to compute the gradients of the parameters, too.
     """
     size = HEAD_TOKENS_CUDA if window.device.type == "cuda" else HEAD_TOKENS
     ids = window[:, :-1]
-    wanted = window[:, 1:].flatten()
+    targets = window[:, 1:].flatten()
     table = model.model.embed_tokens.weight
     hidden = model.model(ids).flatten(0, 1)  # (B·T, D)
-    below = hidden.detach().requires_grad_(backward)
+    head_input = hidden.detach().requires_grad_(backward)
     # The sum stays on the device: .item() in every part would wait for the GPU.
     total = torch.zeros((), device=window.device)
-    for part, target in zip(below.split(size), wanted.split(size), strict=True):
+    for part, target in zip(head_input.split(size), targets.split(size), strict=True):
         logits = F.linear(part, table.bfloat16()).float()  # (size, V)
-        loss = F.cross_entropy(logits, target, reduction="sum") / len(wanted)
+        loss = F.cross_entropy(logits, target, reduction="sum") / len(targets)
         if backward:
             loss.backward()
         total += loss.detach()
     if backward:
-        hidden.backward(below.grad)
+        hidden.backward(head_input.grad)
     return total.item()
 
 
@@ -114,15 +123,17 @@ def pretrain(
     Leaves the model in bfloat16. Checkpoints are written into ``folder``.
 
     Returns:
-        A dictionary every ``LOSS_EVERY`` steps and for the last: step, tokens, loss and held-out
-        loss (nats), seconds.
+        A dictionary for every ``LOSS_EVERY`` steps and for the last step: step, tokens, loss and
+        held-out loss (nats), seconds.
 
     Raises:
-        CheckpointError: The checkpoint is of another training.
+        CheckpointError: The checkpoint belongs to another training.
         FloatingPointError: The loss is not finite.
     """
     device = next(model.parameters()).device
-    masters = {n: nn.Parameter(p.detach().clone()) for n, p in model.named_parameters()}
+    masters = {}
+    for name, parameter in model.named_parameters():
+        masters[name] = nn.Parameter(parameter.detach().clone())
     model.bfloat16()
     model.model.embed_tokens.float()
     cast = model.model.embed_tokens.register_forward_hook(_to_bfloat16)
@@ -134,12 +145,13 @@ def pretrain(
         "training": {"steps": steps, "tokens": tokens, "lr": lr, "seed": seed, "stages": STAGES},
     }
     state = State(folder, masters, optimizers, torch.amp.GradScaler(enabled=False), identity)
-    log = folder / "curve.json"
+    curve_file = folder / "curve.json"
     curve = []
     if resume:
         state.load()
-        if state.step:
-            curve = [point for point in json.loads(log.read_text()) if point["step"] <= state.step]
+        if state.step > 0:
+            points = json.loads(curve_file.read_text())
+            curve = [point for point in points if point["step"] <= state.step]
 
     _round_masters(model, masters)
     held_out = next(windows(unseen, STAGES[0][0], held_out_windows(unseen), seed=0))
@@ -173,7 +185,7 @@ def pretrain(
             bar.set_postfix(loss=f"{loss:.3f}", held_out=f"{validation:.3f}")
         if step % CHECKPOINT_EVERY == 0 or step == steps:
             folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(log, json.dumps(curve).encode())
+            write_atomically(curve_file, json.dumps(curve).encode())
             state.save()
     bar.close()
     cast.remove()
@@ -210,7 +222,7 @@ def _round_masters(model: LlamaForCausalLM, masters: dict[str, nn.Parameter]) ->
 
 
 def _learning_rate_factor(step: int, steps: int) -> float:
-    """Give the share of the peak at a step from 1 on."""
+    """Give the share of the peak at a step, counted from 1: warm-up, then linear decay."""
     warmup = max(1, steps // 20)
     return min(step / warmup, (steps - step + 1) / (steps - warmup + 1))
 
@@ -222,9 +234,9 @@ def _set_learning_rate(optimizers: Sequence[torch.optim.Optimizer], rate: float)
 
 
 def matmul_rate(device: torch.device, size: int | None = None) -> float:
-    """Measure the machine's rate at bfloat16 products of size × size: operations a second.
+    """Measure the machine's rate for bfloat16 products of size × size, in operations per second.
 
-    By default the size is large enough to use the whole machine.
+    The default size is large enough to use the whole machine.
     """
     if size is None:
         size = 8192 if device.type == "cuda" else 2048

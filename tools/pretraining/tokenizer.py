@@ -1,4 +1,4 @@
-"""The base's tokenizer, and the texts as one stream of its ids."""
+"""The base's tokenizer, and the texts as one stream of token ids."""
 
 import io
 import random
@@ -8,18 +8,20 @@ import numpy as np
 import sentencepiece
 from tqdm import tqdm
 
-TOKENIZER_LINES = 50_000  # that the tokenizer is trained on
+TOKENIZER_LINES = 50_000  # the most lines to train the tokenizer on
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int) -> bytes:
-    """Train a BPE SentencePiece model with Llama's conventions; returns the file's bytes.
+    """Train a BPE SentencePiece model with Llama's conventions and return the file's bytes.
 
     Raises:
-        ValueError: The texts are too few for that many pieces.
+        ValueError: There are too few texts for that many pieces.
     """
     model = io.BytesIO()
-    lines = [line for text in texts for line in text.split("\n") if line]
-    if len(lines) > TOKENIZER_LINES:  # drawn here: SentencePiece's own draw has no seed
+    lines = []
+    for text in texts:
+        lines += [line for line in text.split("\n") if line]
+    if len(lines) > TOKENIZER_LINES:  # sampled here, because SentencePiece's sampling has no seed
         lines = random.Random(0).sample(lines, TOKENIZER_LINES)
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -37,19 +39,20 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> bytes:
             bos_id=1,
             eos_id=2,
             pad_id=-1,
-            max_sentence_length=2**20,  # bytes; by default it drops lines of more than 4,192
+            max_sentence_length=2**20,  # bytes; the default drops lines of more than 4,192
             num_threads=1,  # the result depends on the number of threads
             minloglevel=2,
         )
     except RuntimeError as error:
         raise ValueError(
-            f"the texts make no tokenizer of {vocab_size:,} pieces: {str(error).strip()}"
+            f"a tokenizer of {vocab_size:,} pieces cannot be trained on these texts: "
+            f"{str(error).strip()}"
         ) from None
     return model.getvalue()
 
 
 def encode(texts: Sequence[str], tokenizer: bytes) -> np.ndarray:
-    """Join all texts as ``bos text eos``: (N,) uint16."""
+    """Encode all texts and join them, each as ``bos text eos``: (N,) uint16."""
     pieces = sentencepiece.SentencePieceProcessor(model_proto=tokenizer)
     ids = [np.empty(0, np.uint16)]
     for start in tqdm(range(0, len(texts), 256), desc="tokens", unit_scale=256, unit="text"):

@@ -1,0 +1,193 @@
+"""The tab "Many notes": a file of notes, classified row by row."""
+
+import csv
+import io
+import json
+import re
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from fastapi.testclient import TestClient
+
+import clinora
+from clinora.serving.app import create_app
+from clinora.serving.batcher import BusyError
+from clinora.serving.files import MOST_ROWS
+from clinora.serving.server import MOST_BODY_BYTES, MOST_FILE_BYTES
+from tests.served import CANARY, calibration, call, join, messages
+
+NOTE = "Severe chest pain. No fever!  ECG: normal.\nThe knee, swollen."
+
+
+class RefusedError(Exception):
+    """An upload was refused; the message is the answer's text."""
+
+
+def upload(client, text, name="notes.csv"):
+    """Upload a file; give what the page sends for it with an event."""
+    data = text if isinstance(text, bytes) else text.encode()
+    client.get("/config")  # brings the visit's cookie
+    answer = client.post("/gradio_api/upload", files={"files": (name, data)})
+    if answer.status_code != 200:
+        raise RefusedError(answer.text)
+    (path,) = answer.json()
+    return {"path": path, "meta": {"_type": "gradio.FileData"}}
+
+
+def table_of(rows, header=("id", "transcription")):
+    text = io.StringIO()
+    csv.writer(text).writerows([header, *rows])
+    return text.getvalue()
+
+
+def classify(client, text, session="one"):
+    """Upload and classify a file; give the rows of the result, or the message of an error."""
+    try:
+        data = upload(client, text)
+    except RefusedError as refused:
+        return str(refused)
+    event, answer = call(client, "classify_file", data, "transcription", session=session)
+    if event == "error":
+        return answer["error"]
+    _upload, preview, file = answer
+    content = client.get(f"/gradio_api/file={file['path']}").text
+    rows = list(csv.DictReader(io.StringIO(content)))
+    assert [row[0] for row in preview["data"]] == [int(row["row"]) for row in rows[:20]]
+    return rows
+
+
+def test_each_row_has_a_prediction_or_an_error(client, classifier):
+    notes = [f"{NOTE} {i * 37} {CANARY}" for i in range(160)]
+    empty = {40: "", 41: "\u200b\ufeff \u2800"}
+    content = table_of([[i, empty.get(i, note)] for i, note in enumerate(notes)])
+    content += "only one field\r\n"
+    rows = classify(client, content)
+    assert [int(row["row"]) for row in rows] == list(range(1, 162))
+    assert [rows[i]["error"] for i in empty] == ["The note is empty."] * 2
+    assert rows[160]["error"] == "The row has 1 fields, the header 2."
+    expected = classifier(notes)
+    for i, (row, prediction) in enumerate(zip(rows, expected, strict=False)):
+        if i not in empty:
+            assert row["predicted_class"] == str(prediction.index)
+            assert row["label"] == prediction.label
+            assert row["tokens"] == str(prediction.tokens)
+            assert row["error"] == ""
+    assert not any(CANARY in value for row in rows for value in row.values())
+
+
+def test_the_confidence_in_a_file_is_rounded(classifier, tmp_path, monkeypatch):
+    monkeypatch.setattr(classifier, "calibration", calibration(threshold=0.7))
+    notes = [f"{NOTE} {i * 37}" for i in range(20)]
+    with TestClient(create_app(classifier, tmp_path), "http://127.0.0.1") as client:
+        rows = classify(client, table_of([[i, note] for i, note in enumerate(notes)]))
+    for row, prediction in zip(rows, classifier(notes), strict=True):
+        assert re.fullmatch(r"0\.\d{1,4}|1\.0", row["confidence"])
+        assert float(row["confidence"]) == pytest.approx(prediction.confidence, abs=6e-5)
+        assert row["refer"] == str(prediction.refer)
+
+
+def test_the_progress_of_a_file_is_shown(client, monkeypatch):
+    batcher = client.app.state.batcher
+    submit = batcher.submit
+    monkeypatch.setattr(batcher, "submit", lambda *a, **k: time.sleep(0.5) or submit(*a, **k))
+    file = upload(client, table_of([[i, NOTE] for i in range(40)]))
+    assert join(client, "classify_file", file, "transcription", session="one").status_code == 200
+    events = json.dumps(list(messages(client, "one")))
+    shown = re.findall(r'"index":\s*(\d+),\s*"length":\s*(\d+),\s*"unit":\s*"batches"', events)
+    assert sorted(set(shown))[:3] == [("0", "3"), ("1", "3"), ("2", "3")]
+
+
+def test_after_classification_no_file_holds_a_note(client):
+    text = table_of([[1, f"{NOTE} {CANARY}"]])
+    folder = Path(upload(client, text)["path"]).parents[1]
+    before = {path for path in folder.rglob("*") if path.is_file()}
+    rows = classify(client, text)
+    assert len(rows) == 1
+    after = {path for path in folder.rglob("*") if path.is_file()}
+    (added,) = after - before  # the result alone
+    assert CANARY.encode() not in added.read_bytes()
+
+
+def test_equal_uploads_are_separate_files(client):
+    text = table_of([[1, NOTE]])
+    first = upload(client, text)
+    second = upload(client, text)
+    for data in (first, second):
+        assert call(client, "classify_file", data, "transcription")[0] == "complete"
+    answer = join(client, "classify_file", second, "transcription", session="one")
+    assert answer.status_code == 422  # it was removed when it had been read
+
+
+def test_a_label_that_looks_like_a_formula_is_escaped(classifier, tmp_path):
+    labels = ("=1+1", "+2", "-3", "@four", "five")
+    run = clinora.Classifier(classifier.model, classifier.tokenizer, labels, token_limit=128)
+    with TestClient(create_app(run, tmp_path), "http://127.0.0.1") as client:
+        rows = classify(client, table_of([[i, f"{NOTE} {i * 37}"] for i in range(20)]))
+    assert {row["label"] for row in rows} <= {"'=1+1", "'+2", "'-3", "'@four", "five"}
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (table_of([[1, NOTE]], header=("id", "note")), "The file has no column 'transcription'"),
+        ("transcription\r\n", "The file has no rows"),
+        ("", "The file has no rows"),
+        (table_of([[1, "é"]]).encode("latin-1"), "The file is not UTF-8"),
+        (table_of([[1, "x"]] * (MOST_ROWS + 1)), "The file has more than 2,000 rows"),
+    ],
+    ids=["column", "rows", "empty", "latin-1", "many"],
+)
+def test_an_unreadable_file_gives_a_message(client, content, words):
+    assert words in classify(client, content)
+
+
+def test_a_file_may_be_larger_than_a_request_but_not_without_bound(client):
+    rows = [[i, "x" * 9_000] for i in range(200)]
+    assert len(table_of(rows)) > MOST_BODY_BYTES
+    assert upload(client, table_of(rows))
+    files = {"files": ("notes.csv", b"x" * (MOST_FILE_BYTES + 10_001))}
+    assert client.post("/gradio_api/upload", files=files).status_code == 413
+
+
+def test_three_large_files_leave_room_for_single_notes(client, classifier):
+    """Three files of 160 rows each do not fill the queue of 64: every single note is accepted."""
+    text = table_of([[i, f"{NOTE} {i}"] for i in range(160)])
+    done = []
+    statuses = []
+
+    def one(session):
+        done.append(classify(client, text, session))
+
+    files = [threading.Thread(target=one, args=(session,)) for session in "abc"]
+    for thread in files:
+        thread.start()
+    while any(thread.is_alive() for thread in files):
+        statuses.append(client.post("/v1/classify", json={"note": "fever"}).status_code)
+    assert set(statuses) == {200} and len(statuses) > 3
+    assert [len(rows) for rows in done] == [160] * 3
+    assert not any(row["error"] for rows in done for row in rows)
+
+
+def test_rows_that_are_refused_have_an_error_and_the_others_a_prediction(client, monkeypatch):
+    batcher = client.app.state.batcher
+    submit = batcher.submit
+    calls = []
+
+    def full_at_times(notes, *arguments, **options):
+        calls.append(len(notes))
+        if len(calls) == 2:
+            raise BusyError
+        return submit(notes, *arguments, **options)
+
+    monkeypatch.setattr(batcher, "submit", full_at_times)
+    rows = classify(client, table_of([[i, f"{NOTE} {i}"] for i in range(40)]))
+    assert [row["error"] for row in rows] == [""] * 16 + ["The service was busy."] * 16 + [""] * 8
+    assert all(bool(row["label"]) != bool(row["error"]) for row in rows)
+
+
+def test_a_row_that_is_far_too_long_is_a_row_with_an_error(client):
+    rows = classify(client, table_of([[1, "x" * 1_100_000], [2, NOTE]]))
+    assert rows[0]["error"] == "The note has 1,100,000 characters, more than 100,000."
+    assert rows[1]["error"] == ""
