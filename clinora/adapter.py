@@ -1,7 +1,8 @@
-"""Adapters on disk in PEFT's layout: PEFT reads the adapters written here, and the reverse."""
+"""Adapters on disk in PEFT's layout: PEFT reads what we write, and we read what PEFT writes."""
 
 import json
 import re
+import warnings
 from pathlib import Path
 
 import torch
@@ -17,31 +18,32 @@ from clinora.checkpoint import (
     write_atomically,
 )
 from clinora.llama import LlamaForCausalLM, LlamaForSequenceClassification
-from clinora.lora import (
-    LoRAConfig,
-    LoRALinear,
+from clinora.lora import LoRAConfig, LoRALinear, check_linear, insert_lora, lora_state_dict
+from clinora.modules import (
+    batches_tracked,
     find_modules,
-    insert_lora,
-    lora_state_dict,
-    target_linears,
+    gathered,
+    named_modules,
+    unwrap,
+    without_wrappers,
 )
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
-# PEFT names every tensor as if the model stood two wrappers deep.
+# PEFT's own two wrappers around a model give every tensor's name this prefix.
 PEFT_PREFIX = "base_model.model."
 
-# Options of PEFT that are used here or do not change what is computed, and the values with which
-# other options are off.
+# PEFT's options that are used here, or that do not change the result.
 PEFT_INFORMATION = {
     "peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "r",
     "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "modules_to_save",
     "init_lora_weights", "auto_mapping", "peft_version", "runtime_config",
     "megatron_core", "qalora_group_size",
 }  # fmt: skip
+# Values that switch any other option off.
 PEFT_NEUTRAL = (None, False, [], {}, "none")
-# Other initialisations also change the base's weights.
+# The supported values of init_lora_weights; the others also change the base's weights.
 PEFT_INITIALISATIONS = (True, False, None, "gaussian", "orthogonal")
 # The types of the options that are used here; null is allowed too.
 PEFT_TYPES = {
@@ -57,40 +59,52 @@ PEFT_TYPES = {
 def save_adapter(model: nn.Module, folder: str | Path) -> None:
     """Write the adapter and the head as PEFT would, so that PEFT reads them.
 
-    Writes ``adapter_model.safetensors`` (float32) and ``adapter_config.json`` into ``folder``,
-    which is made if need be; each file is replaced as a whole.
+    A model wrapped by ``torch.compile``, activation checkpointing, DistributedDataParallel or FSDP
+    gives the same files as the bare model. With FSDP every process must call this.
 
-    A classifier's head must have been trained: whoever loads the adapter assumes that it was.
+    Writes ``adapter_model.safetensors`` (float32) and ``adapter_config.json`` into ``folder``,
+    which is created if it does not exist; each file is replaced as a whole.
+
+    A classifier's head must be trained, because ``load_adapter`` treats a saved head as trained.
     ``clinora.training.train`` sets ``model.head_trained``; after your own training loop, set it
     to True.
 
     Raises:
-        ValueError: ``apply_lora`` has not adapted this model, or its head was never trained or
-            is itself adapted.
+        ValueError: ``apply_lora`` has not adapted this model; its head was never trained or is
+            itself adapted; or it trains a parameter that is not part of the adapter.
         OSError: The folder cannot be written.
+
+    Warns:
+        UserWarning: Running statistics, such as those of BatchNorm, have changed since
+            ``apply_lora`` and are not part of the adapter.
     """
+    bare = unwrap(model)
     state = lora_state_dict(model)
-    if not hasattr(model, "lora_config"):
-        raise ValueError("only a whole model that apply_lora adapted can be saved as an adapter")
-    config: LoRAConfig = model.lora_config
-    if isinstance(model, LlamaForSequenceClassification):
-        if isinstance(model.score, LoRALinear):  # PEFT and load_adapter expect a whole head
-            raise ValueError("score is in targets, which a head cannot be: put it into also_train")
-        if not model.head_trained:
+    if not hasattr(bare, "lora_config"):
+        raise ValueError(
+            "only a whole model that was adapted with apply_lora can be saved as an adapter"
+        )
+    config: LoRAConfig = bare.lora_config
+    if isinstance(bare, LlamaForSequenceClassification):
+        if isinstance(bare.score, LoRALinear):  # PEFT and load_adapter expect a whole head
+            raise ValueError("score, the head, is in targets: put it into also_train instead")
+        if not bare.head_trained:
             raise ValueError(
                 "this model's head was never trained: train it, or set model.head_trained = True "
-                "if a training loop of your own did"
+                "after your own training loop"
             )
-        state["score.weight"] = model.score.weight  # saved even if it was not trained here
-    source: Source | None = getattr(model, "source", None)
-    whole = list(find_modules(model, config.also_train))
-    if "score.weight" in state and "score" not in whole:
-        whole.append("score")
+        with gathered(model) as whole:
+            state["score.weight"] = whole(bare.score.weight)  # even if it was not trained here
+    _check_all_saved(bare, state)
+    source: Source | None = getattr(bare, "source", None)
+    saved_whole = list(find_modules(bare, config.also_train))
+    if "score.weight" in state and "score" not in saved_whole:
+        saved_whole.append("score")
     kinds = {LlamaForSequenceClassification: "SEQ_CLS", LlamaForCausalLM: "CAUSAL_LM"}
-    # Only the keys that matter: an older PEFT warns of keys that it does not know.
-    peft = {
+    # Only the keys that matter: older versions of PEFT warn about keys that they do not know.
+    options = {
         "peft_type": "LORA",
-        "task_type": kinds.get(type(model)),
+        "task_type": kinds.get(type(bare)),
         "base_model_name_or_path": source.name if source else None,
         "revision": source.revision if source else None,
         "inference_mode": True,
@@ -102,124 +116,204 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "use_rslora": config.rank_stabilized,
-        "modules_to_save": whole or None,
+        "modules_to_save": saved_whole or None,
     }
     tensors = {}
     for name, tensor in state.items():
-        # A copy: a layer in two places has two names, and safetensors refuses shared memory.
+        # A layer used in two places has two names; safetensors refuses tensors that share memory.
         copied = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         tensors[_to_peft(name)] = copied
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / ADAPTER_WEIGHTS, save(tensors, metadata={"format": "pt"}))
-    write_atomically(folder / ADAPTER_CONFIG, (json.dumps(peft, indent=2) + "\n").encode())
+    write_atomically(folder / ADAPTER_CONFIG, (json.dumps(options, indent=2) + "\n").encode())
+
+
+def _check_all_saved(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Compare what training changes with what is saved: raise or warn about what would be lost."""
+    saved = set()
+    lost = {}  # parameter → its name
+    for path, parameter in model.named_parameters(remove_duplicate=False):
+        name = without_wrappers(path)
+        if name in state:
+            saved.add(parameter)
+        elif parameter.requires_grad:
+            lost[parameter] = name
+    names = [name for parameter, name in lost.items() if parameter not in saved]
+    if names:
+        raise ValueError(
+            f"{', '.join(names)} would be lost: training changes it, but the adapter holds only A, "
+            "B and the modules in also_train. Name its module in also_train, or freeze it"
+        )
+    before = model.batches_before_lora
+    for name, batches in batches_tracked(model).items():
+        if batches != before.get(name) and f"{name}.num_batches_tracked" not in state:
+            warnings.warn(
+                f"the adapter does not hold the running statistics of {name}, which training has "
+                "changed: the loaded model will compute something else. Name the module in "
+                "also_train, or keep it in evaluation mode while training",
+                stacklevel=3,
+            )
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> LoRAConfig:
-    """Apply LoRA to a model and fill it from what ``save_adapter`` or PEFT wrote.
+    """Apply LoRA to a model and load the weights that ``save_adapter`` or PEFT wrote.
 
     Returns:
-        The adapter's configuration, also ``model.lora_config``.
+        The adapter's configuration, which is also ``model.lora_config``.
 
     Raises:
         CheckpointError: A file is missing or damaged, does not belong to this model, or has an
-            option that is not supported. The model is left as it was.
-        ValueError: The model is adapted already.
+            unsupported option. The model stays unchanged.
+        ValueError: The model is already adapted.
     """
     if any(isinstance(module, LoRALinear) for module in model.modules()):
-        raise ValueError("this model is adapted already: merge_lora it, or start from a fresh one")
-    about = Path(folder, ADAPTER_CONFIG)
-    peft = read_json(about)
-    config = _lora_config(peft, model, about)
+        raise ValueError("this model is already adapted: call merge_lora on it, or load a new one")
+    config_path = Path(folder, ADAPTER_CONFIG)
+    options = read_json(config_path)
+    config = _lora_config(options, model, config_path)
     path = Path(folder, ADAPTER_WEIGHTS)
     tensors = {}
-    for name, tensor in read_tensors(path).items():
-        if _from_peft(name) in tensors:
-            raise CheckpointError(f"{path} holds {_from_peft(name)} under two names")
-        tensors[_from_peft(name)] = tensor
+    for peft_name, tensor in read_tensors(path).items():
+        name = _from_peft(peft_name)
+        if name in tensors:
+            raise CheckpointError(f"{path} holds {name} under two names")
+        tensors[name] = tensor
     source: Source | None = getattr(model, "source", None)
     base = source.name if source else None
-    what = f"{path} (made for the base {peft.get('base_model_name_or_path')}; this model is {base})"
+    trained_on = options.get("base_model_name_or_path")
+    what = f"the tensors in {path} (made for the base {trained_on}; this model is {base})"
+    targets = _peft_targets(model, options)
+    if not targets:
+        wanted = options["target_modules"]
+        raise CheckpointError(f"{config_path}: no layer of this model matches the targets {wanted}")
+    trained_whole = _peft_modules_to_save(model, options)
     try:
-        check_tensors(tensors, _adapter_tensors(model, config), what)
+        check_tensors(tensors, _adapter_tensors(targets, trained_whole, config.rank), what)
         for name, tensor in tensors.items():
             if not tensor.isfinite().all():
-                raise CheckpointError(f"{path} holds numbers that are not finite: {name}")
-        insert_lora(model, config)
+                raise CheckpointError(f"{name} in {path} has values that are not finite")
+        insert_lora(model, config, targets, trained_whole)
     except CheckpointError:
         raise
     except ValueError as error:  # from lora.py, which does not know the file
-        raise CheckpointError(f"{about}: {error}") from None
-    model.load_state_dict(tensors, strict=False)  # checked above; strict would ask for the base
+        raise CheckpointError(f"{config_path}: {error}") from None
+    with torch.no_grad():
+        for name, own in lora_state_dict(model).items():
+            own.copy_(tensors[name])
     if isinstance(model, LlamaForSequenceClassification) and "score.weight" in tensors:
         model.head_trained = True
     return config
 
 
-def _adapter_tensors(model: nn.Module, config: LoRAConfig) -> dict[str, Tensor]:
-    """List the tensors of an adapter for this model, as meta tensors of their shapes."""
+def _peft_targets(model: nn.Module, options: dict) -> dict[str, nn.Module]:
+    """Find the layers that PEFT adapts: the targets, except inside modules that are saved whole."""
+    whole = options.get("modules_to_save") or ()
+    targets = options["target_modules"]
+    found = {}
+    for path, module in named_modules(model):
+        if isinstance(targets, str):  # a regular expression over whole names
+            matches = re.fullmatch(targets, path) is not None
+        else:
+            matches = any(f".{path}".endswith(f".{target}") for target in targets)
+        if matches and not any(f".{name}." in f".{path}." for name in whole):
+            found[path] = module
+    return found
+
+
+def _peft_modules_to_save(model: nn.Module, options: dict) -> dict[str, nn.Module]:
+    """Find the modules that PEFT saves whole: "classifier" matches "pre_classifier", too."""
+    endings = tuple(options.get("modules_to_save") or ())
+    found = {}
+    for path, module in named_modules(model):
+        if path.endswith(endings) and any(True for _ in module.parameters()):
+            found[path] = module
+    return found
+
+
+def _adapter_tensors(
+    targets: dict[str, nn.Module], trained_whole: dict[str, nn.Module], rank: int
+) -> dict[str, Tensor]:
+    """Give the names and shapes of an adapter's tensors, on the meta device.
+
+    Raises:
+        ValueError: A target cannot be adapted.
+    """
     expected = {}
-    for name, linear in target_linears(model, config.targets).items():
+    for name, linear in targets.items():
+        check_linear(name, linear)
         out, width = linear.weight.shape
-        expected[f"{name}.lora_A"] = torch.empty(config.rank, width, device="meta")
-        expected[f"{name}.lora_B"] = torch.empty(out, config.rank, device="meta")
-    for name, head in find_modules(model, config.also_train).items():
-        for inner, tensor in head.state_dict().items():
-            expected[f"{name}.{inner}"] = tensor
+        expected[f"{name}.lora_A"] = torch.empty(rank, width, device="meta")
+        expected[f"{name}.lora_B"] = torch.empty(out, rank, device="meta")
+    for name, module in trained_whole.items():
+        for parameter_name, tensor in module.state_dict().items():
+            expected[f"{name}.{without_wrappers(parameter_name)}"] = tensor
     return expected
 
 
 def _to_peft(name: str) -> str:
-    lora = name.endswith((".lora_A", ".lora_B"))
-    return f"{PEFT_PREFIX}{name}.weight" if lora else f"{PEFT_PREFIX}{name}"
+    if name.endswith((".lora_A", ".lora_B")):
+        return f"{PEFT_PREFIX}{name}.weight"
+    return f"{PEFT_PREFIX}{name}"
 
 
 def _from_peft(name: str) -> str:
-    """Undo ``_to_peft``; names in files saved by hand may have the adapter's name, "default"."""
+    """Undo ``_to_peft``; files saved by hand may also hold the adapter's name, "default"."""
     name = re.sub(r"\.(lora_[AB])(\.default)?\.weight$", r".\1", name)
     return name.removeprefix(PEFT_PREFIX).replace(".modules_to_save.default.", ".")
 
 
-def _lora_config(peft: dict, model: nn.Module, path: Path) -> LoRAConfig:
+def _lora_config(options: dict, model: nn.Module, path: Path) -> LoRAConfig:
     """Translate PEFT's adapter_config.json; unsupported options raise an error that names them."""
-    if peft.get("peft_type") != "LORA":
-        raise CheckpointError(f"{path}: peft_type is {peft.get('peft_type')!r}, expected 'LORA'")
-    for key, value in peft.items():
+    if options.get("peft_type") != "LORA":
+        raise CheckpointError(f"{path}: peft_type is {options.get('peft_type')!r}, expected 'LORA'")
+    for key, value in options.items():
         if key not in PEFT_INFORMATION and not _is_one_of(value, PEFT_NEUTRAL):
             raise CheckpointError(f"{path}: {key} = {value!r} is not supported")
-    if not _is_one_of(peft.get("init_lora_weights", True), PEFT_INITIALISATIONS):
+    initialisation = options.get("init_lora_weights", True)
+    if not _is_one_of(initialisation, PEFT_INITIALISATIONS):
         raise CheckpointError(
-            f"{path}: init_lora_weights = {peft['init_lora_weights']!r} is not supported: it also "
-            "changes the base"
+            f"{path}: init_lora_weights = {initialisation!r} is not supported: it also changes the "
+            "base"
         )
     for key, types in PEFT_TYPES.items():
-        value = peft.get(key)
-        fits = type(value) in types and (
-            type(value) is not list or all(isinstance(item, str) for item in value)
-        )
-        if value is not None and not fits:
+        value = options.get(key)
+        if value is not None and not _has_type(value, types):
             expected = " or ".join(kind.__name__ for kind in types).replace("list", "list of str")
             raise CheckpointError(f"{path}: {key} is {value!r}, expected {expected}")
-    # PEFT silently uses its defaults for these, and would scale by another factor.
-    lacking = [key for key in ("r", "lora_alpha", "target_modules") if not peft.get(key)]
+    # Without these, PEFT would silently use its defaults, and so another scaling.
+    lacking = [key for key in ("r", "lora_alpha", "target_modules") if not options.get(key)]
     if lacking:
         raise CheckpointError(f"{path} lacks {', '.join(lacking)}")
-    targets = peft["target_modules"]
+    targets = options["target_modules"]
+    whole = options.get("modules_to_save") or ()
     try:
-        if isinstance(targets, str):  # a regular expression over whole names
-            targets = [n for n, _ in model.named_modules() if re.fullmatch(targets, n)]
+        if isinstance(targets, str):
+            targets = _peft_targets(model, options)
+        # PEFT finds more by these names than find_modules does: the others get their full names.
+        found = _peft_modules_to_save(model, options)
+        others = [name for name in found if name not in find_modules(model, whole)]
         return LoRAConfig(
-            rank=peft["r"],
-            alpha=peft["lora_alpha"],
-            dropout=peft.get("lora_dropout") or 0.0,
-            targets=tuple(dict.fromkeys(targets)),
-            also_train=tuple(dict.fromkeys(peft.get("modules_to_save") or ())),
-            rank_stabilized=bool(peft.get("use_rslora")),
+            rank=options["r"],
+            alpha=options["lora_alpha"],
+            dropout=options.get("lora_dropout") or 0.0,
+            targets=tuple(dict.fromkeys(targets)),  # without repetitions
+            also_train=tuple(dict.fromkeys([*whole, *others])),
+            rank_stabilized=bool(options.get("use_rslora")),
         )
     except (ValueError, re.error) as error:
         raise CheckpointError(f"{path}: {error}") from None
 
 
+def _has_type(value: object, types: tuple[type, ...]) -> bool:
+    """Tell whether a value has exactly one of the types; a list must hold only strings."""
+    if type(value) not in types:
+        return False
+    if isinstance(value, list):
+        return all(isinstance(item, str) for item in value)
+    return True
+
+
 def _is_one_of(value: object, choices: tuple) -> bool:
-    """Tell 0 from False and 1 from True, which ``in`` does not."""
+    """Compare types as well as values: with ``in`` alone, 0 equals False and 1 equals True."""
     return any(type(value) is type(choice) and value == choice for choice in choices)

@@ -16,13 +16,24 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clinora.kernels import dropout
+from clinora.modules import (
+    add_hooks,
+    batches_tracked,
+    find_modules,
+    gathered,
+    hand_over_hooks,
+    named_modules,
+    remove_hooks,
+    replace_modules,
+    unwrap,
+    without_wrappers,
+)
 
 # Names that classification heads have in Transformers. A pretrained model gets such a head anew.
 HEAD_NAMES = ("classifier", "classification_head", "pre_classifier", "qa_outputs", "score")
@@ -98,9 +109,10 @@ def _are_names(value: object) -> bool:
 class LoRALinear(nn.Module):
     """A linear layer with a low-rank update: y = W·x + b + s·B·A·dropout(x).
 
-    It shares the base layer's ``weight`` and ``bias``, so their names and storage stay the same.
-    A is drawn from U(−1/√in, 1/√in), and B is zero. Both are float32 at least: one step of an
-    optimiser is often too small to change a bfloat16 weight. ``strength`` multiplies s.
+    It shares the base layer's ``weight`` and ``bias``, so their names and storage stay the same,
+    and it takes over the base layer's hooks. A is drawn from U(−1/√in, 1/√in), and B is zero. Both
+    are float32 at least: one step of an optimiser is often too small to change a bfloat16 weight.
+    ``strength`` multiplies s. ``called`` tells whether the layer was ever called.
     """
 
     def __init__(self, base: nn.Linear, config: LoRAConfig) -> None:
@@ -116,8 +128,10 @@ class LoRALinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         self.config = config
         self.strength = 1.0
+        self.called = False
         self.train(base.training)  # a new module is in training mode and would drop out
-        self.register_forward_pre_hook(_keep_pytorch_from_bypassing_forward)
+        hand_over_hooks(base, self)
+        add_hooks(self, self.register_forward_pre_hook(_note_call))
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer: (..., in) → (..., out), in the dtype of the base layer's output."""
@@ -141,44 +155,54 @@ class LoRALinear(nn.Module):
         )
 
 
-def _keep_pytorch_from_bypassing_forward(*_: object) -> None:
-    """Do nothing: that this hook is registered is what matters.
+def _note_call(layer: LoRALinear, _inputs: object) -> None:
+    """Hook: note that the model calls the layer, and does not read its weight instead.
 
-    In evaluation mode ``nn.TransformerEncoderLayer`` has a fast path that reads the weights of its
-    linear layers directly and never calls them, so it would skip LoRA. PyTorch does not take that
-    path when a layer inside has a hook.
+    The hook itself has a use, too. In evaluation mode ``nn.TransformerEncoderLayer`` has a fast
+    path that reads the weights of its linear layers and never calls them, so it would skip LoRA.
+    PyTorch does not take that path when a layer inside has a hook.
     """
+    layer.called = True
 
 
-def find_modules(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
-    """Find the modules whose dotted names end in one of ``names``, comparing whole segments."""
-    found = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        # The leading dots keep "proj" from matching "q_proj".
-        if any(f".{path}".endswith(f".{name}") for name in names):
-            found[path] = module
-    return found
-
-
-def target_linears(model: nn.Module, targets: tuple[str, ...]) -> dict[str, nn.Linear]:
-    """Find the linear layers that ``targets`` name; the keys are their full names.
+def find_targets(model: nn.Module, targets: tuple[str, ...]) -> dict[str, nn.Module]:
+    """Find the layers that ``targets`` name; the keys are their full names.
 
     Raises:
-        ValueError: A target matches no module (the message lists the linear layers that there
-            are), or it matches a module that is not an ``nn.Linear``.
+        ValueError: A target matches no module. The message lists the linear layers that there are.
     """
     for target in targets:
         if not find_modules(model, (target,)):
-            linears = [path for path, m in model.named_modules() if type(m) is nn.Linear]
+            linears = [path for path, m in named_modules(model) if type(m) is nn.Linear]
             last_segments = {path.split(".")[-1] for path in linears}
             last_segments.discard("")  # the model itself
             listed = ", ".join(sorted(last_segments)) or "(none)"
             raise ValueError(f"no layer is named {target!r}; this model's linear layers: {listed}")
-    found = find_modules(model, targets)
-    for name, module in found.items():
-        if type(module) is not nn.Linear:  # a subclass may compute something else
-            raise ValueError(f"{name} is a {type(module).__name__}: only nn.Linear can be adapted")
-    return found
+    return find_modules(model, targets)
+
+
+def check_linear(name: str, module: nn.Module) -> None:
+    """Check that a module is a plain linear layer, so that LoRA can take its place.
+
+    Raises:
+        ValueError: It is of another class; its weight is computed from other tensors, as pruning,
+            weight normalisation and spectral normalisation do; or its ``forward`` was replaced.
+    """
+    if type(module) is not nn.Linear:  # a subclass may compute something else
+        raise ValueError(f"{name} is a {type(module).__name__}: only nn.Linear can be adapted")
+    own = {*dict(module.named_parameters()), *dict(module.named_buffers())}
+    if others := sorted(own - {"weight", "bias"}):
+        raise ValueError(
+            f"{name} computes its weights from {', '.join(others)}: make them plain first, for "
+            "example with torch.nn.utils.prune.remove, remove_weight_norm or remove_spectral_norm"
+        )
+    if not isinstance(module.weight, nn.Parameter):
+        raise ValueError(f"the weight of {name} is not a parameter: only plain layers are adapted")
+    if "forward" in vars(module):  # accelerate replaces it to move weights between devices
+        raise ValueError(
+            f"another function replaces the forward method of {name}, as accelerate's offloading "
+            "does: apply LoRA before that"
+        )
 
 
 def apply_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
@@ -204,7 +228,11 @@ def apply_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
             smaller side; the model is adapted already; or a module in ``also_train`` has no
             parameters, shares weights with a frozen module or contains a target.
     """
-    adapted = insert_lora(model, config)
+    if adapted := [name for name, _ in lora_layers(model)]:
+        where = f"{adapted[0]} and {len(adapted) - 1} more layers"
+        raise ValueError(f"adapted already, at {where}: merge_lora it, or start from a fresh model")
+    linears = find_targets(model, config.targets)
+    insert_lora(model, config, linears, find_modules(model, config.also_train))
     if frozen := _frozen_heads(model):
         names = ", ".join(frozen)
         warnings.warn(
@@ -212,31 +240,43 @@ def apply_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
             f"also_train={tuple(frozen)!r} to train it. If they are trained already, ignore this.",
             stacklevel=2,
         )
-    return adapted
+    return list(linears)
 
 
-def insert_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
-    """Do what ``apply_lora`` does, without a warning: a loaded adapter brings what it trained."""
-    if adapted := [name for name, _ in _lora_layers(model)]:
-        where = f"{adapted[0]} and {len(adapted) - 1} more layers"
-        raise ValueError(f"adapted already, at {where}: merge_lora it, or start from a fresh model")
-    linears = target_linears(model, config.targets)
+def insert_lora(
+    model: nn.Module,
+    config: LoRAConfig,
+    linears: dict[str, nn.Linear],
+    trained_whole: dict[str, nn.Module],
+) -> None:
+    """Do what ``apply_lora`` does, for layers that were found already and without its warning.
+
+    Args:
+        model: The model, changed in place.
+        config: Its rank, alpha and dropout are used, and it becomes ``model.lora_config``.
+        linears: The layers to adapt, by name.
+        trained_whole: The modules to train whole, by name.
+
+    Raises:
+        ValueError: As for ``apply_lora``. The model is unchanged.
+    """
     for name, linear in linears.items():
+        check_linear(name, linear)
         largest = min(linear.weight.shape)
         if config.rank > largest:
             raise ValueError(f"rank {config.rank} is too large for {name}: at most {largest}")
-    trained_whole = find_modules(model, config.also_train)
     _check_trained_whole(model, trained_whole, linears)
 
     model.requires_grad_(False)
     # A layer that stands in two places is adapted once: both places share the adapted layer.
-    layers = {linear: LoRALinear(linear, config) for linear in linears.values()}
-    for name, linear in linears.items():
-        model.set_submodule(name, layers[linear])
+    adapted_layers = {linear: LoRALinear(linear, config) for linear in linears.values()}
+    replace_modules(model, adapted_layers)
     for module in dict.fromkeys(trained_whole.values()):  # once, even if it stands in two places
         _train_in_float32(module)
+    model = unwrap(model)
     model.lora_config = config
-    return list(linears)
+    model.batches_before_lora = batches_tracked(model)
+    add_hooks(model, model.register_forward_hook(_report_layers_never_called))
 
 
 @contextmanager
@@ -271,30 +311,49 @@ def merged_weight(layer: LoRALinear) -> Tensor:
 
     It is the adapter as trained, whatever ``lora_strength`` is at the time.
     """
+    master = _master_dtype(layer.weight)
     with torch.autocast(layer.weight.device.type, enabled=False):
-        update = (layer.lora_B @ layer.lora_A) * layer.config.scaling
-        return (layer.weight.to(update.dtype) + update).to(layer.weight.dtype)
+        update = (layer.lora_B.to(master) @ layer.lora_A.to(master)) * layer.config.scaling
+        return (layer.weight.to(master) + update).to(layer.weight.dtype)
 
 
 def merge_lora(model: nn.Module) -> nn.Module:
     """Replace every LoRA layer by a plain ``nn.Linear`` with its merged weight, for good.
 
-    Changes the model, or a part of one, in place and returns it. To undo it, load the base again:
-    subtracting the update does not restore W (in bfloat16 nearly a third of its entries differ).
+    Changes the model, or a part of one, in place and returns it. A module that was trained whole
+    gets back the dtype that it had, or that the model was cast to since. Nothing else of LoRA is
+    left. To undo it, load the base again: subtracting the update does not restore W (in bfloat16
+    nearly a third of its entries differ).
 
     Raises:
-        ValueError: The model has no LoRA layer.
+        ValueError: The model has no LoRA layer; or it ran without ever calling a layer whose B is
+            not zero, so that merging would change what it computes.
     """
-    _require_lora(model)
+    layers = dict.fromkeys(_require_lora(model))  # once, even if it stands in two places
+    ran = getattr(unwrap(model), "ran_with_lora", False)
+    for name, layer in lora_layers(model):
+        if ran and not layer.called and layer.lora_B.any():
+            raise ValueError(
+                f"{name} had no effect: the model ran and never called it, and merging would "
+                "change what the model computes. If it reads the layer's weight directly, leave "
+                "the layer out of the targets; otherwise merge_lora the part that holds it"
+            )
     merged = {}
-    for name, layer in list(_lora_layers(model)):
-        if layer not in merged:  # a layer may stand in two places
-            linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-            linear.weight = nn.Parameter(merged_weight(layer), requires_grad=False)
-            linear.bias = layer.bias
-            merged[layer] = linear.train(layer.training)
-        model.set_submodule(name, merged[layer])
-    vars(model).pop("lora_config", None)  # a part of an adapted model has none
+    for layer in layers:
+        linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        linear.weight = nn.Parameter(merged_weight(layer), requires_grad=False)
+        linear.bias = layer.bias
+        remove_hooks(layer)
+        hand_over_hooks(layer, linear)
+        merged[layer] = linear.train(layer.training)
+    replace_modules(model, merged)
+    for _, module in named_modules(model):
+        if "dtype_outside" in dict(module.named_buffers(recurse=False)):
+            _train_in_float32_no_more(module)
+    model_itself = unwrap(model)
+    remove_hooks(model_itself)
+    for name in ("lora_config", "batches_before_lora", "ran_with_lora"):
+        vars(model_itself).pop(name, None)  # a part of an adapted model has none
     return model
 
 
@@ -358,32 +417,37 @@ def lora_parameter_count(out_features: int, in_features: int, rank: int) -> int:
 def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Collect what an adapter consists of: every A and B, and the modules in ``also_train``.
 
-    For a part of an adapted model, it collects what lies in that part.
+    For a part of an adapted model, it collects what lies in that part. If FSDP has cut the
+    parameters into shards, every process must call this, as the shards are gathered.
 
     Returns:
-        The tensors under their names in ``model.state_dict()``, detached, not copied.
+        The tensors under the names that they have without wrappers, such as torch.compile's;
+        detached, and not copied unless they were gathered.
 
     Raises:
         ValueError: The model has no LoRA layer.
     """
     config = _require_lora(model)[0].config
-    names = set()
-    for layer_name, _ in _lora_layers(model):
-        names.add(f"{layer_name}.lora_A")
-        names.add(f"{layer_name}.lora_B")
-    for module_name, module in find_modules(model, config.also_train).items():
-        names.update(f"{module_name}.{inner}" for inner in module.state_dict())
-    return {name: tensor for name, tensor in model.state_dict().items() if name in names}
+    tensors = {}
+    with gathered(model) as whole:
+        for name, layer in lora_layers(model):
+            tensors[f"{name}.lora_A"] = whole(layer.lora_A)
+            tensors[f"{name}.lora_B"] = whole(layer.lora_B)
+        for name, module in find_modules(model, config.also_train).items():
+            for inner, tensor in module.state_dict().items():
+                tensors[f"{name}.{without_wrappers(inner)}"] = whole(tensor)
+    return tensors
 
 
-def _lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
-    for name, module in model.named_modules(remove_duplicate=False):
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
+    """Yield every LoRA layer with its name; one in two places has two names."""
+    for name, module in named_modules(model):
         if isinstance(module, LoRALinear):
             yield name, module
 
 
 def _require_lora(model: nn.Module) -> list[LoRALinear]:
-    layers = [layer for _, layer in _lora_layers(model)]
+    layers = [layer for _, layer in lora_layers(model)]
     if not layers:
         raise ValueError("this model has no LoRA layer: apply_lora or load_adapter first")
     return layers
@@ -420,7 +484,8 @@ def _check_trained_whole(
         if not parameters:
             raise ValueError(f"{name} has no parameters to train: leave it out of also_train")
         owners.update(dict.fromkeys(parameters, name))
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for path, parameter in unwrap(model).named_parameters(remove_duplicate=False):
+        name = without_wrappers(path)
         if parameter in owners and not _is_inside(name, trained_whole):
             raise ValueError(
                 f"{owners[parameter]} shares its weights with {name}: training it whole would "
@@ -434,29 +499,48 @@ def _check_trained_whole(
 def _train_in_float32(module: nn.Module) -> None:
     """Train all parameters of a module in float32, inside a model of another dtype."""
     first = next(module.parameters())
-    dtype_outside = first.dtype
-    dtype_inside = _master_dtype(first)
+    # What follows a module is cast when the model is, as in model.half(). So is this empty tensor.
+    dtype_outside = torch.empty(0, dtype=first.dtype, device=first.device)
+    module.register_buffer("dtype_outside", dtype_outside, persistent=False)
     for parameter in module.requires_grad_(True).parameters():
         parameter.data = parameter.data.to(_master_dtype(parameter))
-    cast_inputs = partial(_cast_inputs_to_dtype_inside, dtype_inside)
-    cast_output = partial(_cast_output_to_dtype_outside, dtype_outside)
-    module.register_forward_pre_hook(cast_inputs, with_kwargs=True)
-    # prepend: the hook of an earlier adapter, which knows the dtype outside, must run last
-    module.register_forward_hook(cast_output, prepend=True)
+    cast_inputs = module.register_forward_pre_hook(_cast_inputs_to_dtype_inside, with_kwargs=True)
+    cast_output = module.register_forward_hook(_cast_output_to_dtype_outside)
+    add_hooks(module, cast_inputs, cast_output)
+
+
+def _train_in_float32_no_more(module: nn.Module) -> None:
+    """Undo ``_train_in_float32`` and keep what was learned."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(module.dtype_outside.dtype)
+    del module.dtype_outside
+    remove_hooks(module)
 
 
 def _cast_inputs_to_dtype_inside(
-    dtype: torch.dtype, module: nn.Module, args: tuple, kwargs: dict
+    module: nn.Module, args: tuple, kwargs: dict
 ) -> tuple[tuple, dict]:
     """Hook: the frozen layers before the module hand on their own dtype."""
+    dtype = next(module.parameters()).dtype
     return _cast(args, dtype), {name: _cast(value, dtype) for name, value in kwargs.items()}
 
 
-def _cast_output_to_dtype_outside(
-    dtype: torch.dtype, module: nn.Module, args: tuple, output: object
-) -> object:
+def _cast_output_to_dtype_outside(module: nn.Module, _inputs: tuple, output: object) -> object:
     """Hook: the frozen layers after the module expect their own dtype."""
-    return _cast(output, dtype)
+    return _cast(output, module.dtype_outside.dtype)
+
+
+def _report_layers_never_called(model: nn.Module, _inputs: tuple, _output: object) -> None:
+    """Hook: after the model's first run, warn about the LoRA layers that it did not call."""
+    if torch.compiler.is_compiling() or getattr(model, "ran_with_lora", False):
+        return
+    model.ran_with_lora = True
+    if idle := [name for name, layer in lora_layers(model) if not layer.called]:
+        warnings.warn(
+            f"the model did not call {', '.join(idle)}: LoRA has no effect there if the model "
+            "reads the weight of a layer directly",
+            stacklevel=2,
+        )
 
 
 def _cast(value: object, dtype: torch.dtype) -> object:

@@ -12,7 +12,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # Imports run one way: a module may import those on the lines above its own, and those before it
 # on its own line.
 ORDER = [
-    ["kernels"],
+    ["kernels", "modules"],
     ["lora", "llama"],
     ["budget", "testing", "checkpoint", "adapter", "tokenizer", "notes", "device"],
     ["calibration", "run", "classifier"],
@@ -25,8 +25,8 @@ ORDER = [
 ]
 # LoRA works on any model, so neither of these two may know the other.
 APART = {"lora", "llama"}
-# These can be read, copied and used without the rest of the package but kernels.py.
-HEART = ["kernels", "lora", "llama"]
+# These can be read, copied and used without the rest of the package.
+HEART = ["kernels", "modules", "lora", "llama"]
 
 
 def imports(source: str) -> set[str]:
