@@ -446,6 +446,16 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
             yield name, module
 
 
+def layers_without_gradient(model: nn.Module) -> list[str]:
+    """Name the LoRA layers whose B has no gradient, or one of zeros, after a backward pass."""
+    idle = []
+    for name, layer in lora_layers(model):
+        gradient = layer.lora_B.grad
+        if gradient is None or not gradient.any():
+            idle.append(name)
+    return idle
+
+
 def _require_lora(model: nn.Module) -> list[LoRALinear]:
     layers = [layer for _, layer in lora_layers(model)]
     if not layers:

@@ -9,6 +9,7 @@ by PEFT or by hand, and they need no test framework::
             apply_lora(model, LoRAConfig(rank=8))
         assert_trains_exactly(model, ["lora_A", "lora_B", "score"])
         assert_trains_at_most(model, percent=0.2, megabytes=5)
+        assert_adapter_takes_part(model, ids)
         with base_unchanged(model):
             step(model)
         assert_merge_moves_at_most(model, 1e-5, ids)
@@ -197,6 +198,58 @@ def output_unchanged(model: nn.Module, /, *inputs: object, **kwargs: object) -> 
             f"the output was {_form(before)}, is {_form(after)} and moved by up to "
             f"{_largest_gap(before, after):.3g}: a new adapter must add exactly zero"
         )
+
+
+def assert_adapter_takes_part(model: nn.Module, /, *inputs: object, **kwargs: object) -> None:
+    """Assert that every B receives a gradient and moves the output.
+
+    It fails, for example, where a model reads the weight of a layer instead of calling the layer,
+    or where activation checkpointing cuts the gradient off. It uses a deep copy and leaves the
+    model as it is. The gradient is computed in the mode that the model is in. Outputs are compared
+    in evaluation mode, and selected as in ``output_unchanged``; that takes a forward pass per B.
+
+    Args:
+        model: A model adapted by ``apply_lora``, by PEFT or by hand.
+        *inputs: The arguments to call the model with.
+        **kwargs: The keyword arguments to call the model with.
+
+    Raises:
+        AssertionError: A B receives no gradient or does not move the output, or there is no B.
+        ValueError: The model is on the meta device, or returns no tensor.
+    """
+    model = copy.deepcopy(model)
+    matrices_b = {}
+    for name, parameter in model.named_parameters():
+        parameter.grad = None
+        if "lora_B" in name.split("."):
+            matrices_b[name] = parameter
+    if not matrices_b:
+        raise AssertionError("no parameter is a lora_B: apply the adapter first")
+    before = _output(model, inputs, kwargs)
+    with torch.enable_grad():
+        output = _tensor(model(*inputs, **kwargs))
+        if output.requires_grad:
+            # Random factors, since the sum of what a softmax or a norm gives may be constant.
+            (output * torch.randn_like(output)).sum().backward()
+    without_gradient = []
+    without_effect = []
+    for name, matrix in matrices_b.items():
+        if matrix.grad is None or not matrix.grad.any():
+            without_gradient.append(name)
+        saved = matrix.detach().clone()
+        with torch.no_grad():
+            matrix.add_(1)
+            after = _output(model, inputs, kwargs)
+            matrix.copy_(saved)
+        if torch.equal(before, after):
+            without_effect.append(name)
+    lines = []
+    if without_gradient:
+        lines.append(_list("these receive no gradient", without_gradient))
+    if without_effect:
+        lines.append(_list("these do not move the output", without_effect))
+    if lines:
+        raise AssertionError("\n".join(lines))
 
 
 def assert_merge_moves_at_most(

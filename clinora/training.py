@@ -33,6 +33,7 @@ from clinora.calibration import FEWEST_VALIDATION
 from clinora.checkpoint import write_atomically
 from clinora.classifier import Classifier, group_by_length, pad
 from clinora.device import gathered, summed, world
+from clinora.lora import layers_without_gradient
 from clinora.notes import Note, are_correct, clean_text, soft_targets, text_sha256
 from clinora.resume import State
 from clinora.run import RUN_FILE
@@ -183,9 +184,8 @@ def train(
             log.write(metrics)
             if checkpoint_is_due(state, config):
                 save(state, log)
-        if (
-            interruption.requested()
-        ):  # even after the last step: what follows training may take long
+        # Even after the last step: what follows training may take long.
+        if interruption.requested():
             save(state, log)
             message = f"stopped after step {state.step}. {state.last_checkpoint()}"
             raise InterruptedTraining(message, interruption.number)
@@ -409,6 +409,8 @@ class Learner:
         Raises:
             FloatingPointError: The loss or the gradient is not finite. No parameter has changed.
         """
+        if number == 1 and self.rank == 0:
+            report_layers_without_gradient(self.model)
         learning_rate = self.config.learning_rate * learning_rate_factor(number, self.config)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -425,6 +427,13 @@ class Learner:
         self.scaler.update()
         self.optimizer.zero_grad()
         return learning_rate
+
+
+def report_layers_without_gradient(model: nn.Module) -> None:
+    """Print which adapted layers got no gradient: LoRA cannot learn anything there."""
+    names = layers_without_gradient(model)
+    if names:
+        tqdm.write(f"LoRA gets no gradient in {', '.join(names)}: it learns nothing there.")
 
 
 def learning_rate_factor(step: int, config: TrainingConfig) -> float:

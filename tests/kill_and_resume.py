@@ -61,17 +61,17 @@ def show(folder: Path, precision: str, kills: int, seed: int) -> dict:
     notes = write_notes(folder / "notes.csv")
     steps = ("--steps", str(20 * kills))  # more than are done between the kills
     whole = folder / "whole"
-    began = time.monotonic()
-    job = start(notes, whole, precision, *steps)
-    wait_for(job, whole, "metrics.jsonl")
-    ready = time.monotonic() - began
-    finish(job)
+    finish(start(notes, whole, precision, *steps))
 
     run = folder / "killed"
     while_writing = 0
     for number in range(kills):
+        done = last_checkpoint(run)
         job = start_or_resume(notes, run, precision, *steps)
-        time.sleep(draw.uniform(0.2 * ready, ready + 1))
+        further = draw.randint(1, 10)  # steps
+        while job.poll() is None and last_checkpoint(run) < done + further:
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0, 0.1))  # into the middle of what comes next
         if number % 2 == 1:
             wait_for(job, run, "checkpoint/.step-*")
         job.send_signal(signal.SIGKILL)
@@ -90,6 +90,12 @@ def show(folder: Path, precision: str, kills: int, seed: int) -> dict:
         "while writing": while_writing,
         "identical": resumed == expected,
     }
+
+
+def last_checkpoint(run: Path) -> int:
+    """Give the step of the newest checkpoint; 0 if there is none."""
+    names = [path.stem for path in run.glob("checkpoint/step-*.safetensors")]
+    return max([int(name.removeprefix("step-")) for name in names], default=0)
 
 
 def start_or_resume(notes: Path, run: Path, precision: str, *more: str) -> subprocess.Popen:

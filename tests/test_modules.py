@@ -177,6 +177,22 @@ def test_processes_that_share_or_shard_a_model_save_what_one_would(tmp_path):
                 torch.testing.assert_close(saved[name], tensor, rtol=1e-5, atol=1e-7)
 
 
+def test_gradient_checkpointing_of_transformers_changes_no_gradient(adapted_twins, notes):
+    _, model, _ = adapted_twins(LoRAConfig(rank=2, dropout=0.0))
+    theirs = model.merge_and_unload().train()
+    clinora.apply_lora(theirs, LoRAConfig(rank=2, dropout=0.0))
+    ids, _ = notes((7, 7))
+    gradients = []
+    for _ in range(2):
+        theirs.zero_grad()
+        theirs(ids).logits.square().sum().backward()
+        gradients.append({n: p.grad for n, p in theirs.named_parameters() if p.requires_grad})
+        theirs.gradient_checkpointing_enable()
+    plain, checkpointed = gradients
+    assert all(torch.equal(checkpointed[name], gradient) for name, gradient in plain.items())
+    assert all(gradient.any() for name, gradient in plain.items() if "lora_B" in name)
+
+
 # --- What would be lost ---
 
 

@@ -25,7 +25,7 @@ ORDER = [
 ]
 # LoRA works on any model, so neither of these two may know the other.
 APART = {"lora", "llama"}
-# These can be read, copied and used without the rest of the package.
+# These four can be read, copied and used without the rest of the package.
 HEART = ["kernels", "modules", "lora", "llama"]
 
 

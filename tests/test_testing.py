@@ -6,11 +6,14 @@ import time
 import peft
 import pytest
 import torch
+import transformers
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from clinora.llama import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 from clinora.lora import LoRAConfig, LoRALinear, apply_lora
 from clinora.testing import (
+    assert_adapter_takes_part,
     assert_merge_moves_at_most,
     assert_trains_at_most,
     assert_trains_exactly,
@@ -556,6 +559,71 @@ def test_merging_a_model_without_an_adapter_is_no_success():
 
 
 # The example of the module's documentation, on a Llama
+
+
+# --- assert_adapter_takes_part ---
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_an_adapter_that_takes_part_passes_and_the_model_stays_as_it_is(adapt, training):
+    model = adapt(Net()).train(training)
+    model(torch.randn(4, 6)).sum().backward()
+    state = copy.deepcopy(model.state_dict())
+    gradients = [p.grad for p in model.parameters()]
+    assert_adapter_takes_part(model, torch.randn(4, 6))
+    assert all(torch.equal(state[name], now) for name, now in model.state_dict().items())
+    assert all(p.grad is g for p, g in zip(model.parameters(), gradients, strict=True))
+    assert model.training == training
+
+
+class ReadsAWeight(Net):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = nn.functional.linear(x, self.up.weight, self.up.bias)
+        return self.score(self.down(hidden.relu()))
+
+
+class CutsTheGradientOff(Net):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.score(self.down(self.up(x).relu().detach()))
+
+
+class CheckpointsWithoutAGradientAtItsInput(Net):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.score(checkpoint(lambda x: self.down(self.up(x)), x, use_reentrant=True))
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
+@pytest.mark.parametrize(
+    ("kind", "without_gradient", "without_effect"),
+    [
+        (ReadsAWeight, {"up"}, {"up"}),
+        (CutsTheGradientOff, {"up"}, set()),
+        (CheckpointsWithoutAGradientAtItsInput, {"up", "down"}, set()),
+    ],
+)
+def test_a_b_that_takes_no_part_is_named(kind, without_gradient, without_effect):
+    model = with_ours(kind())
+    with pytest.raises(AssertionError) as caught:
+        assert_adapter_takes_part(model, torch.randn(4, 6))
+    lines = str(caught.value).splitlines()
+    named = [{name for name in ("up", "down") if f"{name}.lora_B" in line} for line in lines]
+    assert named == [names for names in (without_gradient, without_effect) if names]
+
+
+def test_mambas_time_step_takes_no_part():
+    """Transformers reads dt_proj's weight, so that PEFT's LoRA does nothing there either."""
+    shape = transformers.MambaConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=1, state_size=4
+    )
+    model = transformers.MambaForCausalLM(shape)
+    apply_lora(model, LoRAConfig(rank=1, targets=("dt_proj", "x_proj"), also_train=()))
+    with pytest.raises(AssertionError, match=r"\(1\): .*dt_proj"):
+        assert_adapter_takes_part(model, torch.randint(3, 50, (1, 9)))
+
+
+def test_a_model_without_an_adapter_has_no_part_to_take():
+    with pytest.raises(AssertionError, match="lora_B"):
+        assert_adapter_takes_part(Net(), torch.randn(4, 6))
 
 
 def test_the_documented_example(twins, notes, fill_b):

@@ -62,6 +62,19 @@ def test_training_reads_a_note_as_prediction_does():
     assert examples.ids[0].tolist() == classifier.tokenizer.encode("No fever.\nChest pain.")
 
 
+def test_layers_that_get_no_gradient_are_named_once(tmp_path, capsys):
+    classifier = fresh()
+    layer = classifier.model.model.layers[0].self_attn
+    layer.q_proj.forward = lambda x: torch.nn.functional.linear(x, layer.q_proj.weight)
+    notes = [Note("No fever.", (0,)), Note("Chest pain.", (1,))]
+    train(classifier, notes, [], TrainingConfig(steps=3), tmp_path)
+    said = capsys.readouterr()
+    lines = [line for line in (said.out + said.err).splitlines() if "no gradient" in line]
+    assert len(lines) == 1
+    assert "layers.0.self_attn.q_proj" in lines[0]
+    assert "v_proj" not in lines[0]
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_training_follows_peft_and_transformers(tmp_path, accumulate):
     """AdamW divides by the gradient's size: where that is near zero, rounding becomes steps."""
