@@ -1,5 +1,6 @@
 """Adapters on disk: PEFT reads ours, we read PEFT's, and damaged ones are refused."""
 
+import copy
 import warnings
 
 import peft
@@ -418,6 +419,81 @@ class Twice(torch.nn.Module):
 
     def forward(self, x):
         return self.second(self.first(x).relu())
+
+
+# --- Models of Transformers, adapted by PEFT ---
+
+TINY = {"vocab_size": 50, "num_labels": 3}
+BERT = TINY | {
+    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+}  # fmt: skip
+
+
+def distilbert():
+    shape = transformers.DistilBertConfig(**TINY, dim=16, hidden_dim=24, n_layers=2, n_heads=2)
+    return transformers.DistilBertForSequenceClassification(shape)
+
+
+def roberta():
+    shape = transformers.RobertaConfig(**BERT, max_position_embeddings=40, pad_token_id=0)
+    return transformers.RobertaForSequenceClassification(shape)
+
+
+def electra():
+    shape = transformers.ElectraConfig(**BERT, embedding_size=16)
+    return transformers.ElectraForSequenceClassification(shape)
+
+
+ADAPTED = {
+    # PEFT matches "classifier", which SEQ_CLS adds, by any ending: also pre_classifier.
+    "a head of two modules": (distilbert, {"target_modules": ["q_lin", "v_lin"]}),
+    "targets of other models too": (distilbert, {"target_modules": ["q_lin", "q_proj", "c_attn"]}),
+    # The head holds a layer named dense, which is saved whole and not adapted.
+    "a target that is also in the head": (roberta, {"target_modules": ["dense", "query"]}),
+    "a pattern": (roberta, {"target_modules": r".*\.layer\.1\..*\.(query|dense)"}),
+    "all linear layers": (electra, {"target_modules": "all-linear"}),
+    "a module named by its ending": (
+        electra, {"target_modules": ["query"], "modules_to_save": ["LayerNorm"]},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ADAPTED)
+def test_an_adapter_that_peft_writes_for_another_model_is_read_as_peft_reads_it(tmp_path, kind):
+    build, options = ADAPTED[kind]
+    torch.manual_seed(0)
+    base = build().eval()
+    theirs = peft.get_peft_model(
+        copy.deepcopy(base), peft.LoraConfig(task_type="SEQ_CLS", r=4, **options)
+    ).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.3)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ids = torch.randint(3, 50, (2, 9))
+    expected = theirs(ids).logits
+
+    ours = copy.deepcopy(base)
+    clinora.load_adapter(ours, tmp_path / "theirs")
+    torch.testing.assert_close(ours.eval()(ids).logits, expected, rtol=1e-5, atol=1e-5)
+
+    clinora.save_adapter(ours, tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours").eval()
+    torch.testing.assert_close(again(ids).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_an_adapter_that_lacks_a_layer_is_refused(tmp_path):
+    theirs = peft.get_peft_model(roberta(), peft.LoraConfig(r=4, target_modules=["query"]))
+    theirs.save_pretrained(tmp_path)
+
+    def remove_a_layer(tensors):
+        for name in [name for name in tensors if ".layer.1." in name]:
+            del tensors[name]
+
+    edit_tensors(tmp_path / "adapter_model.safetensors", remove_a_layer)
+    with pytest.raises(CheckpointError, match=r"missing: .*layer\.1\..*query"):
+        clinora.load_adapter(roberta(), tmp_path)
 
 
 def test_the_adapter_of_a_layer_used_twice_is_loaded_as_it_was_saved(tmp_path, fill_b):
