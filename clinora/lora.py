@@ -186,7 +186,8 @@ def check_linear(name: str, module: nn.Module) -> None:
 
     Raises:
         ValueError: It is of another class; its weight is computed from other tensors, as pruning,
-            weight normalisation and spectral normalisation do; or its ``forward`` was replaced.
+            weight normalisation and spectral normalisation do; FSDP has cut its weight into
+            shards; or its ``forward`` was replaced.
     """
     if type(module) is not nn.Linear:  # a subclass may compute something else
         raise ValueError(f"{name} is a {type(module).__name__}: only nn.Linear can be adapted")
@@ -198,6 +199,9 @@ def check_linear(name: str, module: nn.Module) -> None:
         )
     if not isinstance(module.weight, nn.Parameter):
         raise ValueError(f"the weight of {name} is not a parameter: only plain layers are adapted")
+    is_whole = module.weight.shape == (module.out_features, module.in_features)
+    if not is_whole or hasattr(module.weight, "full_tensor"):  # a DTensor
+        raise ValueError(f"the weight of {name} is cut into shards: apply LoRA before FSDP")
     if "forward" in vars(module):  # accelerate replaces it to move weights between devices
         raise ValueError(
             f"another function replaces the forward method of {name}, as accelerate's offloading "
@@ -218,15 +222,17 @@ def apply_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
 
     Warns:
         UserWarning: A module with the usual name of a classification head stays frozen, although
-            it may be new.
+            it may be new. Later, after the model's first run: the run did not call an adapted
+            layer.
 
     Returns:
         The full names of the adapted layers.
 
     Raises:
-        ValueError: A target does not exist or is not an ``nn.Linear``; the rank exceeds a layer's
-            smaller side; the model is adapted already; or a module in ``also_train`` has no
-            parameters, shares weights with a frozen module or contains a target.
+        ValueError: A target does not exist or is not a plain linear layer (``check_linear``); the
+            rank exceeds a layer's smaller side; the model is adapted already; or a module in
+            ``also_train`` has no parameters, shares weights with a frozen module or contains a
+            target.
     """
     if adapted := [name for name, _ in lora_layers(model)]:
         where = f"{adapted[0]} and {len(adapted) - 1} more layers"
@@ -469,7 +475,7 @@ def _frozen_heads(model: nn.Module) -> list[str]:
     Random weights cannot be told from trained ones, so the name decides. A model of this package
     knows whether its head is trained (``head_trained``).
     """
-    if getattr(model, "head_trained", False):
+    if getattr(unwrap(model), "head_trained", False):
         return []
     frozen = []
     for name, module in find_modules(model, HEAD_NAMES).items():

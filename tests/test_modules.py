@@ -147,6 +147,15 @@ def wrap(model, kind):
         return fully_shard(model, mesh=mesh)
     return DistributedDataParallel(model) if kind == "DDP" else model
 
+for kind in ("FSDP1", "FSDP2"):
+    sharded = wrap(clinora.merge_lora(llama()), kind)
+    try:
+        clinora.apply_lora(sharded, clinora.LoRAConfig(rank=2))
+    except ValueError as error:
+        assert "shards" in str(error)
+    else:
+        raise AssertionError(kind)
+
 for kind in ("bare", "DDP", "FSDP1", "FSDP2"):
     model = wrap(llama(), kind)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
