@@ -47,6 +47,30 @@ def one_size(args: argparse.Namespace) -> dict[str, float]:
     return {"seconds": statistics.median(seconds), "bytes": common.peak_bytes() - before_training}
 
 
+def measure(args: argparse.Namespace, sizes: dict[str, int]) -> dict[str, float]:
+    """Measure one size in a process of its own, whose peak of memory is that of this size."""
+    options = sizes | {
+        "width": args.width,
+        "repetitions": args.repetitions,
+        "threads": torch.get_num_threads(),
+    }
+    words = ["--one"]
+    for name, value in options.items():
+        words += [f"--{name}", str(value)]
+    return common.in_own_process("benchmarks.scaling", *words)
+
+
+def row(name: str, found: dict[str, float], first: dict[str, float]) -> list[str]:
+    """Give a row of the table."""
+    return [
+        name,
+        f"{found['seconds']:.2f}",
+        f"{found['seconds'] / first['seconds']:.2f}",
+        f"{found['bytes'] / 1e6:.0f}",
+        f"{found['bytes'] / first['bytes']:.2f}",
+    ]
+
+
 def main(argv: list[str] | None = None) -> int:
     """Measure and print; returns the exit status."""
     parser = common.parser(__doc__)
@@ -61,29 +85,13 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps(one_size(args)))
         return 0
     common.begin(args)
-    rows = []
+    smallest = {name: getattr(args, name) for name in sizes}
+    first = measure(args, smallest)
+    rows = [row("1×", first, first)]
     for grown in sizes:
-        first = None
-        for times in (1, 2, 4):
-            words = ["--one", "--width", str(args.width), "--repetitions", str(args.repetitions)]
-            words += ["--threads", str(torch.get_num_threads())]
-            for name in sizes:
-                size = getattr(args, name)
-                if name == grown:
-                    size *= times
-                words += [f"--{name}", str(size)]
-            found = common.in_own_process("benchmarks.scaling", *words)
-            if first is None:
-                first = found
-            rows.append(
-                [
-                    f"{grown} {times}×",
-                    f"{found['seconds']:.2f}",
-                    f"{found['seconds'] / first['seconds']:.2f}",
-                    f"{found['bytes'] / 1e6:.0f}",
-                    f"{found['bytes'] / first['bytes']:.2f}",
-                ]
-            )
+        for times in (2, 4):
+            larger = smallest | {grown: times * smallest[grown]}
+            rows.append(row(f"{grown} {times}×", measure(args, larger), first))
     common.table(["", "seconds", "of 1×", "MB", "of 1×"], rows)
     return 0
 
