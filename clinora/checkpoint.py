@@ -19,12 +19,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from clinora.files import START_BYTES, recognise
 from clinora.llama import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 BUNDLED = Path(__file__).parent / "bundled"
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+TOKENIZER = "tokenizer.model"
 
 # The dtypes that weights may have. 8-bit floats need a scale, which these files do not hold.
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -63,7 +65,7 @@ def find_base(source: str | Path, revision: str | None = None) -> Source:
         return Source("bundled", None, BUNDLED / "base")
     if Path(source).is_dir():
         return Source(str(Path(source).resolve()), None, Path(source))
-    patterns = ["config.json", "tokenizer.model", WEIGHTS, INDEX, "model-*.safetensors"]
+    patterns = ["config.json", TOKENIZER, WEIGHTS, INDEX, "model-*.safetensors"]
     folder = Path(_from_hub(source, revision, patterns))
     return Source(str(source), folder.name, folder)  # the cache names the folder by its commit
 
@@ -81,6 +83,32 @@ def find_config(source: str | Path, revision: str | None = None) -> Path:
         path = path / "config.json"
     if not path.is_file():
         raise CheckpointError(f"there is no {path}")
+    return path
+
+
+def find_tokenizer(source: str | Path, revision: str | None = None) -> Path:
+    """Find a base's ``tokenizer.model`` without its weights, which may take long to load.
+
+    Args:
+        source: "bundled", a folder or a Hub id; of the Hub's files only this one is downloaded.
+        revision: A commit, branch or tag on the Hub; None: the main branch.
+
+    Raises:
+        CheckpointError: There is no such file, or another file stands in its place.
+    """
+    folder = BUNDLED / "base" if str(source) == "bundled" else Path(source)
+    if folder.is_dir():
+        _weight_files(folder)  # a folder without weights is not a base
+    else:
+        folder = Path(_from_hub(source, revision, [TOKENIZER]))
+    path = folder / TOKENIZER
+    if not path.is_file():
+        raise CheckpointError(
+            f"{folder} holds no {TOKENIZER}: expected a base with a SentencePiece tokenizer, such "
+            "as Llama 2 or TinyLlama; bases that have tokenizer.json alone, such as Llama 3 and "
+            "SmolLM, are not supported"
+        )
+    _check_kind(path)
     return path
 
 
@@ -105,10 +133,11 @@ def weights_sha256(folder: Path) -> str:
     """Hash the weight files of a base, in the order of their names, to identify the base.
 
     Raises:
-        CheckpointError: The folder holds no weights.
+        CheckpointError: The folder holds no weights, or another file in their place.
     """
     digest = hashlib.sha256()
     for file in _weight_files(folder):
+        _check_kind(file)
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
@@ -267,11 +296,16 @@ def read_json(path: Path) -> dict:
         CheckpointError: The file is missing, cannot be read or does not hold a JSON object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
     except FileNotFoundError:
         raise CheckpointError(f"there is no {path}") from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    kind = recognise(content)
+    if kind is not None:
+        raise CheckpointError(f"{path} {kind}")
+    try:
+        value = json.loads(content.decode())
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from None
     if not isinstance(value, dict):
@@ -286,6 +320,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         CheckpointError: The file is missing or damaged.
     """
     try:
+        _check_kind(path)
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
@@ -294,6 +329,19 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{path} is not a safetensors file or is damaged ({error}): copy it again"
         ) from None
+
+
+def _check_kind(path: Path) -> None:
+    """Check that no other file stands in a file's place, such as a Git LFS pointer.
+
+    Raises:
+        CheckpointError: One does.
+        OSError: The file cannot be read.
+    """
+    with path.open("rb") as file:
+        kind = recognise(file.read(START_BYTES))
+    if kind is not None:
+        raise CheckpointError(f"{path} {kind}")
 
 
 def check_tensors(found: dict[str, Tensor], expected: dict[str, Tensor], what: str) -> None:

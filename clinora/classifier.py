@@ -19,7 +19,7 @@ from torch import Tensor
 
 from clinora.adapter import load_adapter, save_adapter
 from clinora.calibration import Calibration
-from clinora.checkpoint import BUNDLED, CheckpointError, find_base, load_model
+from clinora.checkpoint import BUNDLED, CheckpointError, find_base, find_tokenizer, load_model
 from clinora.device import choose_device, choose_dtype
 from clinora.llama import LlamaForSequenceClassification
 from clinora.lora import LoRAConfig, apply_lora
@@ -173,12 +173,13 @@ class Classifier:
             precision: "auto", "bf16", "fp16" or "fp32".
 
         Raises:
-            CheckpointError: The base is missing or damaged.
-            FileNotFoundError: The base has no tokenizer.
+            CheckpointError: The base is missing or damaged, or has no ``tokenizer.model``.
             ValueError: This machine has no such device, or the parts do not fit together.
         """
         torch.manual_seed(seed)
         chosen_device = choose_device(device)
+        # Before the weights, which may take long to load.
+        tokenizer = Tokenizer(find_tokenizer(base, revision))
         model = load_model(
             base,
             num_labels=len(labels),
@@ -188,7 +189,6 @@ class Classifier:
         )
         if lora is not None:
             apply_lora(model, lora)
-        tokenizer = Tokenizer(model.source.folder / "tokenizer.model")
         return cls(model, tokenizer, labels, token_limit)
 
     @classmethod
@@ -210,7 +210,6 @@ class Classifier:
 
         Raises:
             CheckpointError: A file is missing or damaged, or the base is not the recorded one.
-            FileNotFoundError: The base has no tokenizer.
             ValueError: This machine has no such device, or the parts do not fit together.
         """
         folder = BUNDLED / "adapter" if str(folder) == "bundled" else Path(folder)

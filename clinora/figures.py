@@ -7,10 +7,21 @@ Shapes: N notes, C classes.
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import (
+    FontEntry,
+    FontProperties,
+    findfont,
+    findSystemFonts,
+    fontManager,
+    get_font,
+)
 from matplotlib.ticker import PercentFormatter
 
 from clinora.evaluation import wilson
@@ -22,6 +33,11 @@ LIGHT = "#c8c8c8"
 BLUE = "#1f5fa8"  # as dark as mid grey
 
 FEW_CLASSES = 12  # with more classes, the cells of a confusion matrix are smaller
+MISSING = "□"  # stands for a character that no installed font has
+MISSING_NOTE = (
+    f"{MISSING} replaces characters that no installed font has; try the Noto fonts.\n"
+    "The classes are in the order of the report's tables."
+)
 
 
 def confusion_figure(confusion: np.ndarray, labels: Sequence[str]) -> Figure:
@@ -49,9 +65,13 @@ def confusion_figure(confusion: np.ndarray, labels: Sequence[str]) -> Figure:
             )  # fmt: skip
     places = range(len(labels))
     slant = {"rotation": 30, "ha": "right"} if few else {"rotation": 90, "ha": "center"}
+    families, missing = _fonts_for(labels)
+    if missing:
+        figure.supxlabel(MISSING_NOTE, fontsize=8)
+    names = [_replace(label, missing) for label in labels]
     # No parsing: a class name such as "$x$" is not a formula.
-    axes.set_xticks(places, labels, parse_math=False, **slant)
-    axes.set_yticks(places, labels, parse_math=False)
+    axes.set_xticks(places, names, parse_math=False, fontfamily=families, **slant)
+    axes.set_yticks(places, names, parse_math=False, fontfamily=families)
     edges = np.arange(len(labels) - 1) + 0.5
     axes.hlines(edges, -0.5, len(labels) - 0.5, color=LIGHT, linewidth=0.5)
     axes.vlines(edges, -0.5, len(labels) - 0.5, color=LIGHT, linewidth=0.5)
@@ -64,6 +84,66 @@ def confusion_figure(confusion: np.ndarray, labels: Sequence[str]) -> Figure:
     )
     figure.colorbar(image, ax=axes, label="share of the row", shrink=0.8)
     return figure
+
+
+def _fonts_for(texts: Sequence[str]) -> tuple[list[str], set[str]]:
+    """Return font families that together have the characters of some texts.
+
+    matplotlib takes each character from the first of the families that has it. These are the usual
+    ones, and if they are not enough, the families that have the most of the other characters.
+
+    Returns:
+        The families, and the characters that no installed font has.
+    """
+    families = list(matplotlib.rcParams["font.family"])
+    missing = _not_in(findfont(FontProperties()), set("".join(texts)))
+    if not missing:
+        return families, missing
+    _find_new_fonts()
+    fonts = _regular_fonts()
+    while missing:
+        left = {family: _not_in(path, missing) for family, path in fonts.items()}
+        best = min(left, key=lambda family: len(left[family]))
+        if left[best] == missing:
+            break
+        families.append(best)
+        missing = left[best]
+    return families, missing
+
+
+def _not_in(font: str, characters: set[str]) -> set[str]:
+    """Return the characters that a font's file does not have; white space needs no glyph."""
+    face = get_font(font)
+    return {c for c in characters if not c.isspace() and not face.get_char_index(ord(c))}
+
+
+def _find_new_fonts() -> None:
+    """Tell matplotlib about the fonts that were installed after it had cached its list of fonts."""
+    known = {entry.fname for entry in fontManager.ttflist}
+    for path in sorted(set(findSystemFonts()) - known):
+        with suppress(OSError, RuntimeError, ValueError):  # some cannot be read, such as bitmaps
+            fontManager.addfont(path)
+
+
+def _regular_fonts() -> dict[str, str]:
+    """Return the file of each installed font family, upright and as near to regular as it has."""
+
+    def preference(entry: FontEntry) -> tuple:
+        return entry.name, abs(entry.weight - 400), entry.fname
+
+    fonts: dict[str, str] = {}
+    for entry in sorted(fontManager.ttflist, key=preference):
+        is_installed = Path(entry.fname).is_file()  # matplotlib's cached list may be old
+        # These fonts have a placeholder for every character.
+        is_last_resort = "lastresort" in entry.name.replace(" ", "").lower()
+        if entry.style == "normal" and is_installed and not is_last_resort:
+            fonts.setdefault(entry.name, entry.fname)
+    return fonts
+
+
+def _replace(text: str, missing: set[str]) -> str:
+    """Replace the characters that no installed font has."""
+    return "".join(MISSING if character in missing else character for character in text)
 
 
 def _cell_text(count: float, share: float, few: bool) -> str:

@@ -5,10 +5,8 @@ all its labels, so that no text is in two splits. The published split, in which 
 example with its own label, is supported for comparison.
 """
 
-import csv
 import hashlib
 import math
-import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Sequence
@@ -17,6 +15,8 @@ from pathlib import Path
 
 import huggingface_hub
 import numpy as np
+
+from clinora.files import DELIMITERS, TableError, is_similar, read_table
 
 NAMED_NOTES = ("bundled", "mtsamples")
 
@@ -38,12 +38,12 @@ LABEL_COLUMN = "medical_specialty"
 SPLITS = ("texts", "rows")
 SIDES = ("training", "validation", "test")
 SHORT = 50  # characters; shorter texts rarely allow a prediction
-LONGEST_COLUMN_NAME = 40  # characters; a longer one is a note in a file without a header
 LONGEST_CLASS_NAME = 100  # characters; a longer one is a note, not a class
-MOST_CLASSES_LISTED = 100  # in a message; more are probably notes, not classes
 
 # What clean_text writes in place of a lone surrogate.
 REPLACEMENT = "\ufffd"
+
+BYTE_ORDER_MARK = "\ufeff"
 
 # Letters and symbols that are drawn as nothing: Hangul fillers, the Braille pattern without dots
 # and the musical null notehead.
@@ -52,8 +52,9 @@ BLANK_LETTERS = frozenset("\u115f\u1160\u3164\uffa0\u2800\U0001d159")
 # Control, format and surrogate characters, line and paragraph separators.
 UNSHOWABLE_CATEGORIES = frozenset(("Cc", "Cf", "Cs", "Zl", "Zp"))
 
-# A zero-width joiner or non-joiner between two visible characters, as emoji and Persian need it.
-JOINER_IN_WORD = re.compile(r"(?<=[^\s\u200c\u200d])[\u200c\u200d](?=[^\s\u200c\u200d])")
+# The zero-width non-joiner and joiner, as Persian, Indic scripts and emoji need them.
+JOINERS = frozenset("\u200c\u200d")
+VIRAMA = 9  # combining class of the sign that ends an Indic consonant
 
 
 def clean_text(text: str) -> str:
@@ -96,7 +97,9 @@ def check_class_name(name: str) -> None:
     """
     if len(name) > LONGEST_CLASS_NAME:
         raise ValueError(f"it has {len(name):,} characters, expected at most {LONGEST_CLASS_NAME}")
-    for character in JOINER_IN_WORD.sub("", name):
+    for i, character in enumerate(name):
+        if character in JOINERS and _joins(name[max(0, i - 1) : i], name[i + 1 : i + 2]):
+            continue
         if unicodedata.category(character) in UNSHOWABLE_CATEGORIES:
             raise ValueError(
                 f"it has the control or format character U+{ord(character):04X}, expected "
@@ -106,12 +109,23 @@ def check_class_name(name: str) -> None:
         raise ValueError("it has nothing visible, expected a name")
 
 
+def _joins(before: str, after: str) -> bool:
+    """Tell whether a joiner between two characters shapes them: in a word, or after a virama.
+
+    Elsewhere it is invisible, and two names that look the same would be different. At an end of the
+    name, the character is "".
+    """
+    if before and unicodedata.combining(before) == VIRAMA:
+        return True
+    return all(side and not side.isspace() and side not in JOINERS for side in (before, after))
+
+
 def check_class_names(labels: Sequence[str]) -> None:
     """Check the names of a run's classes, as ``read_notes`` checks those of a file.
 
     Raises:
-        ValueError: They are not distinct names that can be displayed. The message shows at most
-            60 characters of a name, with escapes.
+        ValueError: They are not distinct names that can be displayed. The message quotes none of
+            them.
     """
     if not all(isinstance(label, str) for label in labels):
         raise ValueError("labels are not strings: expected names")
@@ -121,8 +135,7 @@ def check_class_names(labels: Sequence[str]) -> None:
         try:
             check_class_name(label)
         except ValueError as error:
-            shown = ascii(label)[:60]
-            raise ValueError(f"label {i} ({shown}) is not a class name: {error}") from None
+            raise ValueError(f"label {i} is not a class name: {error}") from None
 
 
 def text_sha256(text: str) -> str:
@@ -255,7 +268,8 @@ def read_notes(
     """Read notes from a CSV file.
 
     Args:
-        source: A UTF-8 CSV file; "bundled"; or "mtsamples", which is downloaded from the Hub.
+        source: A CSV file in UTF-8, with commas, semicolons or tabs; "bundled"; or "mtsamples",
+            which is downloaded from the Hub.
         text_column: Name of the column with the texts.
         label_column: Name of the column with the class of each row.
         classes: The classes to keep, k for the k most frequent, or "all". None: the published
@@ -384,39 +398,32 @@ def find_notes(source: str | Path) -> Path:
 
 def _read_rows(path: Path, text_column: str, label_column: str) -> Iterator[tuple[int, str, str]]:
     """Yield number (from 1, the header not counted), clean text and label of each row."""
-    _check_encoding(path)
-    limit = csv.field_size_limit(2**31 - 1)  # the default is 131,072 characters
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: expected a CSV file")
+    columns = (text_column, label_column)
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            table = csv.reader(file, strict=True)
-            header = next(table, [])
-            if not header:
-                raise ValueError(f"{path} is empty: expected a CSV file with a header")
-            text_at = _column(path, header, text_column)
-            label_at = _column(path, header, label_column)
-            row = 0
-            for cells in table:
-                if not cells:  # an empty line
-                    continue
-                row += 1
-                if len(cells) != len(header):
+        with path.open("rb") as file:
+            table = read_table(file, columns)
+            if not table.header:
+                raise TableError("is empty: expected a CSV file with a header")
+            text_at, label_at = (table.position(column, columns) for column in columns)
+            for row, (line, cells) in enumerate(table.rows, 1):
+                if len(cells) != len(table.header):
                     raise ValueError(
-                        f"row {row} of {path} (it ends in line {table.line_num}) has {len(cells)} "
-                        f"fields, the header has {len(header)}: put texts with commas into quotes"
+                        f"row {row} of {path} (it begins in line {line}) has {len(cells)} fields, "
+                        f"the header has {len(table.header)}: put texts with "
+                        f"{DELIMITERS[table.delimiter]} into quotes"
                     )
                 text = clean_text(cells[text_at])
                 label = cells[label_at].strip()
-                if text == text_column and label == label_column:
+                # A second file that was appended may begin with a byte-order mark.
+                if (text.lstrip(BYTE_ORDER_MARK), label.lstrip(BYTE_ORDER_MARK)) == columns:
                     raise ValueError(f"row {row} of {path} repeats the header: remove that row")
                 if label:
                     _check_row_label(label, row, path, label_column)
                 yield row, text, label
-    except csv.Error as error:
-        raise ValueError(
-            f"{path} is not a CSV file: {error} (in the row that ends in line {table.line_num})"
-        ) from None
-    finally:
-        csv.field_size_limit(limit)
+    except TableError as error:
+        raise ValueError(f"{path} {error}") from None
 
 
 def _check_row_label(label: str, row: int, path: Path, label_column: str) -> None:
@@ -427,37 +434,6 @@ def _check_row_label(label: str, row: int, path: Path, label_column: str) -> Non
             f"row {row} of {path} has no valid class name: {error}; is {label_column!r} the "
             "column of the classes?"
         ) from None
-
-
-def _column(path: Path, header: list[str], name: str) -> int:
-    """Find the position of a column that must occur once."""
-    times = header.count(name)
-    if times == 1:
-        return header.index(name)
-    found = f"{times} columns" if times else "no column"
-    if max(map(len, header)) > LONGEST_COLUMN_NAME:  # perhaps a note, which no message may show
-        hint = "its first row does not look like a header"
-    else:
-        hint = f"its columns are: {', '.join(map(repr, header))[:500]}"
-    raise ValueError(f"{path} has {found} {name!r}, expected one; {hint}")
-
-
-def _check_encoding(path: Path) -> None:
-    """Check line by line that a file is UTF-8 text; the errors name the line."""
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder: expected a CSV file")
-    with path.open("rb") as file:
-        for line, content in enumerate(file, 1):
-            if b"\0" in content:
-                raise ValueError(
-                    f"{path} has a NUL byte in line {line}: not text, or UTF-16; save it as UTF-8"
-                )
-            try:
-                content.decode()
-            except UnicodeDecodeError:
-                raise ValueError(
-                    f"{path} is not UTF-8 (in line {line}): save it as UTF-8"
-                ) from None
 
 
 def _select_classes(
@@ -478,10 +454,7 @@ def _select_classes(
     else:
         chosen = list(counts)
     if len(chosen) < 2:
-        raise ValueError(
-            f"{path} leaves {len(chosen)} class to choose from "
-            f"({', '.join(map(repr, chosen))}): expected two or more"
-        )
+        raise ValueError(f"{path} leaves {len(chosen)} class to choose from: expected two or more")
     return tuple(sorted(chosen))
 
 
@@ -496,14 +469,23 @@ def _most_frequent(counts: Counter, k: int) -> list[str]:
 
 
 def _check_chosen(chosen: Sequence[str], counts: Counter, path: Path) -> None:
-    """Check that a file has the chosen classes; the error lists the classes that it has."""
+    """Check that a file has the chosen classes.
+
+    The error shows similar classes of the file but no others, because they may be notes in the
+    wrong column.
+    """
     unknown = [name for name in chosen if name not in counts]
     if not unknown:
         return
-    if len(counts) > MOST_CLASSES_LISTED:
-        known = f"{len(counts):,} others"
+    similar = []
+    for name in sorted(counts):
+        if name not in chosen and any(is_similar(name, wanted) for wanted in unknown):
+            similar.append(repr(name))
+    if similar:
+        hint = f"similar classes of the file: {', '.join(similar)[:500]}"
     else:
-        known = ", ".join(sorted(counts))
+        hint = "no class of the file has a similar name"
     raise ValueError(
-        f"{path} has no notes of class {', '.join(map(repr, unknown))}; it has: {known}"
+        f"{path} has no notes of class {', '.join(map(repr, unknown))} ({hint}): choose classes "
+        "that it has"
     )

@@ -16,6 +16,7 @@ from clinora.calibration import Calibration
 from clinora.checkpoint import (
     CheckpointError,
     Source,
+    find_tokenizer,
     read_json,
     weights_sha256,
     write_atomically,
@@ -77,12 +78,12 @@ def base_hashes(source: Source) -> dict[str, str]:
     For the configuration, the values are hashed, so its formatting does not matter.
 
     Raises:
-        CheckpointError: The folder holds no weights.
-        FileNotFoundError: It holds no tokenizer or no configuration.
+        CheckpointError: The folder holds no weights or no tokenizer.
+        FileNotFoundError: It holds no configuration.
         ValueError: The configuration is not a Llama's.
     """
-    weights = weights_sha256(source.folder)  # first: a folder without weights is not a base
-    tokenizer = (source.folder / "tokenizer.model").read_bytes()
+    tokenizer = find_tokenizer(source.folder).read_bytes()  # before the weights, which take long
+    weights = weights_sha256(source.folder)
     config = LlamaConfig.from_json(source.folder / "config.json")
     values = json.dumps(dataclasses.asdict(config), sort_keys=True).encode()
     return {

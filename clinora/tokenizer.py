@@ -5,6 +5,8 @@ from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
 
+from clinora.files import recognise
+
 SPACE = "\u2581"  # how SentencePiece writes a space
 # Every form of Unicode normalisation rewrites one of these, or joins the two spaces.
 REWRITTEN = "\ufb01 \uff21  e\u0301"
@@ -26,11 +28,18 @@ class Tokenizer:
     """
 
     def __init__(self, path: str | Path) -> None:
+        if Path(path).is_dir():
+            raise ValueError(f"{path} is a folder: expected Llama's tokenizer.model")
         data = Path(path).read_bytes()
+        kind = recognise(data)
+        if kind is not None:
+            raise ValueError(f"{path} {kind}")
         self._pieces = SentencePieceProcessor()
         try:
             if not data:
                 raise RuntimeError("the file is empty")
+            if data.startswith(b"{"):
+                raise RuntimeError("it is JSON, as tokenizer.json is")
             self._pieces.LoadFromSerializedProto(data)
         except RuntimeError as error:
             raise ValueError(

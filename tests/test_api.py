@@ -1,5 +1,6 @@
 """The HTTP interface: the published answer, and refusals in words."""
 
+import gzip
 import json
 import shutil
 import socket
@@ -8,6 +9,7 @@ import sys
 import threading
 import time
 
+import httpx
 import pytest
 from fastapi.testclient import TestClient
 
@@ -176,6 +178,33 @@ def test_another_content_type_is_told_what_was_expected(lasting_client, content_
     assert "application/json" in answer.json()["detail"]
 
 
+@pytest.mark.parametrize("content_type", [None, "", " ;charset=utf-8"])
+def test_a_missing_content_type_is_not_told_as_a_wrong_one(lasting_client, content_type):
+    body = b'{"note": "fever"}'
+    wrong = lasting_client.post("/v1/classify", content=body, headers={"Content-Type": "text/json"})
+    headers = {} if content_type is None else {"Content-Type": content_type}
+    missing = lasting_client.post("/v1/classify", content=body, headers=headers)
+    assert (missing.status_code, wrong.status_code) == (415, 415)
+    assert "missing" in missing.json()["detail"]
+    assert "missing" not in wrong.json()["detail"]
+
+
+@pytest.mark.parametrize("coding", ["gzip", "GZIP", "deflate", "br", "identity, gzip"])
+def test_a_compressed_body_is_told_by_the_header_that_says_so(lasting_client, coding):
+    body = gzip.compress(b'{"note": "fever"}')
+    headers = {"Content-Type": "application/json", "Content-Encoding": coding}
+    answer = lasting_client.post("/v1/classify", content=body, headers=headers)
+    assert answer.status_code == 415
+    assert "Content-Encoding" in answer.json()["detail"]
+
+
+@pytest.mark.parametrize("coding", ["", "identity", "Identity"])
+def test_a_content_encoding_that_changes_nothing_is_accepted(lasting_client, coding):
+    headers = {"Content-Type": "application/json", "Content-Encoding": coding}
+    answer = lasting_client.post("/v1/classify", content=b'{"note": "fever"}', headers=headers)
+    assert answer.status_code == 200
+
+
 @pytest.mark.parametrize("content_type", ["application/json", "Application/JSON; charset=utf-8"])
 def test_json_in_utf_8_is_read_with_and_without_a_byte_order_mark(lasting_client, content_type):
     for mark in (b"", b"\xef\xbb\xbf"):
@@ -205,18 +234,31 @@ def test_another_method_is_told_which_one_is_expected(lasting_client, path, allo
 def test_head_is_answered_like_get_without_a_body(classifier, tmp_path):
     """Over a real connection: the test client would leave the body out by itself."""
     with running(create_app(classifier, tmp_path)) as port:
-        for path in ("/health", "/ready"):
+        visit = {"Cookie": "clinora_visit=me"}
+        table = {"files": ("notes.csv", b"transcription\nfever\n")}
+        url = f"http://127.0.0.1:{port}/gradio_api/upload"
+        (file,) = httpx.post(url, files=table, headers=visit, timeout=60).json()
+        paths = ["/health", "/ready", "/", "/config", "/theme.css", "/favicon.ico"]
+        paths += ["/static/img/logo.svg", "/gradio_api/app_id", "/gradio_api/upload_progress"]
+        for path in [*paths, f"/gradio_api/file={file}"]:
             get = ask_at_once(port, "GET", path)
             head = ask_at_once(port, "HEAD", path)
-            assert get[:2] == head[:2] and get[0] == b"HTTP/1.1 200 OK"
-            assert (get[2][:10], head[2]) == (b'{"status":', b"")
+            assert get[:2] == head[:2] and get[0] == b"HTTP/1.1 200 OK", path
+            assert len(get[2]) > 0 and head[2] == b"", path
+
+
+@pytest.mark.parametrize("path", ["/gradio_api/heartbeat/one", "/gradio_api/queue/data"])
+def test_head_of_a_stream_is_refused_since_a_stream_has_no_end(lasting_client, path):
+    answer = lasting_client.head(path, params={"session_hash": "one"})
+    assert (answer.status_code, answer.headers["Allow"]) == (405, "GET")
 
 
 def ask_at_once(port, method, path):
     """Ask over a connection of its own: status line, headers but the date, body as it came."""
     with socket.create_connection(("127.0.0.1", port)) as connection:
         connection.settimeout(30)
-        request = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+        request = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nCookie: clinora_visit=me\r\n"
+        request += "Connection: close\r\n\r\n"
         connection.sendall(request.encode())
         answer = connection.makefile("rb").read()
     head, _, body = answer.partition(b"\r\n\r\n")

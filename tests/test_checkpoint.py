@@ -1,6 +1,7 @@
 """Bases on disk, against Transformers, and how files are written."""
 
 import fnmatch
+import gzip
 import json
 import os
 import shutil
@@ -13,7 +14,15 @@ import pytest
 import torch
 
 import clinora
-from clinora.checkpoint import CheckpointError, find_config, weights_sha256, write_atomically
+from clinora import checkpoint
+from clinora.checkpoint import (
+    BUNDLED,
+    CheckpointError,
+    find_config,
+    find_tokenizer,
+    weights_sha256,
+    write_atomically,
+)
 from tests.checkpoint_files import IDS, edit_json, edit_tensors, our_logits, reference_logits
 
 # ------------------------------------------------------------------------------------ bases
@@ -196,6 +205,74 @@ def test_an_unreachable_hub_gives_a_message_of_one_line(monkeypatch):
     assert "\n" not in str(caught.value)
 
 
+# What is found in the place of a file that was not downloaded as it should be.
+IN_PLACE_OF_A_FILE = {
+    "Git LFS": b"version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 17\n",
+    "web page": b"<!doctype html>\n<html><title>Log in</title></html>\n",
+    "compressed": gzip.compress(b"weights"),
+}
+
+
+@pytest.mark.parametrize("kind", IN_PLACE_OF_A_FILE)
+def test_another_file_in_the_place_of_weights_is_recognised(reference, shards, kind):
+    _, folder = reference()
+    (folder / "model.safetensors").write_bytes(IN_PLACE_OF_A_FILE[kind])
+    sharded, index = shards
+    shard = sorted(sharded.glob("model-*"))[-1]
+    shard.write_bytes(IN_PLACE_OF_A_FILE[kind])
+    for broken, file in ((folder, folder / "model.safetensors"), (sharded, shard)):
+        for read in (lambda base: clinora.load_model(base, num_labels=5), weights_sha256):
+            with pytest.raises(CheckpointError, match=rf"{file.name} .*{kind}"):
+                read(broken)
+    index.write_bytes(IN_PLACE_OF_A_FILE[kind])
+    with pytest.raises(CheckpointError, match=rf"{index.name} .*{kind}"):
+        clinora.load_model(sharded, num_labels=5)
+
+
+@pytest.fixture
+def no_weights_read(monkeypatch):
+    """Fail where weights are loaded or hashed."""
+
+    def fail(_path):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(checkpoint, "read_tensors", fail)
+    monkeypatch.setattr("clinora.run.weights_sha256", fail)
+
+
+def load_twice(base):
+    """Yield the two ways to a classifier with this base: a new one, and a run with a moved base."""
+    yield lambda: clinora.Classifier.new(base, ["A", "B"], device="cpu")
+    yield lambda: clinora.Classifier.load("bundled", base=base, device="cpu")
+
+
+def test_a_base_with_tokenizer_json_alone_is_refused_before_its_weights_are_read(
+    tmp_path, no_weights_read
+):
+    folder = tmp_path / "base"
+    shutil.copytree(BUNDLED / "base", folder)
+    (folder / "tokenizer.model").rename(folder / "tokenizer.json")
+    for load in load_twice(folder):
+        with pytest.raises(CheckpointError, match=r"tokenizer\.model.*SentencePiece"):
+            load()
+
+
+@pytest.mark.parametrize("kind", IN_PLACE_OF_A_FILE)
+def test_another_file_in_the_place_of_the_tokenizer_is_recognised(tmp_path, kind, no_weights_read):
+    folder = tmp_path / "base"
+    shutil.copytree(BUNDLED / "base", folder)
+    (folder / "tokenizer.model").write_bytes(IN_PLACE_OF_A_FILE[kind])
+    for load in load_twice(folder):
+        with pytest.raises(CheckpointError, match=rf"tokenizer\.model .*{kind}"):
+            load()
+
+
+def test_a_folder_without_weights_is_refused_as_one_even_if_it_has_no_tokenizer(tmp_path):
+    for load in load_twice(tmp_path):
+        with pytest.raises(CheckpointError, match=r"neither model\.safetensors"):
+            load()
+
+
 @pytest.fixture
 def hub(reference, tmp_path, monkeypatch):
     """A stand-in for the Hub: ``snapshot_download`` copies the wanted files from a local folder.
@@ -275,6 +352,25 @@ def test_find_config_downloads_no_other_file(reference, hub):
     assert path.read_text() == (folder / "config.json").read_text()
     assert [file.name for file in path.parent.iterdir()] == ["config.json"]
     assert hub.asked == ["main"]
+
+
+def test_find_tokenizer_downloads_no_other_file(reference, hub):
+    _, folder = reference()
+    (folder / "tokenizer.model").write_bytes(b"pieces")
+    hub.publish(folder, "v2")
+    path = find_tokenizer("someone/a-base", "v2")
+    assert path.read_bytes() == b"pieces"
+    assert [file.name for file in path.parent.iterdir()] == ["tokenizer.model"]
+    assert hub.asked == ["v2"]
+
+
+def test_hub_id_without_a_tokenizer_is_refused_before_its_weights_are_downloaded(reference, hub):
+    _, folder = reference()
+    (folder / "tokenizer.json").write_text("{}")
+    hub.publish(folder)
+    with pytest.raises(CheckpointError, match=r"tokenizer\.model.*SentencePiece"):
+        clinora.Classifier.new("someone/a-base", ["A", "B"], device="cpu")
+    assert len(hub.asked) == 1
 
 
 def test_hub_id_without_a_config_is_refused(tmp_path, hub):

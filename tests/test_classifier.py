@@ -313,8 +313,8 @@ def test_a_base_that_moved_is_found_with_its_new_place(classifier, run, tmp_path
         ({"labels": ["A"] * 5}, "labels are not different names"),
         ({"labels": [1, 2, 3, 4, 5]}, "labels are not strings"),
         ({"labels": ["A", "B", "C", "D", "E" * 101]}, "label 4 .*101 characters"),
-        ({"labels": ["A", "B\x1b[2J", "C", "D", "E"]}, r"label 1 \('B\\x1b\[2J'\).* U\+001B"),
-        ({"labels": ["A", "B", "\u202eC", "D", "E"]}, r"label 2 \('\\u202eC'\).* U\+202E"),
+        ({"labels": ["A", "B\x1b[2J", "C", "D", "E"]}, r"label 1 .*U\+001B"),
+        ({"labels": ["A", "B", "\u202eC", "D", "E"]}, r"label 2 .*U\+202E"),
         ({"labels": ["A", "B", "C", "\u3164", "E"]}, "label 3 .*nothing visible"),
         ({"base": {}}, "revision is missing"),
         (

@@ -1,13 +1,17 @@
 """Figures: what stands in them, also without colour and with odd numbers."""
 
+import dataclasses
 import itertools
 import re
+import warnings
 
 import numpy as np
 import pytest
 from matplotlib import colormaps
 from matplotlib.colors import to_rgb
+from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
 
+from clinora import figures
 from clinora.explain import LayerUpdate
 from clinora.figures import (
     confusion_figure,
@@ -107,6 +111,121 @@ def test_a_class_name_is_no_formula(name):
     labels = [*figure.axes[0].get_xticklabels(), *figure.axes[0].get_yticklabels()]
     assert [t.get_text() for t in labels] == [name, "B"] * 2
     assert not any(t.get_parse_math() for t in labels)
+
+
+# --- class names in any script --------------------------------------------------------------------
+
+SCRIPTS = ["心臓血管", "骨科", "정형외과", "جراحة", "ध्यान", "Хирургия", "Surgery", "🫀"]
+# A letter that DejaVu Sans, the usual font, does not have. Of the fonts that come with matplotlib,
+# STIXGeneral has it.
+RARE = "ℊ"
+STIX = findfont(FontProperties(family=["STIXGeneral"]))
+
+
+def entries_of(*families):
+    return [entry for entry in fontManager.ttflist if entry.name in families]
+
+
+@pytest.fixture
+def only(monkeypatch):
+    """Have matplotlib list these fonts alone, and have these files be on the machine besides."""
+
+    def list_only(entries, files=()):
+        monkeypatch.setattr(fontManager, "ttflist", entries)
+        monkeypatch.setattr(figures, "findSystemFonts", lambda: [str(file) for file in files])
+
+    return list_only
+
+
+def tick_labels(figure):
+    axes = figure.axes[0]
+    return [*axes.get_yticklabels(), *axes.get_xticklabels()]
+
+
+def drawn_names(figure):
+    """Draw a figure, and fail at any warning; gives the names beside its rows."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        png(figure)
+    shown = [label.get_text() for label in tick_labels(figure)]
+    half = len(shown) // 2
+    assert shown[:half] == shown[half:]
+    return shown[:half]
+
+
+def confusion_of(names):
+    return confusion_figure(np.eye(len(names)), names)
+
+
+def test_class_names_of_any_script_cause_no_warning_with_the_fonts_of_this_machine():
+    figure = confusion_of(SCRIPTS)
+    shown = drawn_names(figure)
+    assert [len(name) for name in shown] == [len(name) for name in SCRIPTS]
+    assert shown[5:7] == SCRIPTS[5:7]
+    assert (shown == SCRIPTS) == (figure.get_supxlabel() == "")
+    families = tick_labels(figure)[0].get_fontfamily()
+    fonts = [get_font(findfont(FontProperties(family=[family]))) for family in families]
+    for character in "".join(shown):
+        assert any(font.get_char_index(ord(character)) for font in fonts)
+    assert png(confusion_of(SCRIPTS)) == png(confusion_of(SCRIPTS))
+
+
+def test_characters_that_no_font_has_are_replaced_and_a_note_below_says_so(only):
+    only(entries_of("DejaVu Sans"))
+    names = ["骨科", "Surgery 心", "جراحة"]
+    assert drawn_names(confusion_of(names)) == ["□□", "Surgery □", "جراحة"]
+    figure = confusion_of(names[:2])  # the narrowest one
+    assert "□" in figure.get_supxlabel()
+    figure.draw_without_rendering()
+    (note,) = figure.texts
+    box = note.get_window_extent()
+    assert figure.bbox.contains(box.x0, box.y0) and figure.bbox.contains(box.x1, box.y1)
+    assert box.y1 <= figure.axes[0].get_tightbbox().y0
+
+
+def test_usual_names_keep_the_usual_font_and_have_no_note():
+    figure = confusion_of(["Cardiovascular / Pulmonary", "Chirurgie générale"])
+    assert {tuple(label.get_fontfamily()) for label in tick_labels(figure)} == {("sans-serif",)}
+    assert figure.get_supxlabel() == ""
+
+
+def test_a_font_that_has_the_characters_is_used(only):
+    only(entries_of("DejaVu Sans", "STIXGeneral"))
+    figure = confusion_of([RARE, "Surgery"])
+    assert drawn_names(figure) == [RARE, "Surgery"]
+    assert figure.get_supxlabel() == ""
+    assert all(label.get_fontfamily()[-1] == "STIXGeneral" for label in tick_labels(figure))
+
+
+def test_a_font_that_was_removed_after_matplotlib_listed_them_is_not_opened(only):
+    (entry,) = [entry for entry in fontManager.ttflist if entry.fname == STIX]
+    removed = dataclasses.replace(entry, name="A font", fname="/removed.ttf")
+    only([removed, *entries_of("DejaVu Sans")])
+    assert drawn_names(confusion_of([RARE, "Surgery"])) == ["□", "Surgery"]
+
+
+def test_a_font_that_was_installed_after_matplotlib_listed_them_is_used(only, tmp_path):
+    damaged = tmp_path / "damaged.ttf"
+    damaged.write_bytes(b"no font")
+    only(entries_of("DejaVu Sans"), files=[damaged, STIX])
+    figure = confusion_of([RARE, "Surgery"])
+    assert drawn_names(figure) == [RARE, "Surgery"]
+    assert figure.get_supxlabel() == ""
+
+
+def test_a_font_of_placeholders_is_not_used(only):
+    entries = entries_of("DejaVu Sans", "Last Resort High-Efficiency")
+    only(entries)
+    assert drawn_names(confusion_of(["骨科", "Surgery"])) == ["□□", "Surgery"]
+
+
+def test_the_order_in_which_fonts_are_listed_does_not_change_the_choice(only):
+    entries = entries_of("DejaVu Sans", "DejaVu Math TeX Gyre", "STIXGeneral")
+    chosen = []
+    for order in (entries, entries[::-1]):
+        only(order)
+        chosen.append(tick_labels(confusion_of([RARE, "Surgery"]))[0].get_fontfamily())
+    assert chosen[0] == chosen[1]
 
 
 # --- confidence -----------------------------------------------------------------------------------

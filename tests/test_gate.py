@@ -259,7 +259,7 @@ def test_cookies_and_passwords_do_not_reach_gradio():
         raise AssertionError
 
     headers = [(b"host", b"x"), (b"cookie", b"a=b"), (b"authorization", b"c"), (b"cookie", b"d=e")]
-    scope = {"type": "http", "scheme": "http", "path": "/", "headers": headers}
+    scope = {"type": "http", "method": "GET", "path": "/", "headers": headers}
     run_async(gate.Forward(gradio_app)(scope, not_called, not_called))
     assert seen == [b"host"]
 

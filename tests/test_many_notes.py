@@ -12,10 +12,12 @@ import pytest
 from fastapi.testclient import TestClient
 
 import clinora
+from clinora.notes import Note, read_notes
 from clinora.serving.app import create_app
 from clinora.serving.batcher import BusyError
 from clinora.serving.files import MOST_ROWS
 from clinora.serving.server import MOST_BODY_BYTES, MOST_FILE_BYTES
+from clinora.training import encode
 from tests.served import CANARY, calibration, call, join, messages
 
 NOTE = "Severe chest pain. No fever!  ECG: normal.\nThe knee, swollen."
@@ -136,11 +138,90 @@ def test_a_label_that_looks_like_a_formula_is_escaped(classifier, tmp_path):
         ("", "The file has no rows"),
         (table_of([[1, "é"]]).encode("latin-1"), "The file is not UTF-8"),
         (table_of([[1, "x"]] * (MOST_ROWS + 1)), "The file has more than 2,000 rows"),
+        (table_of([[1, NOTE]], header=("transcription",) * 2), "has 2 columns 'transcription'"),
+        (table_of([[1, "a"], [2, "b"]]) + '3,"never closed\r\n4,d\r\n', "begins in line 4 "),
+        (table_of([[1, NOTE]]).encode("utf-16"), "UTF-16"),
+        (b"PK\x03\x04" + table_of([[1, NOTE]]).encode(), "Excel"),
+        ('{"transcription": "fever"}\n', "JSON"),
     ],
-    ids=["column", "rows", "empty", "latin-1", "many"],
+    ids=["column", "rows", "empty", "latin-1", "many", "twice", "quote", "utf-16", "xlsx", "json"],
 )
 def test_an_unreadable_file_gives_a_message(client, content, words):
     assert words in classify(client, content)
+
+
+def test_every_row_has_its_place_in_the_result(client):
+    rows = classify(client, "transcription\r\nfever\r\n\r\ncough\r\n")
+    assert [row["error"] for row in rows] == ["", "The note is empty.", ""]
+
+
+@pytest.mark.parametrize("delimiter", [";", "\t"], ids=["semicolon", "tab"])
+def test_a_file_with_another_delimiter_has_the_same_result(client, delimiter):
+    table = [["transcription", "id"], *([f"{NOTE}; {i},{i}", i] for i in range(3))]
+    text = io.StringIO()
+    csv.writer(text, delimiter=delimiter).writerows(table)
+    expected = classify(client, table_of(table[1:], header=table[0]))
+    assert classify(client, text.getvalue()) == expected
+    assert not any(row["error"] for row in expected)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        'transcription,BP (sys;dia;mean)\r\n"Fever, cough",120\r\n',
+        'weight, kg;height, cm;transcription\r\n70;180;"Fever; cough"\r\n',
+        'transcription;a, b, c\r\n"Fever; cough";"x"\r\n',
+        'transcription,a;b\r\n"Fever, cough",x\r\n',
+    ],
+)
+def test_a_header_with_several_delimiters_is_read_with_the_one_of_its_columns(client, content):
+    assert [row["error"] for row in classify(client, content)] == [""]
+
+
+@pytest.mark.parametrize(
+    ("pasted", "plain"),
+    [
+        ("Fever.\r\nCough.\r\n", "Fever.\nCough."),
+        ("Fever.\rCough.", "Fever.\nCough."),
+        ("Knee pain \udbc0 after a fall.", "Knee pain \ufffd after a fall."),
+        ("\udc00", None),
+    ],
+    ids=["Windows", "Mac", "half a character", "half a character alone"],
+)
+def test_a_pasted_text_has_the_same_result_everywhere(client, classifier, tmp_path, pasted, plain):
+    def post(path, body):
+        return client.post(
+            path, content=json.dumps(body), headers={"Content-Type": "application/json"}
+        )
+
+    answer = post("/v1/classify", {"notes": [pasted]}).json()["results"][0]
+    config = client.get("/config").json()
+    numbers = {event["api_name"]: event["id"] for event in config["dependencies"]}
+    event = {"fn_index": numbers["predict"], "session_hash": "one", "data": [pasted]}
+    assert post("/gradio_api/queue/join", event).status_code == 200
+    (shown,) = [m["output"] for m in messages(client, "one") if m["msg"] == "process_completed"]
+    if plain is None:
+        assert answer["error"] == "The note is empty."
+        assert shown["error"] == "Enter a clinical note first."
+        with pytest.raises(ValueError, match="note 1 of 1 is empty"):
+            classifier([pasted])
+        return
+    expected = classifier([plain])[0]
+    assert classifier([pasted]) == [expected]
+    assert list(answer["probabilities"].values()) == list(expected.probabilities)
+    assert shown["data"][0] == expected.as_json()
+    by_label = {row["label"]: row["confidence"] for row in shown["data"][2]["confidences"]}
+    assert [by_label[label] for label in classifier.labels] == list(expected.probabilities)
+    ids = classifier.tokenizer.encode(plain)
+    assert encode(classifier, [Note(pasted, (0,))]).ids[0].tolist() == ids
+
+    if pasted.isascii():  # UTF-8, and so a file, cannot hold half a character
+        header = ("transcription", "medical_specialty")
+        content = table_of([[pasted, "A"], ["rash", "B"]], header)
+        (tmp_path / "notes.csv").write_bytes(content.encode())
+        assert read_notes(tmp_path / "notes.csv").notes[0].text == plain
+        row = classify(client, content)[0]
+        assert (row["label"], row["tokens"]) == (expected.label, str(len(ids)))
 
 
 def test_a_file_may_be_larger_than_a_request_but_not_without_bound(client):

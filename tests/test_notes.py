@@ -20,6 +20,7 @@ from clinora.notes import (
     Note,
     are_correct,
     check_class_name,
+    check_class_names,
     choose_classes,
     clean_text,
     has_visible,
@@ -183,6 +184,9 @@ def test_a_list_of_classes_is_sorted_and_counted_once(write):
         "می\u200cخواهم",  # a zero-width non-joiner, as Persian spells it
         "\U0001f468\u200d\u2695\ufe0f doctor",  # an emoji with a joiner and a variation selector
         "\u2764\ufe0f\u200d\U0001f525",
+        "Chirurgie\u202fvisc\u00e9rale",  # a narrow no-break space
+        "ക്ഷയം കാന്\u200dസര്\u200d",  # Malayalam, with joiners after viramas, also at the end
+        "ශ්\u200dරී",
         "x" * 100,
     ],
 )
@@ -209,6 +213,8 @@ def test_a_class_name_of_any_script_is_kept(write, name):
         "\u200dA",
         "A \u200cB",
         "A\u200d\u200dB",
+        "ക്\u200d\u200d",
+        "\u200dക",
         "A\U000e0041",
         "A\ud800",
         "\u3164",
@@ -417,15 +423,21 @@ BAD_FILES = {
     "no such column": ("text,medical_specialty\nSECRET PATIENT,A\n", r"no column.*'text'"),
     "no header": ("SECRET PATIENT with a long history of nothing,A\nSECRET PATIENT b,B\n",
                   "no column 'transcription'.*does not look like a header"),
+    "no header, short notes": ("SECRET PATIENT,Surgery\nknee,Orthopedic\n",
+                               "no column 'transcription'.*does not look like a header"),
+    "no header, commas": ("Pt 74 y, SECRET PATIENT, fell,Surgery\n", "no column 'transcription'"),
+    "JSON lines": ('{"medical_specialty": "Surgery", "transcription": "SECRET PATIENT"}\n', "JSON"),
     "doubled column": ("transcription,transcription,medical_specialty\nSECRET PATIENT,b,A\n",
                        "2 columns 'transcription'"),
     "header again": (HEADER + "SECRET PATIENT,A\n" + HEADER + "b,B\n", "row 2 .*repeats the head"),
     "one class": (HEADER + "SECRET PATIENT,A\nb,A\n", "leaves 1 class|no notes of class"),
+    "one class, which is a note": (HEADER + "a,SECRET PATIENT\nb,SECRET PATIENT\n",
+                                   "leaves 1 class|no notes of class"),
     "latin-1 in a line": ((HEADER + "SECRET PATIENT\u20ac,A\n").encode() + b"caf\xe9,B\n",
                           r"not UTF-8 \(in line 3\)"),
     "cut in a letter": ((HEADER + "SECRET PATIENT,A\nb\u20ac").encode()[:-1],
                         r"not UTF-8 \(in line 3\)"),
-    "UTF-16": ((HEADER + "SECRET PATIENT,A\n").encode("utf-16"), "NUL byte in line 1.*UTF-16"),
+    "UTF-16": ((HEADER + "SECRET PATIENT,A\n").encode("utf-16"), "UTF-16"),
     "NUL": (HEADER + "a,A\nSECRET PATIENT\0,B\n", "NUL byte in line 3"),
     "open quote": (HEADER + 'a,A\n"SECRET PATIENT,B\n', r"CSV file.*line 3"),
     "text after a quote": (HEADER + '"a" SECRET PATIENT,B\n', r"CSV file.*line 2"),
@@ -497,13 +509,25 @@ def test_one_column_cannot_be_notes_and_classes(write):
         read_notes(write([("a", "A"), ("b", "B")]), label_column="transcription")
 
 
-def test_class_without_notes_is_refused_with_those_that_there_are(write):
-    with pytest.raises(ValueError, match=r"'C'; it has: A, B"):
-        read_notes(write([("a", "A"), ("b", "B")]), classes=("A", "C"))
+def test_a_class_without_notes_is_refused_with_similar_ones_of_the_file(write):
+    path = write([("a", "Cardiovascular / Pulmonary"), ("b", "HIV positive"), ("c", "Surgery")])
+    with pytest.raises(ValueError, match="'cardiovascular/pulmonary'") as caught:
+        read_notes(path, classes=("Surgery", "cardiovascular/pulmonary"))
+    assert "'Cardiovascular / Pulmonary'" in str(caught.value)
+    assert "HIV" not in str(caught.value)
 
 
-def test_a_hundred_and_one_classes_are_counted_not_listed(write):
-    path = write([(f"note {i}", f"Secret {i}") for i in range(101)])
-    with pytest.raises(ValueError, match="101 others") as caught:
-        read_notes(path, classes=("A", "B"))
-    assert "Secret" not in str(caught.value)
+@pytest.mark.parametrize("rows", [2, 50, 101])
+def test_classes_that_may_be_notes_are_not_listed(write, rows):
+    """The column of the labels may be given wrongly; its cells are then words about a patient."""
+    path = write([(f"note {i} of a long text", f"HIV positive {i}") for i in range(rows)])
+    with pytest.raises(ValueError, match="'Orthopedic', 'Surgery'") as caught:
+        read_notes(path, classes=("Orthopedic", "Surgery"))
+    assert "HIV" not in str(caught.value)
+
+
+def test_the_message_about_a_wrong_class_name_quotes_none():
+    for name in ("HIV positive\tman", "HIV positive, " * 20):
+        with pytest.raises(ValueError, match="label 1 ") as caught:
+            check_class_names(["A", name])
+        assert "HIV" not in str(caught.value)

@@ -230,11 +230,12 @@ def test_a_note_is_followed_by_what_the_file_says_of_it_but_never_by_its_special
 def test_titles_are_found_whatever_the_lines_of_the_file_end_with(tmp_path):
     file = tmp_path / "notes.csv"
     header = "description,medical_specialty,sample_name,transcription\r\n"
-    rows = 'A scan.,Scan,CT - 1,"CT.\r\nNormal."\r\nA visit.,Visit,Knee - 2,"Knee.\r\nPain."\r\n'
+    rows = '"A\r\nscan.",Scan,CT - 1,"CT.\r\nNormal."\r\n'
+    rows += 'A visit.,Visit,Knee - 2,"Knee.\r\nPain."\r\n'
     file.write_bytes(b"\xef\xbb\xbf" + (header + rows).encode())
     texts = [note.text for note in clinora.read_notes(file).notes]
     assert corpus.read_titles(str(file)) == dict(
-        zip(texts, ["CT: A scan.", "Knee: A visit."], strict=True)
+        zip(texts, ["CT: A\nscan.", "Knee: A visit."], strict=True)
     )
 
 

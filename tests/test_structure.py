@@ -14,7 +14,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 ORDER = [
     ["kernels", "modules"],
     ["lora", "llama"],
-    ["budget", "testing", "checkpoint", "adapter", "tokenizer", "notes", "device"],
+    ["budget", "testing", "files", "checkpoint", "adapter", "tokenizer", "notes", "device"],
     ["calibration", "run", "classifier"],
     ["explain", "evaluation"],
     ["resume", "training"],

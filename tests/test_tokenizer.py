@@ -1,6 +1,7 @@
 """Token ids against the independent ``tokenizers`` library's (tools/make_token_ids.py)."""
 
 import csv
+import gzip
 import hashlib
 import io
 import itertools
@@ -234,6 +235,28 @@ def test_foreign_file_is_refused(tmp_path, content, why):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=rf"SentencePiece model .*\({why}"):
         Tokenizer(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:9e\nsize 499723\n", "Git LFS"),
+        (b"\n<html><body>Sign in</body></html>", "web page"),
+        (gzip.compress(b"pieces"), "compressed"),
+        (b'{"version": "1.0", "model": {}}', r"tokenizer\.json"),
+    ],
+    ids=["Git LFS", "web page", "gzip", "json"],
+)
+def test_another_file_in_its_place_is_recognised(tmp_path, content, kind):
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"tokenizer\.model .*{kind}"):
+        Tokenizer(path)
+
+
+def test_a_folder_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="is a folder"):
+        Tokenizer(tmp_path)
 
 
 def test_truncated_file_is_refused(tmp_path):

@@ -14,6 +14,7 @@ from concurrent.futures import Future
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.datastructures import Headers
 
 from clinora.classifier import Classifier, Prediction
 from clinora.notes import clean_text, has_visible
@@ -41,15 +42,14 @@ class DuplicateKeyError(ValueError):
     """A JSON object has the same key twice, so it is not clear which value is meant."""
 
 
-def read_body(content_type: str, content: bytes) -> RequestBody:
+def read_body(headers: Headers, content: bytes) -> RequestBody:
     """Parse and check the body of a classification request.
 
     Raises:
         HTTPException: 415 or 422; the body does not have the expected form. The detail says what
             is wrong and what was expected. It quotes nothing from the body.
     """
-    if content_type.partition(";")[0].strip().lower() != "application/json":
-        raise HTTPException(415, f"The Content-Type is not application/json; {EXPECTED}")
+    check_headers(headers)
     try:
         value = json.loads(content.decode("utf-8-sig"), object_pairs_hook=_unique)
         body = RequestBody.model_validate(value)
@@ -70,6 +70,26 @@ def read_body(content_type: str, content: bytes) -> RequestBody:
             return body
         wrong = "The JSON does not have exactly one of note and notes"
     raise HTTPException(422, f"{wrong}; {EXPECTED}")
+
+
+def check_headers(headers: Headers) -> None:
+    """Check what the headers of a classification request say about its body.
+
+    Raises:
+        HTTPException: 415; the headers do not announce plain JSON.
+    """
+    content_type = headers.get("Content-Type", "")
+    media_type = content_type.partition(";")[0].strip().lower()
+    coding = headers.get("Content-Encoding", "").strip().lower()
+    if not media_type:
+        wrong = "The Content-Type header is missing; send Content-Type: application/json"
+    elif media_type != "application/json":
+        wrong = "The Content-Type is not application/json"
+    elif coding not in ("", "identity"):
+        wrong = "The body has a Content-Encoding; send it uncompressed"
+    else:
+        return
+    raise HTTPException(415, f"{wrong}; {EXPECTED}")
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -112,7 +132,7 @@ def add_routes(app: FastAPI, batcher: Batcher) -> None:
         return JSONResponse({"status": "busy"}, 503, RETRY_AFTER)
 
     async def classify(request: Request) -> JSONResponse:
-        body = read_body(request.headers.get("Content-Type", ""), await request.body())
+        body = read_body(request.headers, await request.body())
         texts = [body.note] if body.notes is None else body.notes
         notes = [clean_text(text) for text in texts]
         errors = [note_error(note) for note in notes]

@@ -4,6 +4,7 @@ import asyncio
 import ipaddress
 import logging
 import os
+import re
 import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -35,6 +36,8 @@ AT_ONCE = 32  # handlers of the page that run at once; the batcher limits the lo
 MOST_EVENTS = 64  # events of the page that wait for a handler
 # Any other host name may be another site's that its owner points at this machine (DNS rebinding).
 LOOPBACK_NAMES = ["127.0.0.1", "localhost"]
+# The page's address or path behind a proxy: https://notes.example/clinora or /clinora.
+ROOT_PATTERN = re.compile(r"(https?://[A-Za-z0-9.:-]+)?(/[A-Za-z0-9._~%-]+)*/?")
 
 
 def create_app(
@@ -49,20 +52,28 @@ def create_app(
 ) -> FastAPI:
     """Create the app. The page at ``/`` and the API share one batcher.
 
+    If a proxy serves the page below a sub-path, Gradio's variable ``GRADIO_ROOT_PATH`` has to give
+    the page's address, such as ``https://notes.example/clinora``, or the sub-path alone.
+
     Args:
         classifier: A trained run.
         flags_folder: Folder for flagged predictions. It is created with the first flag.
         hosts: Host names that the app accepts in addition to those of the loopback address.
         users: Salt and password hash of each user. With None, no password is required.
         card: The model card, in Markdown.
-        url: The app's address, for the examples on the page.
+        url: The app's address, for the examples on the page. An address in ``GRADIO_ROOT_PATH``
+            takes precedence.
         trusted_proxies: Addresses or networks, such as ``10.0.0.0/28``, of the proxies whose
             X-Forwarded-For and X-Forwarded-Proto headers are trusted.
 
     Raises:
-        ValueError: A trusted proxy is not an IP address or a network.
+        ValueError: A trusted proxy is not an IP address or a network, or ``GRADIO_ROOT_PATH`` is
+            neither an address nor a path.
     """
     proxies = [ipaddress.ip_network(address) for address in trusted_proxies]
+    root = _read_root()
+    if root.startswith("http"):
+        url = root
     _keep_libraries_quiet()
     storage = Storage()
     # Gradio reads these variables when the page is built.
@@ -81,6 +92,7 @@ def create_app(
         FastAPI(openapi_url=None),
         page,
         path="/",
+        root_path=root,
         app_kwargs={"openapi_url": None},
         footer_links=[],
         show_error=False,
@@ -116,6 +128,21 @@ def create_app(
     app.state.batcher = batcher
     app.state.trusted_proxies = proxies
     return app
+
+
+def _read_root() -> str:
+    """Read the address or the path that the page has behind a proxy; "" without a sub-path.
+
+    Raises:
+        ValueError: ``GRADIO_ROOT_PATH`` is neither an address nor a path.
+    """
+    root = os.environ.get("GRADIO_ROOT_PATH", "")
+    if not ROOT_PATTERN.fullmatch(root):
+        raise ValueError(
+            f"GRADIO_ROOT_PATH={root}: expected the address of the page behind the proxy, such as "
+            "https://notes.example/clinora, or its path, such as /clinora"
+        )
+    return root.rstrip("/")
 
 
 def _keep_libraries_quiet() -> None:

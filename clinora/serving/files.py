@@ -1,8 +1,11 @@
-"""Reads a file of many notes: CSV in UTF-8 with a header."""
+"""Reads a file of many notes, an upload of the page."""
 
 import csv
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from clinora import files
 
 MOST_ROWS = 2_000
 
@@ -19,28 +22,28 @@ class Table:
     rows: list[list[str]]
 
 
-def read_table(content: bytes) -> Table:
-    """Parse a file's content, without its empty lines.
+def read_table(content: bytes, columns: Sequence[str] = ()) -> Table:
+    """Parse a file's content as ``clinora.files.read_table`` does.
+
+    Args:
+        content: The file's content.
+        columns: The wanted columns, if they are known.
 
     Raises:
         FileError: The file is not UTF-8 or not CSV, or has no rows or more than ``MOST_ROWS``.
     """
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise FileError("The file is not UTF-8: save it as a CSV file in UTF-8.") from None
-    csv.field_size_limit(2**31 - 1)  # a note that is too long gets its own error later
-    reader = csv.reader(io.StringIO(text, newline=""))
+    # The limit is the process's, and several threads read files: they must not restore it for each
+    # other. A note that is too long gets its own error later.
+    csv.field_size_limit(2**31 - 1)
     rows = []
     try:
-        header = next(reader, [])
-        for row in reader:
-            if row:
-                rows.append(row)
+        table = files.read_table(io.BytesIO(content), columns)
+        for _line, row in table.rows:
+            rows.append(row)
             if len(rows) > MOST_ROWS:
                 raise FileError(f"The file has more than {MOST_ROWS:,} rows: choose a part of it.")
-    except csv.Error:
-        raise FileError("The file is not a CSV file.") from None
+    except files.TableError as error:
+        raise FileError(f"The file {error}.") from None
     if not rows:
         raise FileError("The file has no rows below its header.")
-    return Table(header, rows)
+    return Table(table.header, rows)

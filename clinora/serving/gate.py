@@ -15,13 +15,13 @@ import json
 import re
 import secrets
 from collections.abc import Callable
-from urllib.parse import urlencode
+from urllib.parse import urlencode, urlsplit
 
 import gradio
 from anyio import CapacityLimiter, to_thread
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import MutableHeaders, UploadFile
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -90,22 +90,25 @@ def add_page(app: FastAPI, blocks: gradio.Blocks, gradio_app: ASGIApp, storage: 
     """
     events = open_events(blocks)
     sessions = Sessions(blocks)
+    # Below a sub-path, the other applications of the same host do not get the cookie.
+    cookie_path = urlsplit(blocks.root_path).path or "/"
     reading = CapacityLimiter(1)  # one file at a time: uploads must not occupy all processors
 
     async def forward_plain(request: Request) -> Forward:
         path = request.scope["path"]
         if len(path) > MOST_PATH_CHARACTERS or not path.isprintable():
             raise HTTPException(404)
-        new_visit = None
+        cookie = None
         if path in FIRST_ROUTES and _known_visit(request) is None:
-            new_visit = secrets.token_urlsafe(16)
-        return Forward(gradio_app, new_visit=new_visit)
+            cookie = _new_cookie(cookie_path, request.scope["scheme"])
+        return Forward(gradio_app, cookie=cookie)
 
     async def join(request: Request) -> ASGIApp:
         visit = _visit(request)
         try:
-            received = Join.model_validate_json(await request.body())
-        except ValidationError:
+            # Pydantic's own parser refuses half a surrogate pair, which clean_text replaces.
+            received = Join.model_validate(json.loads(await request.body()))
+        except (ValueError, RecursionError):  # ValidationError is a ValueError
             raise HTTPException(422, "Expected JSON with fn_index, session_hash, data.") from None
         event = events.get(received.fn_index)
         if event is None:
@@ -126,12 +129,14 @@ def add_page(app: FastAPI, blocks: gradio.Blocks, gradio_app: ASGIApp, storage: 
         return sessions.join(session, network_of(request.client), forward)
 
     async def queue_data(request: Request) -> Forward:
+        _refuse_head(request)
         session = _session(_visit(request), request.query_params.get("session_hash", ""))
         if session not in blocks._queue.pending_messages_per_session:
             raise HTTPException(404, "No event was triggered, or its result was already read.")
         return Forward(gradio_app, query={"session_hash": session})
 
     async def heartbeat(request: Request) -> Forward:
+        _refuse_head(request)
         session = _session(_visit(request), request.path_params["session"])
         return Forward(gradio_app, path=f"/gradio_api/heartbeat/{session}")
 
@@ -306,11 +311,28 @@ def _known_visit(request: Request) -> str | None:
     return found[1]
 
 
+def _new_cookie(path: str, scheme: str) -> str:
+    """Return the Set-Cookie header that starts a visit."""
+    # Not Strict: a browser that follows a link from another site would then send no cookie, and the
+    # new cookie in the response would end the visit in another tab.
+    visit = secrets.token_urlsafe(16)
+    cookie = f"{VISIT_COOKIE}={visit}; HttpOnly; SameSite=Lax; Path={path}"
+    if scheme == "https":
+        cookie += "; Secure"
+    return cookie
+
+
 def _visit(request: Request) -> str:
     visit = _known_visit(request)
     if visit is None:
         raise HTTPException(403, "Open the page first, and allow its cookie.")
     return visit
+
+
+def _refuse_head(request: Request) -> None:
+    """Refuse a HEAD request for a stream: a stream has no end, and reading it changes it."""
+    if request.method == "HEAD":
+        raise HTTPException(405, headers={"Allow": "GET"})
 
 
 def _session(visit: str, name: str) -> str:
@@ -322,7 +344,8 @@ class Forward:
     """An ASGI response: sends Gradio a new request and passes on its answer.
 
     The new request keeps the method, and the path unless another is given. It keeps neither the
-    query nor the body, the cookies and the password.
+    query nor the body, the cookies and the password. Most of Gradio's routes do not know HEAD, so
+    it becomes GET; the server leaves out the body of the answer.
     """
 
     def __init__(
@@ -332,16 +355,18 @@ class Forward:
         path: str | None = None,
         query: dict[str, str] | None = None,
         body: bytes = b"",
-        new_visit: str | None = None,
+        cookie: str | None = None,
     ) -> None:
         self.gradio_app = gradio_app
         self.path = path
         self.query = b"" if query is None else urlencode(query).encode()
         self.body = body
-        self.new_visit = new_visit
+        self.cookie = cookie
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope = dict(scope, query_string=self.query, path_params={})
+        if scope["method"] == "HEAD":
+            scope["method"] = "GET"
         if self.path is not None:
             scope.update(path=self.path, raw_path=self.path.encode())
         headers = MutableHeaders(raw=list(scope["headers"]))
@@ -359,13 +384,8 @@ class Forward:
             return await receive()
 
         async def send_with_cookie(message: Message) -> None:
-            if self.new_visit is not None and message["type"] == "http.response.start":
-                # Not Strict: a browser that follows a link from another site would then send no
-                # cookie, and the new cookie in the response would end the visit in another tab.
-                cookie = f"{VISIT_COOKIE}={self.new_visit}; HttpOnly; SameSite=Lax; Path=/"
-                if scope["scheme"] == "https":
-                    cookie += "; Secure"
-                MutableHeaders(scope=message).append("set-cookie", cookie)
+            if self.cookie is not None and message["type"] == "http.response.start":
+                MutableHeaders(scope=message).append("set-cookie", self.cookie)
             await send(message)
 
         await self.gradio_app(scope, receive_new, send_with_cookie)

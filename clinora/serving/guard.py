@@ -26,7 +26,8 @@ class Guard:
     """ASGI middleware: refuses requests from other sites' pages, adds headers, hides error texts.
 
     A page of another site could send requests through a browser that is logged in here. The Origin
-    header of such a request gives the other site.
+    header of such a request gives the other site. It has to agree with the Host header, port
+    included: pages on another port of the same machine are another site too.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -50,8 +51,13 @@ class Guard:
 
         headers = Headers(scope=scope)
         origin = headers.get("origin")
-        if origin and origin.partition("://")[2] != headers.get("host"):
-            detail = "Requests from another site's page are refused."
+        host = headers.get("host")
+        if origin and origin.partition("://")[2] != host:
+            detail = (
+                f"Requests from another site's page are refused: the Origin header is {origin}, "
+                f"the Host header {host}. A proxy has to pass on the Host header unchanged, with "
+                "its port (in nginx: proxy_set_header Host $http_host)."
+            )
             response = JSONResponse({"detail": detail}, 403)
             await response(scope, receive, send_with_headers)
             return

@@ -476,12 +476,17 @@ def _path_of(upload: FileData | None) -> str | None:
 def _notes_of(content: bytes, column: str) -> list[tuple[str, str | None]]:
     """Return a file's notes; each has None, or the reason why it cannot be classified."""
     try:
-        table = read_table(content)
+        table = read_table(content, [column])
     except FileError as error:
         raise _message(str(error)) from None
-    if column not in table.header:
+    times = table.header.count(column)
+    if times == 0:
         raise _message(
             f"The file has no column {column!r}: correct the name and choose the file again."
+        )
+    if times > 1:
+        raise _message(
+            f"The file has {times} columns {column!r}: rename one and choose the file again."
         )
     position = table.header.index(column)
     notes = []

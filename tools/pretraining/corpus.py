@@ -3,15 +3,15 @@
 import gzip
 import json
 import random
+import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import pandas as pd
-
 import clinora
-from clinora.notes import clean_text, find_notes
+from clinora.files import read_table
+from clinora.notes import TEXT_COLUMN, clean_text, find_notes
 
 # For each source: how often it is read, and the GitHub repositories that it comes from, with their
 # revisions. Texts that resemble notes are read more often than articles and leaflets.
@@ -143,13 +143,16 @@ def _hold_out(texts: Sequence[str], seed: int) -> tuple[list[str], list[str]]:
 
 def read_titles(notes: str) -> dict[str, str]:
     """Read the name and description of each text, but not its specialty, from the notes' file."""
-    with find_notes(notes).open(encoding="utf-8-sig") as file:  # its line ends become \n
-        table = pd.read_csv(file, dtype=str, keep_default_na=False)
-    if not {"sample_name", "description"} <= set(table.columns):
-        return {}
-    names = table["sample_name"].str.replace(r" - \d+$", "", regex=True).str.strip()
-    titles = names + ": " + table["description"].str.strip()
-    return dict(zip(table["transcription"].map(clean_text), titles, strict=True))
+    titles = {}
+    with find_notes(notes).open("rb") as file:
+        table = read_table(file, [TEXT_COLUMN])
+        if not {"sample_name", "description"} <= set(table.header):
+            return {}
+        for _line, cells in table.rows:
+            row = dict(zip(table.header, cells, strict=True))
+            name = re.sub(r" - \d+$", "", clean_text(row["sample_name"])).strip()
+            titles[clean_text(row[TEXT_COLUMN])] = f"{name}: {clean_text(row['description'])}"
+    return titles
 
 
 def mix(sources: Sequence[Source], seed: int) -> list[str]:
