@@ -260,6 +260,12 @@ def test_a_header_with_a_near_miss_is_shown(tmp_path, header, delimiter):
     assert all(repr(name) in str(caught.value) for name in header)
 
 
+def test_a_header_is_shown_even_if_the_next_row_has_another_number_of_cells(tmp_path):
+    with pytest.raises(ValueError, match="'Transcription', 'Medical Specialty'") as caught:
+        notes_of(tmp_path, b"Transcription,Medical Specialty\nknee, swollen,Orthopedic\n")
+    assert "knee" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     "row",
     [

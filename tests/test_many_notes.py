@@ -169,6 +169,7 @@ def test_a_file_with_another_delimiter_has_the_same_result(client, delimiter):
     "content",
     [
         'transcription,BP (sys;dia;mean)\r\n"Fever, cough",120\r\n',
+        "transcription,BP (sys;dia;mean)\r\nFever,120;80;93\r\n",
         'weight, kg;height, cm;transcription\r\n70;180;"Fever; cough"\r\n',
         'transcription;a, b, c\r\n"Fever; cough";"x"\r\n',
         'transcription,a;b\r\n"Fever, cough",x\r\n',
