@@ -20,10 +20,11 @@ from clinora.checkpoint import (
 from clinora.llama import LlamaForCausalLM, LlamaForSequenceClassification
 from clinora.lora import LoRAConfig, LoRALinear, check_linear, insert_lora, lora_state_dict
 from clinora.modules import (
-    batches_tracked,
     find_modules,
     gathered,
     named_modules,
+    named_parameters,
+    running_means,
     unwrap,
     without_wrappers,
 )
@@ -62,7 +63,7 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
     A model wrapped by ``torch.compile``, activation checkpointing, DistributedDataParallel or FSDP
     gives the same files as the bare model. With FSDP every process must call this.
 
-    Writes ``adapter_model.safetensors`` (float32) and ``adapter_config.json`` into ``folder``,
+    Writes ``adapter_model.safetensors`` and ``adapter_config.json`` into ``folder``,
     which is created if it does not exist; each file is replaced as a whole.
 
     A classifier's head must be trained, because ``load_adapter`` treats a saved head as trained.
@@ -80,21 +81,27 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
     """
     bare = unwrap(model)
     state = lora_state_dict(model)
-    if not hasattr(bare, "lora_config"):
+    # Not hasattr: a wrapper of another library may pass on the attributes of the model inside.
+    if "lora_config" not in vars(bare):
         raise ValueError(
-            "only a whole model that was adapted with apply_lora can be saved as an adapter"
+            "only a whole model that was adapted with apply_lora can be saved as an adapter: give "
+            "the model itself, without the wrapper of another library"
         )
     config: LoRAConfig = bare.lora_config
+    _check_not_tied(bare, find_modules(bare, config.also_train))
     if isinstance(bare, LlamaForSequenceClassification):
-        if isinstance(bare.score, LoRALinear):  # PEFT and load_adapter expect a whole head
+        if isinstance(unwrap(bare.score), LoRALinear):  # PEFT and load_adapter expect a whole head
             raise ValueError("score, the head, is in targets: put it into also_train instead")
         if not bare.head_trained:
             raise ValueError(
-                "this model's head was never trained: train it, or set model.head_trained = True "
-                "after your own training loop"
+                "this model's head was never trained: train it, or set head_trained = True on the "
+                "model itself (inside any wrapper) after your own training loop"
             )
+        score = unwrap(bare.score)
         with gathered(model) as whole:
-            state["score.weight"] = whole(bare.score.weight)  # even if it was not trained here
+            state["score.weight"] = whole(score.weight)  # even if it was not trained here
+        if state["score.weight"].shape != (score.out_features, score.in_features):
+            raise ValueError("score is cut into shards: call this on the model that FSDP returned")
     _check_all_saved(bare, state)
     source: Source | None = getattr(bare, "source", None)
     saved_whole = list(find_modules(bare, config.also_train))
@@ -131,10 +138,16 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
 
 def _check_all_saved(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Compare what training changes with what is saved: raise or warn about what would be lost."""
+    whole = find_modules(model, model.lora_config.also_train)
+    for name, module in find_modules(model, model.lora_config.targets).items():
+        if type(module) is nn.Linear and not any(f"{name}.".startswith(f"{w}.") for w in whole):
+            raise ValueError(
+                f"{name} is one of the targets but has no LoRA any more: save the adapter before "
+                "you merge a part of the model"
+            )
     saved = set()
     lost = {}  # parameter → its name
-    for path, parameter in model.named_parameters(remove_duplicate=False):
-        name = without_wrappers(path)
+    for name, parameter in named_parameters(model):
         if name in state:
             saved.add(parameter)
         elif parameter.requires_grad:
@@ -145,15 +158,31 @@ def _check_all_saved(model: nn.Module, state: dict[str, Tensor]) -> None:
             f"{', '.join(names)} would be lost: training changes it, but the adapter holds only A, "
             "B and the modules in also_train. Name its module in also_train, or freeze it"
         )
-    before = model.batches_before_lora
-    for name, batches in batches_tracked(model).items():
-        if batches != before.get(name) and f"{name}.num_batches_tracked" not in state:
+    before = model.means_before_lora
+    for name, mean in running_means(model).items():
+        if name not in before or f"{name}.running_mean" in state:
+            continue
+        if not torch.equal(mean, before[name].to(mean)):  # .to: the model may have been cast
             warnings.warn(
                 f"the adapter does not hold the running statistics of {name}, which training has "
                 "changed: the loaded model will compute something else. Name the module in "
                 "also_train, or keep it in evaluation mode while training",
                 stacklevel=3,
             )
+
+
+def _check_not_tied(model: nn.Module, trained_whole: dict[str, nn.Module]) -> None:
+    """Refuse a trained embedding that is the head, too: PEFT trains a copy that is not the head.
+
+    Raises:
+        ValueError: The model is tied and its embedding is trained whole.
+    """
+    if isinstance(model, LlamaForCausalLM) and model.lm_head is None:
+        for name, module in trained_whole.items():
+            if module is model.model.embed_tokens:
+                raise ValueError(
+                    f"{name} cannot be trained whole here: it is also the model's head"
+                )
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> LoRAConfig:
@@ -179,7 +208,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> LoRAConfig:
         if name in tensors:
             raise CheckpointError(f"{path} holds {name} under two names")
         tensors[name] = tensor
-    source: Source | None = getattr(model, "source", None)
+    source: Source | None = getattr(unwrap(model), "source", None)
     base = source.name if source else None
     trained_on = options.get("base_model_name_or_path")
     what = f"the tensors in {path} (made for the base {trained_on}; this model is {base})"
@@ -193,6 +222,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> LoRAConfig:
         for name, tensor in tensors.items():
             if not tensor.isfinite().all():
                 raise CheckpointError(f"{name} in {path} has values that are not finite")
+        _check_not_tied(unwrap(model), trained_whole)
         insert_lora(model, config, targets, trained_whole)
     except CheckpointError:
         raise
@@ -201,8 +231,9 @@ def load_adapter(model: nn.Module, folder: str | Path) -> LoRAConfig:
     with torch.no_grad():
         for name, own in lora_state_dict(model).items():
             own.copy_(tensors[name])
-    if isinstance(model, LlamaForSequenceClassification) and "score.weight" in tensors:
-        model.head_trained = True
+    bare = unwrap(model)
+    if isinstance(bare, LlamaForSequenceClassification) and "score.weight" in tensors:
+        bare.head_trained = True
     return config
 
 

@@ -14,23 +14,28 @@ import math
 import numbers
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map
 
 from clinora.kernels import dropout
 from clinora.modules import (
     add_hooks,
-    batches_tracked,
     find_modules,
     gathered,
     hand_over_hooks,
+    is_whole,
     named_modules,
+    named_parameters,
+    parents_of,
     remove_hooks,
     replace_modules,
+    running_means,
     unwrap,
     without_wrappers,
 )
@@ -76,7 +81,8 @@ class LoRAConfig:
             names = getattr(self, field)
             if not _are_names(names):
                 raise ValueError(f"{field} is {names!r}: expected a tuple of names")
-            object.__setattr__(self, field, tuple(names))
+            # A set has another order in each process.
+            object.__setattr__(self, field, tuple(sorted(names) if type(names) is set else names))
         if not self.targets:
             raise ValueError("targets is empty: name at least one linear layer to adapt")
         # A NumPy number becomes a Python number, which JSON can hold.
@@ -112,7 +118,8 @@ class LoRALinear(nn.Module):
     It shares the base layer's ``weight`` and ``bias``, so their names and storage stay the same,
     and it takes over the base layer's hooks. A is drawn from U(−1/√in, 1/√in), and B is zero. Both
     are float32 at least: one step of an optimiser is often too small to change a bfloat16 weight.
-    ``strength`` multiplies s. ``called`` tells whether the layer was ever called.
+    ``strength`` multiplies s. ``called`` tells whether the layer was ever called, and ``bypassed``
+    whether the module that holds it ran without calling it.
     """
 
     def __init__(self, base: nn.Linear, config: LoRAConfig) -> None:
@@ -129,6 +136,7 @@ class LoRALinear(nn.Module):
         self.config = config
         self.strength = 1.0
         self.called = False
+        self.bypassed = False
         self.train(base.training)  # a new module is in training mode and would drop out
         hand_over_hooks(base, self)
         add_hooks(self, self.register_forward_pre_hook(_note_call))
@@ -162,7 +170,8 @@ def _note_call(layer: LoRALinear, _inputs: object) -> None:
     path that reads the weights of its linear layers and never calls them, so it would skip LoRA.
     PyTorch does not take that path when a layer inside has a hook.
     """
-    layer.called = True
+    if not torch.compiler.is_compiling():  # a compiled graph should not write attributes
+        layer.called = True
 
 
 def find_targets(model: nn.Module, targets: tuple[str, ...]) -> dict[str, nn.Module]:
@@ -194,13 +203,13 @@ def check_linear(name: str, module: nn.Module) -> None:
     own = {*dict(module.named_parameters()), *dict(module.named_buffers())}
     if others := sorted(own - {"weight", "bias"}):
         raise ValueError(
-            f"{name} computes its weights from {', '.join(others)}: make them plain first, for "
-            "example with torch.nn.utils.prune.remove, remove_weight_norm or remove_spectral_norm"
+            f"{name} also holds {', '.join(others)}, as pruned and normalised layers do: make it "
+            "a plain layer first, for example with torch.nn.utils.prune.remove, "
+            "remove_weight_norm or remove_spectral_norm"
         )
     if not isinstance(module.weight, nn.Parameter):
         raise ValueError(f"the weight of {name} is not a parameter: only plain layers are adapted")
-    is_whole = module.weight.shape == (module.out_features, module.in_features)
-    if not is_whole or hasattr(module.weight, "full_tensor"):  # a DTensor
+    if not is_whole(module):
         raise ValueError(f"the weight of {name} is cut into shards: apply LoRA before FSDP")
     if "forward" in vars(module):  # accelerate replaces it to move weights between devices
         raise ValueError(
@@ -222,8 +231,7 @@ def apply_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
 
     Warns:
         UserWarning: A module with the usual name of a classification head stays frozen, although
-            it may be new. Later, after the model's first run: the run did not call an adapted
-            layer.
+            it may be new. Later: the module that holds an adapted layer ran without calling it.
 
     Returns:
         The full names of the adapted layers.
@@ -235,8 +243,10 @@ def apply_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
             target.
     """
     if adapted := [name for name, _ in lora_layers(model)]:
-        where = f"{adapted[0]} and {len(adapted) - 1} more layers"
-        raise ValueError(f"adapted already, at {where}: merge_lora it, or start from a fresh model")
+        raise ValueError(
+            f"this model is already adapted ({len(adapted)} layers, the first is {adapted[0]}): "
+            "call merge_lora on it, or load a new one"
+        )
     linears = find_targets(model, config.targets)
     insert_lora(model, config, linears, find_modules(model, config.also_train))
     if frozen := _frozen_heads(model):
@@ -272,17 +282,20 @@ def insert_lora(
         if config.rank > largest:
             raise ValueError(f"rank {config.rank} is too large for {name}: at most {largest}")
     _check_trained_whole(model, trained_whole, linears)
+    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+        # It would not average the gradients of parameters that it has not seen.
+        raise ValueError("the model is in DistributedDataParallel: apply LoRA before that")
 
     model.requires_grad_(False)
-    # A layer that stands in two places is adapted once: both places share the adapted layer.
+    # A layer that is used twice is adapted once: both places share the adapted layer.
     adapted_layers = {linear: LoRALinear(linear, config) for linear in linears.values()}
     replace_modules(model, adapted_layers)
-    for module in dict.fromkeys(trained_whole.values()):  # once, even if it stands in two places
-        _train_in_float32(module)
+    _train_in_float32(trained_whole.values())
+    for parent in parents_of(model, linears):
+        add_hooks(parent, parent.register_forward_hook(_report_layers_not_called))
     model = unwrap(model)
     model.lora_config = config
-    model.batches_before_lora = batches_tracked(model)
-    add_hooks(model, model.register_forward_hook(_report_layers_never_called))
+    model.means_before_lora = running_means(model)
 
 
 @contextmanager
@@ -318,7 +331,7 @@ def merged_weight(layer: LoRALinear) -> Tensor:
     It is the adapter as trained, whatever ``lora_strength`` is at the time.
     """
     master = _master_dtype(layer.weight)
-    with torch.autocast(layer.weight.device.type, enabled=False):
+    with _no_autocast(layer.weight.device.type):
         update = (layer.lora_B.to(master) @ layer.lora_A.to(master)) * layer.config.scaling
         return (layer.weight.to(master) + update).to(layer.weight.dtype)
 
@@ -335,17 +348,22 @@ def merge_lora(model: nn.Module) -> nn.Module:
         ValueError: The model has no LoRA layer; or it ran without ever calling a layer whose B is
             not zero, so that merging would change what it computes.
     """
-    layers = dict.fromkeys(_require_lora(model))  # once, even if it stands in two places
-    ran = getattr(unwrap(model), "ran_with_lora", False)
+    if isinstance(model, LoRALinear):
+        raise ValueError("this is one LoRA layer: merge the model that holds it")
+    _require_lora(model)
     for name, layer in lora_layers(model):
-        if ran and not layer.called and layer.lora_B.any():
+        if not is_whole(layer):
+            raise ValueError(f"{name} is cut into shards by FSDP: save the adapter and merge later")
+        if layer.bypassed and not layer.called and layer.lora_B.any():
             raise ValueError(
-                f"{name} had no effect: the model ran and never called it, and merging would "
-                "change what the model computes. If it reads the layer's weight directly, leave "
-                "the layer out of the targets; otherwise merge_lora the part that holds it"
+                f"{name} had no effect: the model never calls it, and merging would change what "
+                "the model computes. Leave this layer out of the targets"
             )
+    layers = dict(lora_layers(model))
+    for parent in parents_of(model, layers):
+        remove_hooks(parent)
     merged = {}
-    for layer in layers:
+    for layer in dict.fromkeys(layers.values()):  # once, even if it is used twice
         linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
         linear.weight = nn.Parameter(merged_weight(layer), requires_grad=False)
         linear.bias = layer.bias
@@ -356,10 +374,8 @@ def merge_lora(model: nn.Module) -> nn.Module:
     for _, module in named_modules(model):
         if "dtype_outside" in dict(module.named_buffers(recurse=False)):
             _train_in_float32_no_more(module)
-    model_itself = unwrap(model)
-    remove_hooks(model_itself)
-    for name in ("lora_config", "batches_before_lora", "ran_with_lora"):
-        vars(model_itself).pop(name, None)  # a part of an adapted model has none
+    for name in ("lora_config", "means_before_lora"):
+        vars(unwrap(model)).pop(name, None)  # a part of an adapted model has none
     return model
 
 
@@ -439,6 +455,10 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
         for name, layer in lora_layers(model):
             tensors[f"{name}.lora_A"] = whole(layer.lora_A)
             tensors[f"{name}.lora_B"] = whole(layer.lora_B)
+            if tensors[f"{name}.lora_A"].shape != (layer.config.rank, layer.in_features):
+                raise ValueError(
+                    f"{name} is cut into shards: call this on the model that FSDP returned"
+                )
         for name, module in find_modules(model, config.also_train).items():
             for inner, tensor in module.state_dict().items():
                 tensors[f"{name}.{without_wrappers(inner)}"] = whole(tensor)
@@ -500,8 +520,7 @@ def _check_trained_whole(
         if not parameters:
             raise ValueError(f"{name} has no parameters to train: leave it out of also_train")
         owners.update(dict.fromkeys(parameters, name))
-    for path, parameter in unwrap(model).named_parameters(remove_duplicate=False):
-        name = without_wrappers(path)
+    for name, parameter in named_parameters(model):
         if parameter in owners and not _is_inside(name, trained_whole):
             raise ValueError(
                 f"{owners[parameter]} shares its weights with {name}: training it whole would "
@@ -512,62 +531,82 @@ def _check_trained_whole(
             raise ValueError(f"{name} is in targets and in also_train: leave one of them out")
 
 
-def _train_in_float32(module: nn.Module) -> None:
-    """Train all parameters of a module in float32, inside a model of another dtype."""
-    first = next(module.parameters())
-    # What follows a module is cast when the model is, as in model.half(). So is this empty tensor.
-    dtype_outside = torch.empty(0, dtype=first.dtype, device=first.device)
-    module.register_buffer("dtype_outside", dtype_outside, persistent=False)
-    for parameter in module.requires_grad_(True).parameters():
-        parameter.data = parameter.data.to(_master_dtype(parameter))
-    cast_inputs = module.register_forward_pre_hook(_cast_inputs_to_dtype_inside, with_kwargs=True)
-    cast_output = module.register_forward_hook(_cast_output_to_dtype_outside)
-    add_hooks(module, cast_inputs, cast_output)
+def _train_in_float32(modules: Iterable[nn.Module]) -> None:
+    """Train all parameters of some modules in float32, inside a model of another dtype."""
+    called = []
+    for module in modules:
+        called += _called_modules(module)
+    # Before the first is cast: two modules may share parameters, or one may lie in another.
+    dtypes = {module: next(module.parameters()).dtype for module in called}
+    for module, dtype in dtypes.items():
+        for parameter in module.requires_grad_(True).parameters():
+            parameter.data = parameter.data.to(_master_dtype(parameter))
+        first = next(module.parameters())
+        if first.dtype == dtype or hasattr(module, "dtype_outside"):
+            continue  # nothing to cast, or an earlier adapter's casts are still there
+        # These empty buffers record both dtypes. A cast such as model.half() casts them, too.
+        for name, recorded in (("dtype_inside", first.dtype), ("dtype_outside", dtype)):
+            buffer = torch.empty(0, dtype=recorded, device=first.device)
+            module.register_buffer(name, buffer, persistent=False)
+        cast_inputs = module.register_forward_pre_hook(_cast_inputs, with_kwargs=True)
+        cast_output = module.register_forward_hook(_cast_output)
+        add_hooks(module, cast_inputs, cast_output)
+
+
+def _called_modules(module: nn.Module) -> list[nn.Module]:
+    """Return the module, or of a list of modules, which nobody calls, those with parameters."""
+    if not isinstance(module, nn.ModuleList | nn.ModuleDict):
+        return [module] if any(True for _ in module.parameters()) else []
+    called = []
+    for child in module.children():
+        called += _called_modules(child)
+    return called
 
 
 def _train_in_float32_no_more(module: nn.Module) -> None:
     """Undo ``_train_in_float32`` and keep what was learned."""
     for parameter in module.parameters():
         parameter.data = parameter.data.to(module.dtype_outside.dtype)
+    del module.dtype_inside
     del module.dtype_outside
     remove_hooks(module)
 
 
-def _cast_inputs_to_dtype_inside(
-    module: nn.Module, args: tuple, kwargs: dict
-) -> tuple[tuple, dict]:
-    """Hook: the frozen layers before the module hand on their own dtype."""
-    dtype = next(module.parameters()).dtype
-    return _cast(args, dtype), {name: _cast(value, dtype) for name, value in kwargs.items()}
+def _cast_inputs(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Hook: the frozen layers before the module pass activations in their own dtype."""
+    return _cast((args, kwargs), module.dtype_inside.dtype)
 
 
-def _cast_output_to_dtype_outside(module: nn.Module, _inputs: tuple, output: object) -> object:
+def _cast_output(module: nn.Module, _inputs: tuple, output: object) -> object:
     """Hook: the frozen layers after the module expect their own dtype."""
     return _cast(output, module.dtype_outside.dtype)
 
 
-def _report_layers_never_called(model: nn.Module, _inputs: tuple, _output: object) -> None:
-    """Hook: after the model's first run, warn about the LoRA layers that it did not call."""
-    if torch.compiler.is_compiling() or getattr(model, "ran_with_lora", False):
-        return
-    model.ran_with_lora = True
-    if idle := [name for name, layer in lora_layers(model) if not layer.called]:
-        warnings.warn(
-            f"the model did not call {', '.join(idle)}: LoRA has no effect there if the model "
-            "reads the weight of a layer directly",
-            stacklevel=2,
-        )
-
-
 def _cast(value: object, dtype: torch.dtype) -> object:
-    """Cast a floating-point tensor, or those in a tuple; autocast chooses the dtype itself."""
-    if isinstance(value, tuple):
-        return tuple(_cast(inner, dtype) for inner in value)
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        return value
-    if _is_autocast(value.device.type):
-        return value
-    return value.to(dtype)
+    """Cast the floating-point tensors in tuples, lists and dictionaries."""
+
+    def cast(leaf: object) -> object:
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+            return leaf
+        if _is_autocast(leaf.device.type):  # autocast chooses the dtype itself
+            return leaf
+        return leaf.to(dtype)
+
+    return tree_map(cast, value)
+
+
+def _report_layers_not_called(parent: nn.Module, _inputs: tuple, _output: object) -> None:
+    """Hook: warn, once, if a module ran without calling a LoRA layer that it holds."""
+    if torch.compiler.is_compiling():
+        return
+    for name, layer in parent.named_children():
+        if isinstance(layer, LoRALinear) and not layer.called and not layer.bypassed:
+            layer.bypassed = True
+            warnings.warn(
+                f"{type(parent).__name__} did not call its layer {name}: LoRA has no effect there "
+                "if it reads the layer's weight instead",
+                stacklevel=2,
+            )
 
 
 def _is_autocast(device_type: str) -> bool:
@@ -575,6 +614,12 @@ def _is_autocast(device_type: str) -> bool:
     if not torch.amp.is_autocast_available(device_type):
         return False
     return torch.is_autocast_enabled(device_type)
+
+
+def _no_autocast(device_type: str) -> AbstractContextManager:
+    if not torch.amp.is_autocast_available(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
 
 
 def _master_dtype(weight: Tensor) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""Modules inside a model: their names under wrappers, their places, their hooks.
+"""Modules inside a model: their names without wrappers, their places, their hooks.
 
 A model may be wrapped, as a whole or in part, by ``torch.compile``, activation checkpointing,
 DistributedDataParallel or FSDP. The names here are those of the bare model.
@@ -19,27 +19,51 @@ WRAPPER_SEGMENTS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_mo
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Give the model inside torch.compile, DistributedDataParallel, FSDP or checkpointing."""
-    while True:
-        if isinstance(model, DistributedDataParallel | DataParallel):
-            model = model.module
-            continue
-        wrapped = [child for name, child in model.named_children() if name in WRAPPER_SEGMENTS]
-        if not wrapped:
-            return model
-        model = wrapped[0]
+    """Return the model inside torch.compile, DistributedDataParallel, FSDP or checkpointing."""
+    inner = _wrapped(model)
+    while inner is not None:
+        model = inner
+        inner = _wrapped(model)
+    return model
+
+
+def _wrapped(module: nn.Module) -> nn.Module | None:
+    """Return the module that a wrapper holds; None if the module is not a wrapper."""
+    if isinstance(module, DistributedDataParallel | DataParallel):
+        return module.module
+    for name, child in module.named_children():
+        if name in WRAPPER_SEGMENTS:
+            return child
+    return None
 
 
 def without_wrappers(name: str) -> str:
-    """Give a dotted name as it is without wrappers: "0._orig_mod.q_proj" → "0.q_proj"."""
+    """Return a dotted name without the segments of wrappers: "0._orig_mod.weight" → "0.weight"."""
     return ".".join(part for part in name.split(".") if part not in WRAPPER_SEGMENTS)
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield all modules with their names, without wrappers; one in two places has two names."""
-    for path, module in unwrap(model).named_modules(remove_duplicate=False):
-        if unwrap(module) is module:
-            yield without_wrappers(path), module
+    """Yield all modules but wrappers, with their names; one that is used twice has two names."""
+    seen = {}  # path, wrappers included → name, module
+    for path, module in model.named_modules(remove_duplicate=False):
+        parent_path, _, segment = path.rpartition(".")
+        if path == "":
+            name = ""
+        else:
+            parent_name, parent = seen[parent_path]
+            if _wrapped(parent) is module:
+                name = parent_name
+            else:
+                name = f"{parent_name}.{segment}" if parent_name else segment
+        seen[path] = name, module
+        if _wrapped(module) is None:
+            yield name, module
+
+
+def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield all parameters with their names; a tied parameter has several names."""
+    for module_name, module in named_modules(model):
+        yield from module.named_parameters(module_name, recurse=False, remove_duplicate=False)
 
 
 def find_modules(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
@@ -52,8 +76,15 @@ def find_modules(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]
     return found
 
 
+def parents_of(model: nn.Module, names: Iterable[str]) -> list[nn.Module]:
+    """Return the modules that hold the ones with these names, each once."""
+    modules = dict(named_modules(model))
+    parents = [modules[name.rpartition(".")[0]] for name in names]
+    return list(dict.fromkeys(parents))
+
+
 def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
-    """Put other modules into the places of some, wherever these stand."""
+    """Replace modules wherever they occur."""
     for path, module in list(model.named_modules(remove_duplicate=False)):
         if module in replacements:
             model.set_submodule(path, replacements[module])
@@ -86,14 +117,22 @@ def _whole(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def batches_tracked(model: nn.Module) -> dict[str, int]:
-    """Count the batches that went into running statistics, such as BatchNorm's, by module."""
-    counts = {}
+def is_whole(linear: nn.Module) -> bool:
+    """Tell whether a layer's weights are whole, and not shards of FSDP."""
+    for parameter in linear.parameters(recurse=False):
+        if parameter.numel() == 0 or hasattr(parameter, "full_tensor"):  # a DTensor
+            return False
+    return linear.weight.shape == (linear.out_features, linear.in_features)
+
+
+def running_means(model: nn.Module) -> dict[str, Tensor]:
+    """Copy the running means of normalisation layers, such as BatchNorm, by module."""
+    means = {}
     for name, module in named_modules(model):
-        count = getattr(module, "num_batches_tracked", None)
-        if isinstance(count, Tensor) and not count.is_meta:
-            counts[name] = int(count)
-    return counts
+        mean = getattr(module, "running_mean", None)
+        if isinstance(mean, Tensor) and not mean.is_meta:
+            means[name] = mean.clone()
+    return means
 
 
 # --- Hooks --------------------------------------------------------------------------------------

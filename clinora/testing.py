@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from clinora.lora import count_parameters, merge_lora
+from clinora.modules import named_parameters
 
 
 def assert_trains_exactly(model: nn.Module, names: Iterable[str]) -> None:
@@ -50,7 +51,7 @@ def assert_trains_exactly(model: nn.Module, names: Iterable[str]) -> None:
         raise ValueError(f"names is the string {names!r}: expected a list of names")
     names = set(names)
     aliases = {}  # parameter → its names; a tied parameter has several
-    for alias, parameter in model.named_parameters(remove_duplicate=False):
+    for alias, parameter in named_parameters(model):
         aliases.setdefault(parameter, []).append(alias)
     unexpected = []
     missing = []
@@ -238,7 +239,7 @@ def assert_adapter_takes_part(model: nn.Module, /, *inputs: object, **kwargs: ob
             without_gradient.append(name)
         saved = matrix.detach().clone()
         with torch.no_grad():
-            matrix.add_(1)
+            matrix.add_(torch.randn_like(matrix))
             after = _output(model, inputs, kwargs)
             matrix.copy_(saved)
         if torch.equal(before, after):

@@ -437,7 +437,7 @@ def report_layers_without_gradient(model: nn.Module) -> None:
 
 
 def learning_rate_factor(step: int, config: TrainingConfig) -> float:
-    """Give the share of the peak at a step, from 1: a linear warm-up, then a cosine down to 0."""
+    """Give the share of the peak at a step, from 1: a linear warm-up, then a cosine towards 0."""
     warmup = round(config.warmup * config.steps)
     if step <= warmup:
         return step / warmup

@@ -1,4 +1,4 @@
-"""Kill a training at random moments, resume it each time, and compare its end with a whole one.
+"""Kill a training at random moments, resume it each time, and compare it with an uninterrupted run.
 
     python -m tests.kill_and_resume --kills 20 --precision bf16
 
@@ -24,7 +24,7 @@ OPTIONS = [
 
 
 def write_notes(path: Path, texts: int = 700) -> Path:
-    """Write a file of short notes of two classes, of which the words tell."""
+    """Write a file of short notes of two classes, which differ in one word."""
     words = {"Heart": "chest pain", "Bone": "fracture"}
     rows = [
         f"visit {i}: {word},{label}" for i in range(texts // 2) for label, word in words.items()
@@ -56,7 +56,7 @@ def wait_for(job: subprocess.Popen, folder: Path, pattern: str) -> None:
 
 
 def show(folder: Path, precision: str, kills: int, seed: int) -> dict:
-    """Train whole and in pieces; gives how often it was killed and whether the ends are equal."""
+    """Train with and without kills; report the kills and whether the results are equal."""
     draw = random.Random(seed)
     notes = write_notes(folder / "notes.csv")
     steps = ("--steps", str(20 * kills))  # more than are done between the kills
@@ -71,7 +71,7 @@ def show(folder: Path, precision: str, kills: int, seed: int) -> dict:
         further = draw.randint(1, 10)  # steps
         while job.poll() is None and last_checkpoint(run) < done + further:
             time.sleep(0.01)
-        time.sleep(draw.uniform(0, 0.1))  # into the middle of what comes next
+        time.sleep(draw.uniform(0, 0.1))  # so that the kill falls inside a step
         if number % 2 == 1:
             wait_for(job, run, "checkpoint/.step-*")
         job.send_signal(signal.SIGKILL)

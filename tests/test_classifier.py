@@ -437,6 +437,7 @@ def test_a_text_is_cleaned_before_it_is_read(classifier):
 def test_logits_are_those_of_the_probabilities_and_of_another_model_if_one_is_given(classifier):
     ids = [classifier.tokenizer.encode(note, 20) for note in NOTES]
     logits = classifier.logits(ids)
+    classifier.model.eval()  # without dropout
     expected = classifier.model(*pad(ids, torch.device("cpu"))).detach()
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
     doubled = classifier.logits(ids, lambda *batch: 2 * classifier.model(*batch))

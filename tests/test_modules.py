@@ -4,6 +4,7 @@ import copy
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import accelerate
@@ -19,7 +20,12 @@ from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 import clinora
 from clinora import LoRAConfig
-from clinora.llama import DecoderLayer, LlamaConfig, LlamaForSequenceClassification
+from clinora.llama import (
+    DecoderLayer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+)
 from clinora.modules import named_modules
 
 ROOT = Path(__file__).parents[1]
@@ -47,6 +53,11 @@ def llama():
 # --- Wrappers ---
 
 
+def part_parallel(model):
+    model.model = nn.DataParallel(model.model)
+    return model
+
+
 def checkpointed(model):
     apply_activation_checkpointing(model, check_fn=lambda part: isinstance(part, DecoderLayer))
     return model
@@ -64,6 +75,7 @@ WRAPPERS = {
     "torch.compile of layers": layers_compiled,
     "both": lambda model: torch.compile(checkpointed(model), backend="eager"),
     "DataParallel": nn.DataParallel,
+    "DataParallel of a part": part_parallel,
 }
 
 
@@ -104,20 +116,46 @@ def test_a_wrapped_model_is_adapted_loaded_and_merged_as_the_bare_one(tmp_path, 
             if "lora_B" in name:
                 parameter.normal_()
     clinora.save_adapter(expected, tmp_path)
-    model = llama()
-    clinora.merge_lora(model)  # B is zero
+    model = clinora.merge_lora(llama())  # B is zero
+    model.head_trained = False
     model = wrap(model)
     clinora.load_adapter(model, tmp_path)
+    clinora.save_adapter(model, tmp_path / "again")  # the head was trained
     clinora.merge_lora(model)
     with torch.no_grad():
         torch.testing.assert_close(model(*NOTE), expected(*NOTE))
 
 
+def test_checkpointed_layers_with_lora_compile_as_one_graph():
+    model = checkpointed(llama())
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*NOTE), model(*NOTE), rtol=0, atol=1e-6)
+
+
+class Engine(nn.Module):
+    """Passes on the attributes of the model inside, as the wrappers of some libraries do."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def __getattr__(self, name):
+        if name == "module":
+            return super().__getattr__(name)
+        return getattr(self.module, name)
+
+
+def test_a_wrapper_of_another_library_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="wrapper"):
+        clinora.save_adapter(Engine(llama()), tmp_path / "adapter")
+
+
 def test_a_head_that_was_never_trained_is_refused_under_wrappers_too(tmp_path, wrap):
     model = llama()
     model.head_trained = False
+    wrapped = wrap(model)
     with pytest.raises(ValueError, match="head_trained"):
-        clinora.save_adapter(wrap(model), tmp_path / "adapter")
+        clinora.save_adapter(wrapped, tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
 
 
@@ -147,14 +185,22 @@ def wrap(model, kind):
         return fully_shard(model, mesh=mesh)
     return DistributedDataParallel(model) if kind == "DDP" else model
 
-for kind in ("FSDP1", "FSDP2"):
-    sharded = wrap(clinora.merge_lora(llama()), kind)
+def refused(call, *arguments):
     try:
-        clinora.apply_lora(sharded, clinora.LoRAConfig(rank=2))
-    except ValueError as error:
-        assert "shards" in str(error)
-    else:
-        raise AssertionError(kind)
+        call(*arguments)
+    except ValueError:
+        return True
+    return False
+
+for kind in ("DDP", "FSDP1", "FSDP2"):
+    base = wrap(clinora.merge_lora(llama()), kind) if kind != "DDP" else None
+    if kind == "DDP":
+        base = DistributedDataParallel(clinora.merge_lora(llama()).requires_grad_(True))
+    assert refused(clinora.apply_lora, base, clinora.LoRAConfig(rank=2)), kind
+for kind in ("FSDP1", "FSDP2"):
+    assert refused(clinora.merge_lora, wrap(llama(), kind)), kind
+inner = wrap(llama(), "FSDP1").module
+assert refused(clinora.save_adapter, inner, f"{sys.argv[1]}/inner-{dist.get_rank()}")
 
 for kind in ("bare", "DDP", "FSDP1", "FSDP2"):
     model = wrap(llama(), kind)
@@ -213,17 +259,40 @@ def test_a_trained_parameter_outside_the_adapter_is_named_at_saving(tmp_path):
     assert not (tmp_path / "adapter").exists()
 
 
-def test_running_statistics_outside_the_adapter_are_named_at_saving(tmp_path, recwarn):
-    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2), nn.BatchNorm1d(2))
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d, nn.InstanceNorm1d])
+def test_running_statistics_outside_the_adapter_are_named_at_saving(tmp_path, recwarn, norm):
+    model = nn.Sequential(
+        nn.Linear(4, 4), norm(8, track_running_stats=True), nn.Linear(4, 4), nn.BatchNorm1d(8)
+    )
     clinora.apply_lora(model, LoRAConfig(rank=2, targets=("0",), also_train=("2", "3")))
-    model.eval()(torch.randn(8, 4))
-    clinora.save_adapter(model, tmp_path)
-    assert len(recwarn) == 0  # nothing has changed
-    model.train()(torch.randn(8, 4))
+    model.eval()(torch.randn(8, 8, 4))
+    clinora.save_adapter(model.half(), tmp_path)
+    assert len(recwarn) == 0  # nothing but the dtype has changed
+    model.float().train()(torch.randn(8, 8, 4))
     with pytest.warns(UserWarning) as caught:
         clinora.save_adapter(model, tmp_path)
     (warning,) = caught
     assert " 1," in str(warning.message)  # not 3, which the adapter holds
+
+
+def test_a_model_of_which_a_part_was_merged_is_not_saved(tmp_path):
+    model = llama()
+    clinora.merge_lora(model.model.layers[0])
+    with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.q_proj"):
+        clinora.save_adapter(model, tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_embedding_that_is_the_head_too_is_not_trained_whole(tmp_path, tied):
+    """PEFT trains a copy of the embedding, and the head keeps the old one."""
+    shape = LlamaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=4, tie_word_embeddings=tied,
+    )  # fmt: skip
+    model = LlamaForCausalLM(shape)
+    clinora.apply_lora(model, LoRAConfig(rank=2, also_train=("embed_tokens",)))
+    with pytest.raises(ValueError, match="embed_tokens") if tied else nullcontext():
+        clinora.save_adapter(model, tmp_path)
 
 
 # --- Layers that are not plain ---
@@ -341,7 +410,7 @@ def test_a_model_made_float32_computes_in_float32():
 def test_merging_leaves_a_plain_model(dtype):
     model = mlp(dtype)
     plain = [vars(module).copy() for module in model.modules()]
-    for _ in range(2):  # what one round leaves, the next may trip over
+    for _ in range(2):  # what one round leaves may break the next
         clinora.apply_lora(model, CONFIG)
         model(torch.ones(1, 12, dtype=dtype))
         clinora.merge_lora(model)
@@ -364,6 +433,81 @@ def test_an_adapted_model_can_be_copied_and_merged_apart():
     assert model.double()(torch.ones(1, 12).double()).dtype == torch.float64
 
 
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(16, 12)
+        self.layer = nn.Linear(12, 12)
+        self.head = nn.Linear(12, 16, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids):
+        return self.head(self.layer(self.embed(ids)))
+
+
+class Nested(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(12, 12)
+        self.classifier = nn.ModuleDict({"dense": nn.Linear(12, 12), "out": nn.Linear(12, 3)})
+
+    def forward(self, x):
+        return self.classifier["out"](self.classifier["dense"](self.layer(x)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "also_train"),
+    [
+        (Tied, ("embed", "head")),
+        (Nested, ("classifier",)),  # a container, which nobody calls
+        (Nested, ("classifier", "out")),  # one in the other
+        (Nested, ("out", "classifier")),
+    ],
+)
+def test_modules_that_share_or_hold_each_other_keep_the_models_dtype(kind, also_train):
+    torch.manual_seed(0)
+    model = kind().bfloat16()
+    x = torch.arange(4) if kind is Tied else torch.randn(4, 12).bfloat16()
+    expected = model(x)
+    for _ in range(2):
+        clinora.apply_lora(model, LoRAConfig(rank=2, targets=("layer",), also_train=also_train))
+        assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+        torch.testing.assert_close(model(x), expected)
+        clinora.merge_lora(model)
+        assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+        torch.testing.assert_close(model(x), expected)
+
+
+def test_a_module_with_another_kind_of_input_can_be_trained_whole():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+            self.rnn = nn.LSTM(4, 4)
+
+        def forward(self, x):
+            packed = nn.utils.rnn.pack_sequence([self.layer(x), self.layer(x[:2])])
+            return self.rnn(packed)[0].data
+
+    model = Model()
+    clinora.apply_lora(model, LoRAConfig(rank=2, targets=("layer",), also_train=("rnn",)))
+    assert model(torch.randn(3, 4)).shape == (5, 4)
+
+
+def test_a_model_on_the_meta_device_is_merged():
+    with torch.device("meta"):
+        model = mlp()
+    clinora.apply_lora(model, CONFIG)
+    assert clinora.merge_lora(model)(torch.ones(1, 12, device="meta")).shape == (1, 3)
+
+
+def test_one_layer_alone_is_not_merged():
+    model = mlp()
+    clinora.apply_lora(model, CONFIG)
+    with pytest.raises(ValueError, match="one LoRA layer"):
+        clinora.merge_lora(model[0])
+
+
 # --- LoRA that does nothing ---
 
 
@@ -380,20 +524,50 @@ def mamba():
 def test_a_layer_that_the_model_never_calls_is_named_at_the_first_run(recwarn):
     model = mamba()
     ids = torch.randint(3, 50, (1, 9))
-    with pytest.warns(UserWarning, match=r"mixer\.dt_proj") as caught:
+    with pytest.warns(UserWarning, match="dt_proj") as caught:
         model(ids)
     assert not any("x_proj" in str(warning.message) for warning in caught)
     recwarn.clear()
     model(ids)
-    assert not [w for w in recwarn if "dt_proj" in str(w.message)]  # said once
+    assert not [w for w in recwarn if "dt_proj" in str(w.message)]  # warned only once
 
 
-@pytest.mark.filterwarnings("ignore:the model did not call")
+@pytest.mark.filterwarnings("ignore:.*did not call")
 def test_merging_refuses_a_layer_that_had_no_effect(fill_b):
     model = fill_b(mamba())
     model(torch.randint(3, 50, (1, 9)))
     with pytest.raises(ValueError, match=r"mixer\.dt_proj"):
         clinora.merge_lora(model)
+
+
+def test_layers_in_a_part_that_did_not_run_are_merged(fill_b, recwarn):
+    """As the vision layers of a model that got a text."""
+    model = nn.ModuleDict({"seen": mlp(), "unseen": mlp()})
+    model.forward = lambda x: model["seen"](x)
+    clinora.apply_lora(model, CONFIG)
+    fill_b(model)
+    model(torch.ones(1, 12))
+    clinora.merge_lora(model)
+    assert len(recwarn) == 0
+
+
+def test_a_layer_that_is_called_later_is_merged(fill_b):
+    class Switch(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(4, 4)
+            self.second = nn.Linear(4, 4)
+
+        def forward(self, x, second):
+            return self.second(x) if second else self.first(x)
+
+    model = Switch()
+    clinora.apply_lora(model, LoRAConfig(rank=2, targets=("first", "second"), also_train=()))
+    fill_b(model)
+    with pytest.warns(UserWarning, match="second"):
+        model(torch.ones(1, 4), second=False)
+    model(torch.ones(1, 4), second=True)
+    clinora.merge_lora(model)
 
 
 def test_an_adapter_is_merged_without_a_run(fill_b):
