@@ -61,8 +61,14 @@ def card_of(classifier, folder):
 
 
 def elements(page):
-    tags = page.locator(COUNTED).evaluate_all("found => found.map(e => e.tagName)")
-    return Counter(tags)
+    """Count the elements of the page, once it has stopped changing."""
+    before = None
+    while True:
+        tags = Counter(page.locator(COUNTED).evaluate_all("found => found.map(e => e.tagName)"))
+        if tags == before:
+            return tags
+        before = tags
+        page.wait_for_timeout(400)
 
 
 def visit(chromium, trained, folder, classes, file_name, column):
