@@ -202,7 +202,8 @@ def coverage_figure(
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.subplots()
     axes.step(coverage, risk, where="post", color=BLACK, label="share incorrect of those answered")
-    axes.axhline(1 - promise, color=GREY, linestyle="--", label=f"promised: {1 - promise:.0%}")
+    target = f"target: at most {1 - promise:.0%} incorrect"
+    axes.axhline(1 - promise, color=GREY, linestyle="--", label=target)
     answered = int((confidence >= threshold).sum())
     if answered:
         share = coverage[answered - 1]
@@ -333,7 +334,7 @@ def singular_values_figure(updates: Sequence[LayerUpdate]) -> Figure:
         ranks = [update.effective_rank for update in group]
         label = f"{target}: effective rank {min(ranks):.1f} to {max(ranks):.1f}"
         axes.plot([], [], label=label, **styles[target])
-    axes.set(xlabel="number of the singular value, of r", ylabel="singular value", ylim=(0, None))
+    axes.set(xlabel="index of the singular value (1 to r)", ylabel="singular value", ylim=(0, None))
     axes.set_title("Singular values of (α/r)·B·A:\na line for each layer", fontsize=11)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(fontsize=8)

@@ -16,7 +16,7 @@ from pathlib import Path
 import huggingface_hub
 import numpy as np
 
-from clinora.files import DELIMITERS, TableError, is_similar, read_table
+from clinora.files import TableError, is_similar, read_table
 
 NAMED_NOTES = ("bundled", "mtsamples")
 
@@ -42,8 +42,6 @@ LONGEST_CLASS_NAME = 100  # characters; a longer one is a note, not a class
 
 # What clean_text writes in place of a lone surrogate.
 REPLACEMENT = "\ufffd"
-
-BYTE_ORDER_MARK = "\ufeff"
 
 # Letters and symbols that are drawn as nothing: Hangul fillers, the Braille pattern without dots
 # and the musical null notehead.
@@ -351,7 +349,7 @@ def choose_classes(words: Sequence[str] | None) -> Sequence[str] | int | str | N
     (word,) = words
     if word == "all":
         return word
-    if word.isdigit():
+    if word.isdecimal():
         return int(word)
     return words
 
@@ -406,19 +404,11 @@ def _read_rows(path: Path, text_column: str, label_column: str) -> Iterator[tupl
             table = read_table(file, columns)
             if not table.header:
                 raise TableError("is empty: expected a CSV file with a header")
-            text_at, label_at = (table.position(column, columns) for column in columns)
-            for row, (line, cells) in enumerate(table.rows, 1):
-                if len(cells) != len(table.header):
-                    raise ValueError(
-                        f"row {row} of {path} (it begins in line {line}) has {len(cells)} fields, "
-                        f"the header has {len(table.header)}: put texts with "
-                        f"{DELIMITERS[table.delimiter]} into quotes"
-                    )
-                text = clean_text(cells[text_at])
-                label = cells[label_at].strip()
-                # A second file that was appended may begin with a byte-order mark.
-                if (text.lstrip(BYTE_ORDER_MARK), label.lstrip(BYTE_ORDER_MARK)) == columns:
-                    raise ValueError(f"row {row} of {path} repeats the header: remove that row")
+            for row, (line, cells, wrong) in enumerate(table.select(), 1):
+                if wrong is not None:
+                    raise ValueError(f"row {row} of {path} (it begins in line {line}) {wrong}")
+                text = clean_text(cells[0])
+                label = cells[1].strip()
                 if label:
                     _check_row_label(label, row, path, label_column)
                 yield row, text, label

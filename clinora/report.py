@@ -274,8 +274,8 @@ def _confidence_lines(results: Results) -> list[str]:
     lines = [
         f"Mean confidence minus the share correct: {_points(over.value)} points "
         f"[{_points(over.low)}, {_points(over.high)}].",
-        f"In tenths of the notes by confidence the two differ by {error:.1%} on average; with the",
-        f"largest probability as the confidence, by {top:.1%}.",
+        f"Expected calibration error (10 bins): {error:.1%}; of the uncalibrated largest "
+        f"probability: {top:.1%}.",
     ]
     if answered.accuracy is None:
         lines.append("No note reaches the threshold: every note is referred to a person.")
@@ -284,7 +284,7 @@ def _confidence_lines(results: Results) -> list[str]:
     lines += [
         f"Answered at a confidence of {answered.threshold:.1%} or more: {coverage:.1%} of the "
         f"notes, {_interval(answered.accuracy)} of them correct "
-        f"(promised: {answered.promise:.0%}).",
+        f"(target: {answered.promise:.0%}).",
         f"The other {1 - coverage:.1%} are referred to a person.",
     ]
     return lines

@@ -12,7 +12,7 @@ from clinora.serving.batcher import (
     MOST_REQUESTS,
     MOST_TOGETHER,
     MOST_TOKENS,
-    MOST_WAITING,
+    MOST_WAITING_NOTES,
     Batcher,
     BusyError,
 )
@@ -158,13 +158,13 @@ def test_a_full_batch_of_short_notes_is_not_made_smaller():
 
 def test_what_finds_no_room_is_refused_whole_and_what_was_taken_is_answered(batcher, held):
     futures = batcher.submit([*NOTES, *NOTES, *NOTES])  # 120 of 128
-    assert MOST_WAITING == 128
+    assert MOST_WAITING_NOTES == 128
     with pytest.raises(BusyError):
         batcher.submit(NOTES[:9])
     futures += batcher.submit(NOTES[:8])
     # Many notes of others do not keep out a single one.
     assert batcher.ready()
-    while len(futures) < MOST_WAITING + MOST_REQUESTS - 2:
+    while len(futures) < MOST_WAITING_NOTES + MOST_REQUESTS - 2:
         futures += batcher.submit(NOTES[:1])
     assert not batcher.ready()
     for job in (lambda: batcher.submit(NOTES[:1]), lambda: batcher.submit_job(int)):
@@ -205,7 +205,7 @@ def test_a_client_waits_for_one_job_of_another_with_many(batcher, held):
 
 
 def test_who_waits_for_room_gets_it(batcher, held):
-    batcher.submit(["fever"] * MOST_WAITING)
+    batcher.submit(["fever"] * MOST_WAITING_NOTES)
     threading.Timer(0.1, held.set).start()
     futures = batcher.submit(NOTES[:2], wait=30)
     assert all(future.result(30) for future in futures)

@@ -75,7 +75,7 @@ def test_without_a_prediction_there_is_nothing_to_flag(client, flags_folder):
 def test_only_the_predictions_of_the_most_recent_sessions_are_kept(
     classifier, flags_folder, monkeypatch
 ):
-    monkeypatch.setattr("clinora.serving.app.MOST_SESSIONS", 3)
+    monkeypatch.setattr("clinora.serving.app.MOST_SESSIONS_WITH_STATE", 3)
     with TestClient(create_app(classifier, flags_folder), "http://127.0.0.1") as client:
         for session in ("first", "second", "third", "fourth", "fifth"):
             assert call(client, "predict", "fever", session=session)[0] == "complete"

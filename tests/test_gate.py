@@ -482,7 +482,7 @@ def test_uploaded_files_are_read_one_at_a_time(client, monkeypatch):
         running -= 1
 
     client.get("/")
-    monkeypatch.setattr(gate, "read_table", read_slowly)
+    monkeypatch.setattr(gate, "check_table", read_slowly)
     with ThreadPoolExecutor(4) as pool:
         answers = list(
             pool.map(

@@ -23,7 +23,7 @@ from starlette.responses import PlainTextResponse
 
 from clinora.serving import passwords
 from clinora.serving.app import create_app
-from clinora.serving.passwords import MOST_GUESSES, MOST_WAITING
+from clinora.serving.passwords import MOST_GUESSES, MOST_WAITING_GUESSES
 from tests.served import CANARY, ROOT, run_async
 
 NOTE = "Severe chest pain."
@@ -167,6 +167,29 @@ def test_a_file_of_passwords_that_is_none_is_refused_without_quoting_it(tmp_path
     with pytest.raises(ValueError, match=told) as caught:
         passwords.read_passwords(file)
     assert "horse" not in str(caught.value)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path, encoding):
+    file = tmp_path / "passwords.txt"
+    file.write_text(line("alice", RIGHT), encoding=encoding)
+    assert admits(passwords.read_passwords(file), "alice", RIGHT)
+
+
+def test_a_mark_within_the_file_is_no_part_of_a_name(tmp_path):
+    file = tmp_path / "passwords.txt"
+    file.write_text(f"{line('alice', RIGHT)}\ufeff{line('bob', RIGHT)}", encoding="utf-8")
+    with pytest.raises(ValueError, match="line 2"):
+        passwords.read_passwords(file)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "cp1252"])
+def test_a_file_in_another_encoding_is_named_with_the_one_to_use(tmp_path, encoding):
+    file = tmp_path / "passwords.txt"
+    file.write_text(line("jürgen", RIGHT), encoding=encoding)
+    with pytest.raises(ValueError, match=r"passwords\.txt .*UTF-8") as caught:
+        passwords.read_passwords(file)
+    assert type(caught.value) is ValueError  # a UnicodeDecodeError would carry the bytes
 
 
 def test_the_tools_line_admits_the_password_that_was_typed(tmp_path, monkeypatch, capsys):
@@ -347,15 +370,15 @@ def door(users):
 
 
 def test_a_new_address_has_a_place_when_all_are_taken(door, turns):
-    flood = [(f"10.0.{i % 250}.{i // 250}", "guess") for i in range(3 * MOST_WAITING)]
+    flood = [(f"10.0.{i % 250}.{i // 250}", "guess") for i in range(3 * MOST_WAITING_GUESSES)]
     statuses, status = statuses_of_a_flood(door, turns, flood, ("192.0.2.1", RIGHT))
     assert status == 200
-    assert turns.before(RIGHT) <= MOST_WAITING
+    assert turns.before(RIGHT) <= MOST_WAITING_GUESSES
     assert set(statuses) == {401, 429}
 
 
 def test_a_new_address_comes_before_many_that_have_guessed(door, turns):
-    flood = [(f"10.0.0.{i}", "guess") for i in range(2 * MOST_WAITING)]
+    flood = [(f"10.0.0.{i}", "guess") for i in range(2 * MOST_WAITING_GUESSES)]
 
     async def guess_once():
         for guess in flood:

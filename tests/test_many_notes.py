@@ -54,8 +54,9 @@ def classify(client, text, session="one"):
     if event == "error":
         return answer["error"]
     _upload, preview, file = answer
-    content = client.get(f"/gradio_api/file={file['path']}").text
-    rows = list(csv.DictReader(io.StringIO(content)))
+    content = client.get(f"/gradio_api/file={file['path']}").content
+    assert content.startswith(b"\xef\xbb\xbf")  # without it, Excel reads no umlauts
+    rows = list(csv.DictReader(io.StringIO(content.decode("utf-8-sig"))))
     assert [row[0] for row in preview["data"]] == [int(row["row"]) for row in rows[:20]]
     return rows
 
@@ -68,7 +69,7 @@ def test_each_row_has_a_prediction_or_an_error(client, classifier):
     rows = classify(client, content)
     assert [int(row["row"]) for row in rows] == list(range(1, 162))
     assert [rows[i]["error"] for i in empty] == ["The note is empty."] * 2
-    assert rows[160]["error"] == "The row has 1 fields, the header 2."
+    assert rows[160]["error"] == "The row has 1 field, the header has 2."
     expected = classifier(notes)
     for i, (row, prediction) in enumerate(zip(rows, expected, strict=False)):
         if i not in empty:
@@ -155,6 +156,19 @@ def test_every_row_has_its_place_in_the_result(client):
     assert [row["error"] for row in rows] == ["", "The note is empty.", ""]
 
 
+def test_a_repeated_header_is_no_note(client):
+    table = "\ufefftranscription ,id\r\nfever,1\r\n"
+    rows = classify(client, table * 2)
+    assert ["header" in row["error"] for row in rows] == [False, True, False]
+    assert rows[1]["label"] == ""
+
+
+def test_a_file_of_one_column_needs_no_quotes(client, classifier):
+    notes = ["Kopfschmerzen, Fieber", "Husten; Schnupfen"]
+    rows = classify(client, "transcription\n" + "".join(f"{note}\n" for note in notes))
+    assert [row["label"] for row in rows] == [answer.label for answer in classifier(notes)]
+
+
 @pytest.mark.parametrize("delimiter", [";", "\t"], ids=["semicolon", "tab"])
 def test_a_file_with_another_delimiter_has_the_same_result(client, delimiter):
     table = [["transcription", "id"], *([f"{NOTE}; {i},{i}", i] for i in range(3))]
@@ -173,6 +187,7 @@ def test_a_file_with_another_delimiter_has_the_same_result(client, delimiter):
         'weight, kg;height, cm;transcription\r\n70;180;"Fever; cough"\r\n',
         'transcription;a, b, c\r\n"Fever; cough";"x"\r\n',
         'transcription,a;b\r\n"Fever, cough",x\r\n',
+        'transcription,"specialty (A; B; C)"\n\n"Pain; ""bad"" x","A"\n',
     ],
 )
 def test_a_header_with_several_delimiters_is_read_with_the_one_of_its_columns(client, content):

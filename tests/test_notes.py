@@ -120,7 +120,14 @@ def test_a_prediction_is_correct_when_it_is_one_of_the_labels():
 
 @pytest.mark.parametrize(
     ("words", "classes"),
-    [(None, None), (["3"], 3), (["all"], "all"), (["A"], ["A"]), (["1", "2"], ["1", "2"])],
+    [
+        (None, None),
+        (["3"], 3),
+        (["all"], "all"),
+        (["A"], ["A"]),
+        (["1", "2"], ["1", "2"]),
+        (["²"], ["²"]),
+    ],
 )
 def test_words_of_the_command_line_choose_classes(words, classes):
     assert choose_classes(words) == classes
@@ -389,26 +396,10 @@ def test_windows_line_ends_give_the_same_notes_and_hashes(tmp_path):
         assert other.split_fingerprint == one.split_fingerprint
 
 
-@pytest.fixture
-def field_limit():
-    """A limit that is no one else's."""
-    before = csv.field_size_limit(100_003)
-    yield 100_003
-    csv.field_size_limit(before)
-
-
-def test_a_note_of_ten_megabytes_is_read_and_the_limit_of_a_field_restored(write, field_limit):
+def test_a_note_of_ten_megabytes_is_read(write):
     text = "word " * 2_000_000
     notes = read_notes(write([(text, "A"), ("b", "B")]))
     assert notes.notes[0].text == text.strip()
-    assert csv.field_size_limit() == field_limit
-
-
-def test_the_limit_of_a_field_is_restored_after_an_error(tmp_path, field_limit):
-    (tmp_path / "bad.csv").write_text(HEADER + "a,A,x\n")
-    with pytest.raises(ValueError, match="3 fields"):
-        read_notes(tmp_path / "bad.csv")
-    assert csv.field_size_limit() == field_limit
 
 
 # Each file holds the words SECRET PATIENT in a note, which no message may say again.
@@ -420,11 +411,14 @@ BAD_FILES = {
         HEADER + "".join(f"Class {i % 3},SECRET PATIENT {i} has pain\n" for i in range(60)),
         "60 classes for 3 texts: is 'transcription' the column of the notes",
     ),
-    "no such column": ("text,medical_specialty\nSECRET PATIENT,A\n", r"no column.*'text'"),
+    "no such column": ("transcriptions,class\nSECRET PATIENT,A\n",
+                       r"no column.*'transcriptions'"),
     "no header": ("SECRET PATIENT with a long history of nothing,A\nSECRET PATIENT b,B\n",
-                  "no column 'transcription'.*does not look like a header"),
+                  "no column 'transcription'.* 2 cells"),
     "no header, short notes": ("SECRET PATIENT,Surgery\nknee,Orthopedic\n",
-                               "no column 'transcription'.*does not look like a header"),
+                               "no column 'transcription'.* 2 cells"),
+    "no header, a similar word": ("Transcriptions,SECRET PATIENT\nknee,Orthopedic\n",
+                                  "no column 'transcription'.* 2 cells.*'Transcriptions'"),
     "no header, commas": ("Pt 74 y, SECRET PATIENT, fell,Surgery\n", "no column 'transcription'"),
     "JSON lines": ('{"medical_specialty": "Surgery", "transcription": "SECRET PATIENT"}\n', "JSON"),
     "doubled column": ("transcription,transcription,medical_specialty\nSECRET PATIENT,b,A\n",
@@ -444,7 +438,7 @@ BAD_FILES = {
     "too many fields": (HEADER + "a,A\nSECRET PATIENT,with,commas,A\n",
                         r"row 2 .*line 3\) has 4 fields, the header has 2"),
     "too few fields": (HEADER + '"a\nb",A\nSECRET PATIENT\n',
-                       r"row 2 .*line 4\) has 1 fields, the header has 2"),
+                       r"row 2 .*line 4\) has 1 field, the header has 2$"),
     "control characters": (HEADER + "SECRET PATIENT,A\x1b[2J\n", "row 1 .*U\\+001B"),
     "class name of 101": (HEADER + "a,SECRET PATIENT" + 87 * "x" + "\n", "at most 100"),
 }  # fmt: skip

@@ -14,6 +14,7 @@ import clinora
 from clinora.checkpoint import BUNDLED
 from clinora.commands import budget
 from clinora.evaluation import baselines
+from clinora.serving.api import describe
 from tools import compare
 
 ROOT = Path(__file__).parents[1]
@@ -126,6 +127,19 @@ def test_the_unit_test_passes_and_can_fail(monkeypatch):
     monkeypatch.setattr(clinora, "apply_lora", lambda model, config: None)  # everything trains
     with pytest.raises(AssertionError):
         test()
+
+
+def test_the_answer_of_the_service_is_the_bundled_adapters():
+    page = text_of(ROOT / "docs" / "serving.md")
+    (request,) = re.findall(r"-d '(.+)'", page)
+    shown = json.loads(blocks("json", page)[0])
+    classifier = clinora.Classifier.load("bundled")
+    answer = describe(classifier([json.loads(request)["note"]])[0], classifier)
+    assert list(shown) == list(answer)
+    numbers = answer.pop("probabilities") | {"confidence": answer.pop("confidence")}
+    shown_numbers = shown.pop("probabilities") | {"confidence": shown.pop("confidence")}
+    assert shown == answer
+    assert shown_numbers == pytest.approx(numbers, abs=0.02)  # the precision may be another
 
 
 def options_of(command, capsys):

@@ -228,7 +228,7 @@ def test_the_table_says_the_comparison_with_the_better_baseline():
 def test_the_table_puts_what_was_achieved_beside_what_was_promised():
     results, answers, _ = make()
     kept = answers.confidence >= 0.6
-    line = next(x for x in results_table(results).splitlines() if "promised: 95%" in x)
+    line = next(x for x in results_table(results).splitlines() if "target: 95%" in x)
     assert f"{kept.mean():.1%} of the notes, {answers.correct[kept].mean():.1%}" in line
 
 

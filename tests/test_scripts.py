@@ -23,6 +23,7 @@ from clinora.commands import budget as budget_command
 from clinora.commands import eval as eval_command
 from clinora.commands import serve as serve_command
 from clinora.commands import train as train_command
+from clinora.commands.train import training_errors
 from clinora.training import METRICS
 
 ROOT = Path(__file__).parents[1]
@@ -220,6 +221,25 @@ def test_a_bad_file_is_one_clear_line(tmp_path, capsys, command, kind):
 def test_a_bad_option_is_one_clear_line(capsys, tmp_path, options, message):
     assert_refused(train_command, options, capsys, message)
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "is_out_of_memory"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 8 bytes"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+    ],
+)
+def test_only_a_lack_of_memory_is_told_as_one(tmp_path, capsys, error, is_out_of_memory):
+    with (
+        pytest.raises((SystemExit, RuntimeError)) as caught,
+        training_errors("clinora train", tmp_path, "To resume: …"),
+    ):
+        raise error
+    assert isinstance(caught.value, SystemExit) == is_out_of_memory
+    assert ("--tokens-per-batch" in capsys.readouterr().err) == is_out_of_memory
 
 
 def test_a_run_that_is_not_there_is_one_clear_line(capsys):

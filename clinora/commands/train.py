@@ -327,7 +327,8 @@ def training_errors(prog: str, run: Path, how_to_resume: str) -> Iterator[None]:
             message = f"stopped\n{how_to_resume}"
         end_with(prog, message, STOPPED)
     except RuntimeError as error:
-        if "memory" in str(error):  # from a GPU or the CPU's allocator
+        # The first from a GPU, the second from the CPU's allocator.
+        if any(words in str(error) for words in ("out of memory", "can't allocate memory")):
             end_with(prog, "out of memory: try fewer --tokens-per-batch", FAILED)
         if world()[1] == 1:
             raise

@@ -31,9 +31,9 @@ from clinora.serving.storage import KEPT_SECONDS, Storage
 
 __all__ = ["create_app", "serve"]
 
-MOST_SESSIONS = 1_000  # sessions of which Gradio keeps the last prediction, for a flag
+MOST_SESSIONS_WITH_STATE = 1_000  # sessions of which Gradio keeps the last prediction, for a flag
 AT_ONCE = 32  # handlers of the page that run at once; the batcher limits the load on the model
-MOST_EVENTS = 64  # events of the page that wait for a handler
+MOST_QUEUED_EVENTS = 64  # events of the page that wait for a handler
 # Any other host name may be another site's that its owner points at this machine (DNS rebinding).
 LOOPBACK_NAMES = ["127.0.0.1", "localhost"]
 # The page's address or path behind a proxy: https://notes.example/clinora or /clinora.
@@ -83,11 +83,11 @@ def create_app(
     os.environ["GRADIO_ANALYTICS_CACHE_FREQUENCY"] = "1000000"
     batcher = Batcher(classifier)
     page = build_page(batcher, Flags(flags_folder), storage, card, url)
-    page.state_session_capacity = MOST_SESSIONS
+    page.state_session_capacity = MOST_SESSIONS_WITH_STATE
     # Gradio's own threads; in a shared pool, waiting handlers would block all other routes.
     page.max_threads = AT_ONCE
     page.has_launched = True  # otherwise Gradio does not check file paths
-    page.queue(api_open=False, max_size=MOST_EVENTS, default_concurrency_limit=AT_ONCE)
+    page.queue(api_open=False, max_size=MOST_QUEUED_EVENTS, default_concurrency_limit=AT_ONCE)
     gradio_app = gradio.mount_gradio_app(
         FastAPI(openapi_url=None),
         page,

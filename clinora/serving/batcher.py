@@ -18,7 +18,7 @@ from clinora.classifier import Classifier, Prediction
 
 # Limits for one client; the server limits the number of clients.
 MOST_REQUESTS = 64  # waiting requests
-MOST_WAITING = 128  # waiting notes; beyond this limit, requests of one note are still accepted
+MOST_WAITING_NOTES = 128  # beyond this limit, requests of one note are still accepted
 # Limits for one batch.
 MOST_TOGETHER = 16  # notes
 MOST_TOKENS = 2048  # tokens, padded to the longest note; a single note may have more
@@ -72,7 +72,7 @@ class Batcher:
         A note whose future is cancelled before its turn is not classified.
 
         Args:
-            notes: At most ``MOST_WAITING`` notes.
+            notes: At most ``MOST_WAITING_NOTES`` notes.
             wait: Seconds to wait for room in the queue.
             client: Any name that is the same for all requests of one client.
 
@@ -138,7 +138,7 @@ class Batcher:
             return False
         if items <= 1:
             return True
-        return waiting + items <= MOST_WAITING
+        return waiting + items <= MOST_WAITING_NOTES
 
     def _run(self) -> None:
         while True:

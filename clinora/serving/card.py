@@ -91,7 +91,7 @@ def _confidence(classifier: Classifier) -> str:
     return meaning + (
         f"Under {calibration.threshold:.1%} a note is referred to a person: of the other "
         f"{calibration.coverage:.1%} of these notes {calibration.accuracy:.1%} were right "
-        f"(promised: {calibration.promise:.0%})."
+        f"(target: {calibration.promise:.0%})."
     )
 
 

@@ -1,49 +1,61 @@
 """Reads a file of many notes, an upload of the page."""
 
-import csv
 import io
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
+from itertools import islice
+from typing import TypeVar
 
-from clinora import files
+from clinora.files import TableError, read_table
 
 MOST_ROWS = 2_000
 
+T = TypeVar("T")
+
 
 class FileError(ValueError):
-    """The page cannot read the file; the message says why and quotes nothing from the file."""
+    """The page cannot read the file; the message quotes no note from it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Table:
-    """The header and the rows of a file; rows may have different numbers of fields."""
-
-    header: list[str]
-    rows: list[list[str]]
-
-
-def read_table(content: bytes, columns: Sequence[str] = ()) -> Table:
-    """Parse a file's content as ``clinora.files.read_table`` does.
-
-    Args:
-        content: The file's content.
-        columns: The wanted columns, if they are known.
+def check_table(content: bytes) -> None:
+    """Check that a file is a table, before it is known which of its columns is wanted.
 
     Raises:
         FileError: The file is not UTF-8 or not CSV, or has no rows or more than ``MOST_ROWS``.
     """
-    # The limit is the process's, and several threads read files: they must not restore it for each
-    # other. A note that is too long gets its own error later.
-    csv.field_size_limit(2**31 - 1)
+    try:
+        table = read_table(io.BytesIO(content))
+        _at_most(table.rows)
+    except TableError as error:
+        raise FileError(f"The file {error}.") from None
+
+
+def read_column(content: bytes, column: str) -> list[tuple[str, str | None]]:
+    """Read one column of a file.
+
+    Returns:
+        The cell of each row; and None, or what is wrong with the row, which then has an empty cell.
+
+    Raises:
+        FileError: As ``check_table``; or the column is missing or occurs twice.
+    """
     rows = []
     try:
-        table = files.read_table(io.BytesIO(content), columns)
-        for _line, row in table.rows:
-            rows.append(row)
-            if len(rows) > MOST_ROWS:
-                raise FileError(f"The file has more than {MOST_ROWS:,} rows: choose a part of it.")
-    except files.TableError as error:
+        table = read_table(io.BytesIO(content), [column])
+        for _line, cells, wrong in _at_most(table.select()):
+            if wrong is None:
+                rows.append((cells[0], None))
+            else:
+                rows.append(("", f"The row {wrong}."))
+    except TableError as error:
         raise FileError(f"The file {error}.") from None
-    if not rows:
+    return rows
+
+
+def _at_most(rows: Iterable[T]) -> list[T]:
+    """List the rows, if they are neither none nor too many."""
+    read = list(islice(rows, MOST_ROWS + 1))
+    if not read:
         raise FileError("The file has no rows below its header.")
-    return Table(table.header, rows)
+    if len(read) > MOST_ROWS:
+        raise FileError(f"The file has more than {MOST_ROWS:,} rows: choose a part of it.")
+    return read

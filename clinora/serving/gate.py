@@ -26,7 +26,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import MutableHeaders, UploadFile
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from clinora.serving.files import FileError, read_table
+from clinora.serving.files import FileError, check_table
 from clinora.serving.proxy import network_of
 from clinora.serving.sessions import Sessions
 from clinora.serving.storage import Owner, Storage, StoredFile
@@ -152,7 +152,7 @@ def add_page(app: FastAPI, blocks: gradio.Blocks, gradio_app: ASGIApp, storage: 
         except UnicodeError:  # a form may choose any of Python's codecs as its charset
             raise HTTPException(422, "Expected a form in UTF-8.") from None
         try:
-            await to_thread.run_sync(read_table, content, limiter=reading)
+            await to_thread.run_sync(check_table, content, limiter=reading)
         except FileError as error:  # plain text, since the page shows the response body unchanged
             return PlainTextResponse(str(error), 422)
         stored = await run_in_threadpool(storage.add, owner, name, content)

@@ -27,7 +27,7 @@ from clinora.notes import Note, clean_text, has_visible
 from clinora.serving import report_error
 from clinora.serving.api import REQUEST_SECONDS, describe, note_error
 from clinora.serving.batcher import MOST_TOGETHER, Batcher, BusyError
-from clinora.serving.files import MOST_ROWS, FileError, read_table
+from clinora.serving.files import MOST_ROWS, FileError, read_column
 from clinora.serving.flags import Flags, FlagsFullError
 from clinora.serving.proxy import network_of
 from clinora.serving.storage import Storage
@@ -437,14 +437,15 @@ def _many_tab(batcher: Batcher, storage: Storage) -> None:
             owner, content = storage.take(path)
         except FileNotFoundError:  # the storage has removed it meanwhile
             raise _message("The file is gone: choose it again.") from None
-        notes = _notes_of(content, (column or "").strip())
+        notes = _notes_of(content, column or "")
         rows = []
         for start in progress.tqdm(range(0, len(notes), MOST_TOGETHER), unit="batches"):
             for cells in classify_part(notes[start : start + MOST_TOGETHER]):
                 rows.append([len(rows) + 1, *cells])
         out = io.StringIO(newline="")
         csv.writer(out).writerows([header, *rows])
-        result = storage.add(owner, "classes.csv", out.getvalue().encode())
+        # With a byte-order mark, Excel reads it as UTF-8.
+        result = storage.add(owner, "classes.csv", out.getvalue().encode("utf-8-sig"))
         return None, rows[:PREVIEW_ROWS], str(result.path)
 
     gr.Markdown(
@@ -476,26 +477,13 @@ def _path_of(upload: FileData | None) -> str | None:
 def _notes_of(content: bytes, column: str) -> list[tuple[str, str | None]]:
     """Return a file's notes; each has None, or the reason why it cannot be classified."""
     try:
-        table = read_table(content, [column])
+        rows = read_column(content, column)
     except FileError as error:
-        raise _message(str(error)) from None
-    times = table.header.count(column)
-    if times == 0:
-        raise _message(
-            f"The file has no column {column!r}: correct the name and choose the file again."
-        )
-    if times > 1:
-        raise _message(
-            f"The file has {times} columns {column!r}: rename one and choose the file again."
-        )
-    position = table.header.index(column)
+        raise _message(f"{error} Then choose the file again.") from None
     notes = []
-    for row in table.rows:
-        if len(row) != len(table.header):
-            notes.append(("", f"The row has {len(row)} fields, the header {len(table.header)}."))
-        else:
-            note = clean_text(row[position])
-            notes.append((note, note_error(note)))
+    for cell, error in rows:
+        note = clean_text(cell)
+        notes.append((note, error or note_error(note)))
     return notes
 
 

@@ -33,7 +33,7 @@ FEWEST_CHARACTERS = 12  # in a password
 # Control characters, and surrogates, which stand for bytes from the terminal that are not UTF-8.
 NOT_IN_PASSWORDS = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 MOST_GUESSES = 8  # waiting guesses of one address
-MOST_WAITING = 64  # waiting guesses of all addresses
+MOST_WAITING_GUESSES = 64  # waiting guesses of all addresses
 MOST_REMEMBERED = 10_000  # addresses whose last turn is remembered
 OPEN_TO_ALL = ("/health", "/ready")  # they reveal only the status of the service
 
@@ -65,11 +65,18 @@ def read_passwords(path: str | Path) -> dict[str, tuple[bytes, bytes]]:
 
     Raises:
         OSError: The file cannot be read.
-        ValueError: A line is not ``name:salt:hash``, a name occurs twice, or the file has no users.
+        ValueError: The file is not UTF-8, a line is not ``name:salt:hash``, a name occurs twice, or
+            the file has no users.
     """
     users = {}
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines, start=1):
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(
+            f"{path} is not UTF-8, perhaps UTF-16, as Windows PowerShell writes it with > and >>: "
+            "save it as UTF-8"
+        ) from None
+    for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip():
             continue
         user = _read_line(line.strip())
@@ -93,7 +100,8 @@ def _read_line(line: str) -> _User | None:
         user = _User(name, bytes.fromhex(salt), bytes.fromhex(expected))
     except ValueError:
         return None
-    if not name or len(user.expected) != 64:
+    # A name that nobody can type: a file that was appended may begin with a byte-order mark.
+    if not name or not name.isprintable() or len(user.expected) != 64:
         return None
     return user
 
@@ -125,7 +133,7 @@ class Turns:
     """Lets one guess run at a time. The address whose last turn is longest ago is next.
 
     Therefore a new address comes before all addresses that have had a turn. At most MOST_GUESSES
-    guesses of one address wait. When more than MOST_WAITING guesses wait in all, the address that
+    guesses of one address wait. When more than MOST_WAITING_GUESSES wait in all, the address that
     had the most recent turn loses one, which counts as a turn. So there is always room for a guess
     of a new address.
     """
@@ -155,7 +163,7 @@ class Turns:
         self._waiting.append(guess)
         if self._holder is None:
             self._call_next()
-        elif len(self._waiting) > MOST_WAITING:
+        elif len(self._waiting) > MOST_WAITING_GUESSES:
             self._decide(max(self._waiting, key=self._last_turn))
 
     def _leave(self, guess: Guess) -> None:

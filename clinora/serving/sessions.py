@@ -12,8 +12,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from clinora.serving.api import RETRY_AFTER
 
-MOST_EVENTS = 16  # waiting or running events of one client
-MOST_SESSIONS = 100  # remembered sessions of one client
+MOST_EVENTS_OF_A_CLIENT = 16  # waiting or running events of one client
+MOST_SESSIONS_OF_A_CLIENT = 100  # remembered sessions of one client
 MOST_SESSIONS_IN_ALL = 1_000
 
 
@@ -42,14 +42,14 @@ class Sessions:
         """
         events = list(self._blocks._queue.event_ids_to_events.values())
         own_events = [event for event in events if self._clients.get(event.session_hash) == client]
-        if len(own_events) + self._joining[client] >= MOST_EVENTS:
+        if len(own_events) + self._joining[client] >= MOST_EVENTS_OF_A_CLIENT:
             raise HTTPException(503, "Too many of your events are waiting.", RETRY_AFTER)
         self._clients.pop(session, None)
         self._clients[session] = client
         in_use = {event.session_hash for event in events}
         in_use.add(session)
         own_sessions = [known for known, owner in self._clients.items() if owner == client]
-        self._forget_beyond(MOST_SESSIONS, own_sessions, in_use)
+        self._forget_beyond(MOST_SESSIONS_OF_A_CLIENT, own_sessions, in_use)
         self._forget_beyond(MOST_SESSIONS_IN_ALL, list(self._clients), in_use)
         self._joining[client] += 1
 
