@@ -142,6 +142,7 @@ class Person:
         self.json = page.locator(".json-holder")
         self.highlighted = page.locator(".textfield")
         self.note.wait_for()
+        page.wait_for_timeout(1000)  # just opened, the page may lose a text or a click
 
     def _note_request(self, request):
         own = request.url.startswith((f"{self.url}/", "data:", "blob:"))
