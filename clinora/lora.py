@@ -194,9 +194,9 @@ def check_linear(name: str, module: nn.Module) -> None:
     """Check that a module is a plain linear layer, so that LoRA can take its place.
 
     Raises:
-        ValueError: It is of another class; its weight is computed from other tensors, as pruning,
-            weight normalisation and spectral normalisation do; FSDP has cut its weight into
-            shards; or its ``forward`` was replaced.
+        ValueError: It is of another class; it holds other tensors, as after pruning, weight
+            normalisation or spectral normalisation; FSDP has cut its weight into shards; or its
+            ``forward`` was replaced.
     """
     if type(module) is not nn.Linear:  # a subclass may compute something else
         raise ValueError(f"{name} is a {type(module).__name__}: only nn.Linear can be adapted")
@@ -373,7 +373,7 @@ def merge_lora(model: nn.Module) -> nn.Module:
     replace_modules(model, merged)
     for _, module in named_modules(model):
         if "dtype_outside" in dict(module.named_buffers(recurse=False)):
-            _train_in_float32_no_more(module)
+            _restore_dtype(module)
     for name in ("lora_config", "means_before_lora"):
         vars(unwrap(model)).pop(name, None)  # a part of an adapted model has none
     return model
@@ -466,7 +466,7 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
-    """Yield every LoRA layer with its name; one in two places has two names."""
+    """Yield every LoRA layer with its name; one that is used twice has two names."""
     for name, module in named_modules(model):
         if isinstance(module, LoRALinear):
             yield name, module
@@ -554,7 +554,7 @@ def _train_in_float32(modules: Iterable[nn.Module]) -> None:
 
 
 def _called_modules(module: nn.Module) -> list[nn.Module]:
-    """Return the module, or of a list of modules, which nobody calls, those with parameters."""
+    """Return the module itself; of a ModuleList or ModuleDict, which is not called, its parts."""
     if not isinstance(module, nn.ModuleList | nn.ModuleDict):
         return [module] if any(True for _ in module.parameters()) else []
     called = []
@@ -563,7 +563,7 @@ def _called_modules(module: nn.Module) -> list[nn.Module]:
     return called
 
 
-def _train_in_float32_no_more(module: nn.Module) -> None:
+def _restore_dtype(module: nn.Module) -> None:
     """Undo ``_train_in_float32`` and keep what was learned."""
     for parameter in module.parameters():
         parameter.data = parameter.data.to(module.dtype_outside.dtype)

@@ -76,18 +76,24 @@ def run_async(coroutine):
 @contextmanager
 def running(app, limits=DEFAULT_LIMITS):
     """Serve an app from a thread of this process; gives its port."""
-    server = Server(app, limits)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        thread = threading.Thread(target=server.run, args=([listener],))
-        thread.start()
-        try:
-            end = time.monotonic() + 60
-            while not server.started and time.monotonic() < end:
-                time.sleep(0.01)
-            yield listener.getsockname()[1]
-        finally:
-            server.should_exit = True
-            thread.join(60)
+    listener = socket.create_server(("127.0.0.1", 0))
+    with listener, running_server(Server(app, limits), listener):
+        yield listener.getsockname()[1]
+
+
+@contextmanager
+def running_server(server, listener):
+    """Run a server of uvicorn's kind on a socket, in a thread of this process."""
+    thread = threading.Thread(target=server.run, args=([listener],))
+    thread.start()
+    try:
+        end = time.monotonic() + 60
+        while not server.started and time.monotonic() < end:
+            time.sleep(0.01)
+        yield
+    finally:
+        server.should_exit = True
+        thread.join(60)
     assert not thread.is_alive()
 
 

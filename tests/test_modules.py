@@ -568,6 +568,7 @@ def test_a_layer_that_is_called_later_is_merged(fill_b):
         model(torch.ones(1, 4), second=False)
     model(torch.ones(1, 4), second=True)
     clinora.merge_lora(model)
+    assert type(model.first) is type(model.second) is nn.Linear
 
 
 def test_an_adapter_is_merged_without_a_run(fill_b):

@@ -2,8 +2,6 @@
 
 import hashlib
 import socket
-import threading
-import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response, StreamingResponse
 
 from clinora.serving.app import create_app
-from tests.served import Person, running
+from tests.served import Person, running, running_server
 
 ALICE = ("alice", "correct horse")
 SUB_PATH = "/clinora"
@@ -77,17 +75,8 @@ def proxied(classifier, folder, monkeypatch, root):
         origin = f"http://127.0.0.1:{listener.getsockname()[1]}"
         monkeypatch.setenv("GRADIO_ROOT_PATH", root.format(origin=origin))
         app = create_app(classifier, folder, users=users, trusted_proxies=["127.0.0.1"])
-        with running(app) as proxy.port:
-            thread = threading.Thread(target=server.run, args=([listener],))
-            thread.start()
-            try:
-                end = time.monotonic() + 60
-                while not server.started and time.monotonic() < end:
-                    time.sleep(0.01)
-                yield f"{origin}{SUB_PATH}", proxy
-            finally:
-                server.should_exit = True
-                thread.join(60)
+        with running(app) as proxy.port, running_server(server, listener):
+            yield f"{origin}{SUB_PATH}", proxy
 
 
 ROOTS = ["/clinora", "/clinora/", "{origin}/clinora", "{origin}/clinora/"]
