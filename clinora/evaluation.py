@@ -18,9 +18,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import LogisticRegression
-from sklearn.svm import LinearSVC
 
 from clinora.calibration import (
     FEWEST_VALIDATION,
@@ -643,6 +640,11 @@ def baselines(training: Sequence[Note], test: Sequence[Note]) -> dict[str, np.nd
     Returns:
         For each classifier, by name, the predicted class of each test note: (N,).
     """
+    # Importing scikit-learn takes a second or two, and only this function uses it.
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.svm import LinearSVC
+
     rows = []  # for each row, the position of its note
     labels = []
     for i, note in enumerate(training):
