@@ -7,16 +7,26 @@ Every other kill waits until a checkpoint is being written. The adapter must be 
 
 import argparse
 import json
+import multiprocessing
+import os
 import random
 import signal
-import subprocess
+import socket
 import sys
 import tempfile
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from clinora.commands import train
+
 STEPS = 8
+# Each training is a fork of one process that has imported what training needs: imports take longer
+# than a training of a few steps.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(
+    ["clinora.evaluation", "clinora.report", "sklearn.linear_model", "sklearn.svm", "torch._dynamo"]
+)
 OPTIONS = [
     "--steps", str(STEPS), "--tokens-per-batch", "256", "--checkpoint-every", "1",
     "--validate-every", "10", "--device", "cpu", "--rank", "4",
@@ -33,54 +43,74 @@ def write_notes(path: Path, texts: int = 700) -> Path:
     return path
 
 
-def start(notes: Path, run: Path, precision: str, *more: str) -> subprocess.Popen:
-    """Start train.py in a process of its own."""
-    command = [sys.executable, str(ROOT / "train.py"), "--notes", str(notes), "--run", str(run)]
-    return subprocess.Popen(
-        [*command, "--precision", precision, *OPTIONS, *more],
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-    )  # fmt: skip
+def start(log: Path, *options: object, **environment: str) -> BaseProcess:
+    """Start a training in a process of its own; what it prints is appended to a file."""
+    words = [str(option) for option in options]
+    job = PROCESSES.Process(target=train_here, args=(log, words, environment))
+    job.start()
+    return job
 
 
-def finish(job: subprocess.Popen) -> None:
+def train_here(log: Path, words: list[str], environment: dict[str, str]) -> None:
+    """Train in this process, as train.py does with these options."""
+    with log.open("a") as file:
+        os.dup2(file.fileno(), sys.stdout.fileno())
+        os.dup2(file.fileno(), sys.stderr.fileno())
+    os.environ.update(environment)
+    sys.exit(train.main(words, prog="train.py"))
+
+
+def start_two(log: Path, *options: object) -> list[BaseProcess]:
+    """Start one training on two processes, which get the variables that torchrun sets."""
+    with socket.create_server(("localhost", 0)) as server:
+        port = str(server.getsockname()[1])
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    shared |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    return [start(log, *options, **shared, RANK=rank, LOCAL_RANK=rank) for rank in ("0", "1")]
+
+
+def finish(job: BaseProcess, log: Path) -> None:
     """Wait for a training to end well."""
-    _, error = job.communicate()
-    if job.returncode:
-        raise RuntimeError(f"train.py ended with {job.returncode}: {error.decode()[-2000:]}")
+    job.join()
+    if job.exitcode:
+        raise RuntimeError(f"training ended with {job.exitcode}: {log.read_text()[-2000:]}")
 
 
-def wait_for(job: subprocess.Popen, folder: Path, pattern: str) -> None:
+def wait_for(job: BaseProcess, folder: Path, pattern: str) -> None:
     """Wait until a file is there or the job has ended."""
-    while job.poll() is None and not list(folder.glob(pattern)):
+    while job.is_alive() and not list(folder.glob(pattern)):
         time.sleep(0.0005)
 
 
 def show(folder: Path, precision: str, kills: int, seed: int) -> dict:
     """Train with and without kills; report the kills and whether the results are equal."""
     draw = random.Random(seed)
-    notes = write_notes(folder / "notes.csv")
-    steps = ("--steps", str(20 * kills))  # more than are done between the kills
+    log = folder / "log.txt"
+    notes = write_notes(folder / "notes.csv", texts=120)
+    options = ["--notes", notes, "--precision", precision, *OPTIONS]
+    options += ["--steps", 12 * kills]  # more than are done between the kills
     whole = folder / "whole"
-    finish(start(notes, whole, precision, *steps))
+    finish(start(log, *options, "--run", whole), log)
 
     run = folder / "killed"
+    options += ["--run", run]
     while_writing = 0
     for number in range(kills):
         done = last_checkpoint(run)
-        job = start_or_resume(notes, run, precision, *steps)
-        further = draw.randint(1, 10)  # steps
-        while job.poll() is None and last_checkpoint(run) < done + further:
+        job = start_or_resume(log, run, *options)
+        further = draw.randint(1, 4)  # steps
+        while job.is_alive() and last_checkpoint(run) < done + further:
             time.sleep(0.01)
         time.sleep(draw.uniform(0, 0.1))  # so that the kill falls inside a step
         if number % 2 == 1:
             wait_for(job, run, "checkpoint/.step-*")
-        job.send_signal(signal.SIGKILL)
-        job.communicate()
-        if job.returncode != -signal.SIGKILL:
-            raise RuntimeError("train.py ended before it was killed")
+        job.kill()
+        job.join()
+        if job.exitcode != -signal.SIGKILL:
+            raise RuntimeError("training ended before it was killed")
         if list(run.glob("checkpoint/.step-*")):
             while_writing += 1
-    finish(start_or_resume(notes, run, precision, *steps))
+    finish(start_or_resume(log, run, *options), log)
 
     expected = (whole / "adapter_model.safetensors").read_bytes()
     resumed = (run / "adapter_model.safetensors").read_bytes()
@@ -98,10 +128,10 @@ def last_checkpoint(run: Path) -> int:
     return max([int(name.removeprefix("step-")) for name in names], default=0)
 
 
-def start_or_resume(notes: Path, run: Path, precision: str, *more: str) -> subprocess.Popen:
+def start_or_resume(log: Path, run: Path, *options: object) -> BaseProcess:
     """Resume a run if its training has begun, otherwise start it."""
     resume = ["--resume"] if (run / "metrics.jsonl").exists() else []
-    return start(notes, run, precision, *more, *resume)
+    return start(log, *options, *resume)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -328,42 +328,38 @@ def test_an_error_does_not_stand_behind_a_progress_bar(tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
-FULL = """
-import resource, sys
-from clinora.commands import train
-import safetensors.torch  # its file is larger than any that the imports write
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
-train.main(sys.argv[2:])
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files")
-def test_a_full_disk_ends_with_one_line_and_the_old_checkpoint_whole(tmp_path):
+def test_a_full_disk_ends_with_one_line_and_the_old_checkpoint_whole(tmp_path, capsys):
     """No file may grow beyond what the second checkpoint, with the best parameters, needs."""
-    notes = kill_and_resume.write_notes(tmp_path / "notes.csv")
+    import resource
+
+    # As many texts as give enough validation notes to choose the best parameters by.
+    notes = kill_and_resume.write_notes(tmp_path / "notes.csv", texts=500)
     options = ["--notes", notes, "--run", tmp_path / "run", *kill_and_resume.OPTIONS]
     options += ["--checkpoint-every", "2", "--validate-every", "3"]
-    code = [sys.executable, "-c", FULL]
+    options = [str(option) for option in options]
     model = clinora.load_model("bundled", num_labels=2)
     rank = kill_and_resume.OPTIONS[kill_and_resume.OPTIONS.index("--rank") + 1]
     clinora.apply_lora(model, clinora.LoRAConfig(rank=int(rank)))
     # float32: parameters and AdamW's two moments, in the second checkpoint the best parameters too
     trained = clinora.count_parameters(model).trainable
-    most = str((3 * 4 + 2) * trained)
-    done = subprocess.run(
-        [*code, most, *map(str, options)], capture_output=True, text=True, cwd=ROOT
-    )
-    assert done.returncode == 2, done.stderr
-    error = done.stderr.splitlines()[-1]
+    most = (3 * 4 + 2) * trained
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+    try:
+        with pytest.raises(SystemExit) as caught:
+            train_command.main(options)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert caught.value.code == 2
+    errors = capsys.readouterr().err
+    error = errors.splitlines()[-1]
     assert error.startswith("clinora train: ") and "File too large" in error
     assert error.endswith("step-000002.safetensors.")
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in errors
     assert steps(tmp_path / "run") == [2]
-    done = subprocess.run(
-        [*code, "-1", *map(str, options), "--resume"], capture_output=True, text=True, cwd=ROOT
-    )
-    assert done.returncode == 0, done.stderr
+    assert train_command.main([*options, "--resume"]) == 0
 
 
 @pytest.mark.slow
@@ -373,7 +369,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_bits(tmp_path):
 
 @pytest.mark.slow
 def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, capsys):
-    notes = kill_and_resume.write_notes(tmp_path / "notes.csv")
+    notes = kill_and_resume.write_notes(tmp_path / "notes.csv", texts=120)
     options = ["--notes", notes, "--run", tmp_path / "run", *kill_and_resume.OPTIONS]
     options = [str(option) for option in options]
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as caught:
@@ -390,8 +386,8 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, capsys):
 # Several processes
 
 
-def torchrun(*options, processes=2):
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
+def torchrun(*options):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
     command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "--", "train.py"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
@@ -406,11 +402,12 @@ def test_alone_it_is_the_first_of_one_process():
 
 @pytest.mark.slow
 def test_two_processes_train_what_one_does_on_the_same_global_batches(tmp_path):
-    notes = kill_and_resume.write_notes(tmp_path / "notes.csv")
+    notes = kill_and_resume.write_notes(tmp_path / "notes.csv", texts=120)
     options = ["--notes", notes, *kill_and_resume.OPTIONS, "--dropout", "0", "--precision", "fp32"]
-    two = torchrun(*options, "--run", tmp_path / "two", "--accumulate", "2")
-    output, error = two.communicate()
-    assert two.returncode == 0, error
+    log = tmp_path / "log.txt"
+    two = [*options, "--run", tmp_path / "two", "--accumulate", "2"]
+    for job in kill_and_resume.start_two(log, *two):
+        kill_and_resume.finish(job, log)
     one = [*options, "--run", tmp_path / "one", "--accumulate", "4"]
     assert train_command.main(list(map(str, one))) == 0
 
@@ -429,14 +426,14 @@ def test_two_processes_train_what_one_does_on_the_same_global_batches(tmp_path):
         histories[1][-1]["validation_loss"], abs=1e-5
     )
     assert histories[0][-1]["validation_accuracy"] == histories[1][-1]["validation_accuracy"]
-    assert output.count("Report: ") == 1  # the first process alone speaks and writes
+    assert log.read_text().count("Report: ") == 1  # the first process alone speaks and writes
     tensors = read_checkpoint(max((tmp_path / "two" / "checkpoint").iterdir())).tensors
     assert not torch.equal(tensors["random.0.cpu"], tensors["random.1.cpu"])  # of dropout
 
 
 @pytest.mark.slow
 def test_a_dead_worker_ends_all_and_training_can_go_on(tmp_path):
-    notes = kill_and_resume.write_notes(tmp_path / "notes.csv")
+    notes = kill_and_resume.write_notes(tmp_path / "notes.csv", texts=120)
     options = ["--notes", notes, "--run", tmp_path / "run", *kill_and_resume.OPTIONS]
     options += ["--checkpoint-every", "2", "--steps", "4000"]
     job = torchrun(*options)
@@ -448,11 +445,15 @@ def test_a_dead_worker_ends_all_and_training_can_go_on(tmp_path):
     assert job.returncode != 0
     assert "train.py: another process" in error and "torchrun --nproc-per-node=2 --" in error
     last = max(steps(tmp_path / "run"))
-    job = torchrun(*options, "--resume")
-    while max(steps(tmp_path / "run")) <= last and job.poll() is None:
+    log = tmp_path / "log.txt"
+    jobs = kill_and_resume.start_two(log, *options, "--resume")
+    while max(steps(tmp_path / "run")) <= last and jobs[0].is_alive():
         time.sleep(0.05)
-    job.send_signal(signal.SIGTERM)
-    _, error = job.communicate(timeout=120)
+    jobs[1].terminate()  # the other process learns of it, and stops after the same step
+    for job in jobs:
+        job.join(timeout=120)
+    assert [job.exitcode for job in jobs] == [128 + signal.SIGTERM] * 2
+    error = log.read_text()
     assert "damaged" not in error
     assert error.count("train.py: stopped after step ") == 1
     assert error.count(": torchrun --nproc-per-node=2 -- train.py --notes") == 1
