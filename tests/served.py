@@ -74,9 +74,9 @@ def run_async(coroutine):
 
 
 @contextmanager
-def running(app, limits=DEFAULT_LIMITS):
+def running(app, limits=DEFAULT_LIMITS, port=0):
     """Serve an app from a thread of this process; gives its port."""
-    listener = socket.create_server(("127.0.0.1", 0))
+    listener = socket.create_server(("127.0.0.1", port))
     with listener, running_server(Server(app, limits), listener):
         yield listener.getsockname()[1]
 

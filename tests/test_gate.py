@@ -2,10 +2,13 @@
 
 import itertools
 import json
+import os
 import re
 import secrets
 import socket
 import stat
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,6 +28,7 @@ from clinora.serving.flags import Flags
 from clinora.serving.guard import MOST_BODY_BYTES, MOST_FILE_BYTES
 from clinora.serving.page import EXAMPLES
 from tests.served import CANARY, ROOT, Person, call, join, run_async
+from tests.served import running as served_from_a_thread
 
 TABLE = b"transcription\nKnee pain for two days.\n"
 # Every route of the Gradio that was looked at. What a later one adds stays closed; here it shows.
@@ -580,22 +584,39 @@ def test_the_folder_is_its_owners_alone_and_ends_with_the_app(classifier, tmp_pa
     assert not path.parents[1].exists()
 
 
+# Keeps a file as a server does, until it is killed.
+KEEP_A_FILE = """
+import time
+from clinora.serving.storage import Owner, Storage
+
+print(Storage().add(Owner("visit", "address"), "notes.csv", b"knee pain").path, flush=True)
+time.sleep(600)
+"""
+
+
 @pytest.mark.slow
-def test_a_killed_servers_folder_is_removed_by_the_next_and_no_others(small_run, start, tmp_path):
-    """Two servers run; one is killed; the third, starting, removes the killed one's folder."""
-    folders = []
-    for _ in range(2):
-        server = start("--run", small_run, "--port", "0")
-        with httpx.Client(base_url=server.url()) as client:
-            folders.append(Path(upload(client)).parents[1])
-    killed, living = folders
+def test_a_killed_servers_folder_is_removed_by_the_next_and_no_others(
+    classifier, served, tmp_path, monkeypatch
+):
+    """One server is killed, another runs; a third, starting, removes the killed one's folder."""
+    temporary = served.folder / "tmp"
+    with httpx.Client(base_url=served.url()) as client:
+        living = Path(upload(client)).parents[1]
+    keeping = subprocess.Popen(
+        [sys.executable, "-c", KEEP_A_FILE], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+        env=os.environ | {"TMPDIR": str(temporary)},
+    )  # fmt: skip
+    with keeping:
+        killed = Path(keeping.stdout.readline().strip()).parents[1]
+        keeping.kill()
+    assert killed.parent == living.parent == temporary
+    assert killed.exists()
     not_ours = killed.with_name(f"{storage.PREFIX}file")
     not_ours.write_text("a file, no folder")
-    start.started[0].kill()
-    assert killed.exists()
-    start("--run", small_run, "--port", "0").url()
-    assert not killed.exists()
-    assert living.exists() and not_ours.exists()
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    with TestClient(create_app(classifier, tmp_path), "http://127.0.0.1"):
+        assert not killed.exists()
+        assert living.exists() and not_ours.exists()
 
 
 def test_the_pages_content_is_not_written_to_a_file(client):
@@ -609,13 +630,8 @@ def test_the_pages_content_is_not_written_to_a_file(client):
 
 
 @pytest.mark.slow
-def test_the_page_uses_every_open_route_and_event_and_no_other(
-    chromium, small_run, start, tmp_path
-):
+def test_the_page_uses_every_open_route_and_event_and_no_other(chromium, classifier, tmp_path):
     """A person uses every control; then the server is started anew under the open page."""
-    server = start("--run", small_run, "--port", "0")
-    url = server.url()
-    port = url.rpartition(":")[2]
     context = chromium.new_context(viewport={"width": 1280, "height": 900})
     page = context.new_page()
     used, events = set(), set()
@@ -628,22 +644,24 @@ def test_the_page_uses_every_open_route_and_event_and_no_other(
             events.add(request.post_data_json["fn_index"])
 
     page.on("request", look)
-    person = Person(page, url)
-    names = {e["id"]: e["api_name"] for e in httpx.get(f"{url}/config").json()["dependencies"]}
-    downloaded = use_every_control(person, tmp_path)
+    with served_from_a_thread(create_app(classifier, tmp_path)) as port:
+        url = f"http://127.0.0.1:{port}"
+        person = Person(page, url)
+        config = httpx.get(f"{url}/config").json()
+        names = {event["id"]: event["api_name"] for event in config["dependencies"]}
+        downloaded = use_every_control(person, tmp_path)
     used.add(f"GET {downloaded.removeprefix(url)}")  # a download is no request of the page
     assert {names[number] for number in events} == set(gate.EVENTS)
 
-    server.end()
     person.submit("fever")  # the page finds that nobody answers, and asks until somebody does
-    start("--run", small_run, "--port", port).url()
-    deadline = time.monotonic() + 60
-    while "GET /gradio_api/app_id" not in used and time.monotonic() < deadline:
-        page.wait_for_timeout(200)
+    again = create_app(classifier, tmp_path)
+    with served_from_a_thread(again, port=port):
+        deadline = time.monotonic() + 60
+        while "GET /gradio_api/app_id" not in used and time.monotonic() < deadline:
+            page.wait_for_timeout(200)
+        context.close()
     open_routes = {
-        route
-        for route in routes_of(create_app(clinora.Classifier.load(small_run), tmp_path))
-        if not route.startswith("HEAD") and "/v1/" not in route
+        route for route in routes_of(again) if not route.startswith("HEAD") and "/v1/" not in route
     } - {"GET /health", "GET /ready"}
     patterns = {route: re.sub(r"\{[^}]*\}", ".+", route) for route in open_routes}
     used.add("GET /favicon.ico")  # a browser asks for it by itself; its tools do not show that
@@ -652,7 +670,6 @@ def test_the_page_uses_every_open_route_and_event_and_no_other(
         assert any(re.fullmatch(pattern, request) for request in used), f"not used: {route}"
     for request in used:
         assert any(re.fullmatch(p, request) for p in patterns.values()), f"not open: {request}"
-    context.close()
 
 
 def use_every_control(person, tmp_path):
