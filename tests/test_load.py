@@ -67,15 +67,15 @@ def answers_of(count, *arguments):
 
 
 @pytest.mark.slow
-def test_32_clients_for_20_seconds_get_all_answers_and_memory_does_not_grow(served, classifier):
+def test_32_clients_for_10_seconds_get_all_answers_and_memory_does_not_grow(served, classifier):
     notes = [f"{note} {word}" for note in EXAMPLES for word in ("fever", "fracture", "chest")]
     labels = {note: classifier([note])[0].label for note in notes}
     process = psutil.Process(served.process.pid)
-    answers = answers_of(32, served.url(), notes, 10)  # these allocate what stays
+    answers = answers_of(32, served.url(), notes, 5)  # these allocate what stays
     before = process.memory_info().rss
-    answers += answers_of(32, served.url(), notes, 10)
-    assert process.memory_info().rss - before < 100e6
-    assert len(answers) > 320
+    answers += answers_of(32, served.url(), notes, 5)
+    assert process.memory_info().rss - before < 50e6
+    assert len(answers) > 160
     assert {status for status, *_ in answers} == {200}
     assert all(label == labels[note] for _, note, label in answers)
 
@@ -83,7 +83,7 @@ def test_32_clients_for_20_seconds_get_all_answers_and_memory_does_not_grow(serv
 @pytest.mark.slow
 def test_overload_is_answered_with_503_and_passes(served, classifier):
     labels = {note: classifier([note])[0].label for note in EXAMPLES}
-    answers = answers_of(8, served.url(), EXAMPLES, 3, 32)  # 256 notes at once; 64 may wait
+    answers = answers_of(8, served.url(), EXAMPLES, 1.5, 32)  # 256 notes at once; 64 may wait
     statuses = {status for status, *_ in answers}
     assert statuses == {200, 503}
     assert all(label == labels[note] for status, note, label in answers if status == 200)

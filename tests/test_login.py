@@ -5,10 +5,7 @@ import base64
 import getpass
 import hashlib
 import json
-import os
 import re
-import subprocess
-import sys
 import threading
 import time
 import tracemalloc
@@ -24,7 +21,7 @@ from starlette.responses import PlainTextResponse
 from clinora.serving import passwords
 from clinora.serving.app import create_app
 from clinora.serving.passwords import MOST_GUESSES, MOST_WAITING_GUESSES
-from tests.served import CANARY, ROOT, run_async
+from tests.served import CANARY, run_async
 
 NOTE = "Severe chest pain."
 RIGHT = "correct horse"
@@ -562,20 +559,11 @@ def test_a_trusted_proxy_is_an_address_or_a_network(classifier, tmp_path, addres
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("trusted", "scheme"), [("127.0.0.1", "https"), ("10.0.0.1", "http")])
-def test_the_command_believes_the_proxies_that_it_is_given(small_run, tmp_path, trusted, scheme):
-    command = [sys.executable, ROOT / "serve.py", "--run", small_run, "--port", "0"]
-    process = subprocess.Popen(
-        [*command, "--trusted-proxy", trusted],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
-    try:
-        url = process.stdout.readline().split()[-1]
-        answer = httpx.get(f"{url}/config", headers={"X-Forwarded-Proto": "https"}, timeout=60)
-    finally:
-        process.kill()
-        process.wait()
-    assert answer.json()["root"] == url.replace("http", scheme, 1)
+def test_the_command_believes_the_proxies_that_it_is_given_and_no_other(small_run, start):
+    trusted = ["--trusted-proxy", "127.0.0.1", "--trusted-proxy", "127.0.0.2"]
+    url = start("--run", small_run, "--port", "0", *trusted).url()
+    for address, scheme in (("127.0.0.1", "https"), ("127.0.0.2", "https"), ("127.0.0.3", "http")):
+        transport = httpx.HTTPTransport(local_address=address)
+        with httpx.Client(transport=transport, timeout=60) as client:
+            answer = client.get(f"{url}/config", headers={"X-Forwarded-Proto": "https"})
+        assert answer.json()["root"] == url.replace("http", scheme, 1), address
