@@ -137,6 +137,29 @@ def client(classifier, flags_folder):
 
 
 @pytest.fixture(scope="module")
+def lasting_client(classifier, tmp_path_factory):
+    """A client of one app for all tests of a module that neither change it nor fill its queue."""
+    from fastapi.testclient import TestClient
+
+    from clinora.serving.app import create_app
+
+    app = create_app(classifier, tmp_path_factory.mktemp("lasting") / "flagged")
+    with TestClient(app, "http://127.0.0.1", raise_server_exceptions=False) as client:
+        client.temporary = os.environ["GRADIO_TEMP_DIR"]
+        yield client
+
+
+@pytest.fixture
+def visitor(lasting_client, monkeypatch):
+    """The lasting client on a visit of its own, with new cookies and without files."""
+    # Gradio reads it at each event; any app that was made since has changed it.
+    monkeypatch.setenv("GRADIO_TEMP_DIR", lasting_client.temporary)
+    lasting_client.cookies.clear()
+    lasting_client.get("/config")
+    return lasting_client
+
+
+@pytest.fixture(scope="module")
 def served(small_run, tmp_path_factory):
     """A process of serve.py, one for all tests of a module."""
     folder = tmp_path_factory.mktemp("served")

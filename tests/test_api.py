@@ -23,14 +23,6 @@ from tests.served import CANARY, running
 NOTES = ["Severe chest pain.", "The knee is swollen after a fall."]
 
 
-@pytest.fixture(scope="module")
-def lasting_client(classifier, tmp_path_factory):
-    """One client for all tests that neither change the app nor fill its queue."""
-    app = create_app(classifier, tmp_path_factory.mktemp("api") / "flagged")
-    with TestClient(app, "http://127.0.0.1") as client:
-        yield client
-
-
 def expected(classifier, note):
     prediction = classifier([note])[0]
     return {

@@ -7,15 +7,15 @@ from clinora.serving.app import create_app
 
 
 @pytest.mark.parametrize("path", ["/", "/gradio_api/info", "/nothing"])
-def test_the_host_name_of_another_site_is_refused(client, path):
-    assert client.get(path, headers={"Host": "evil.example"}).status_code == 400
-    assert client.get(path, headers={"Host": "localhost:7860"}).status_code != 400
+def test_the_host_name_of_another_site_is_refused(lasting_client, path):
+    assert lasting_client.get(path, headers={"Host": "evil.example"}).status_code == 400
+    assert lasting_client.get(path, headers={"Host": "localhost:7860"}).status_code != 400
 
 
 @pytest.mark.parametrize("path", ["/", "/config", "/theme.css", "/nothing"])
-def test_every_answer_carries_the_policy(client, path):
+def test_every_answer_carries_the_policy(lasting_client, path):
     for headers in [{}, {"Host": "evil.example"}, {"Origin": "https://evil.example"}]:
-        answer = client.get(path, headers=headers).headers
+        answer = lasting_client.get(path, headers=headers).headers
         policy = answer["Content-Security-Policy"]
         for part in ("default-src 'self'", "connect-src 'self'", "form-action 'self'"):
             assert part in policy
@@ -26,12 +26,12 @@ def test_every_answer_carries_the_policy(client, path):
 
 
 @pytest.mark.parametrize("path", ["/", "/health", "/config"])
-def test_a_request_from_the_page_of_another_site_is_refused(client, path):
+def test_a_request_from_the_page_of_another_site_is_refused(lasting_client, path):
     for origin, status in (
         ("https://evil.example", 403), ("http://127.0.0.1:9", 403), ("null", 403),
         ("http://127.0.0.1", 200),
     ):  # fmt: skip
-        assert client.get(path, headers={"Origin": origin}).status_code == status
+        assert lasting_client.get(path, headers={"Origin": origin}).status_code == status
 
 
 # What the browser is at, and the Host header that a proxy makes of it.

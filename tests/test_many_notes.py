@@ -27,6 +27,12 @@ class RefusedError(Exception):
     """An upload was refused; the message is the answer's text."""
 
 
+@pytest.fixture
+def client(visitor):
+    """Someone new to one app, which takes longer to make than most of these tests."""
+    return visitor
+
+
 def upload(client, text, name="notes.csv"):
     """Upload a file; give what the page sends for it with an event."""
     data = text if isinstance(text, bytes) else text.encode()

@@ -23,6 +23,12 @@ PUBLISHED_NOTE = (
 NOTE = "Severe chest pain. No fever!  ECG: normal.\nThe knee, swollen."
 
 
+@pytest.fixture
+def client(visitor):
+    """Someone new to one app, which takes longer to make than most of these tests."""
+    return visitor
+
+
 def predict(client, note, session="one"):
     """Submit a note; give the outputs that the page shows, by name."""
     event, outputs = call(client, "predict", note, session=session)
