@@ -98,7 +98,11 @@ def test_no_eight_words_in_a_row_are_the_corpus(texts, corpus):
     for path in corpus:
         with gzip.open(path, "rt", encoding="utf-8") as lines:
             for line in lines:
-                assert not mine & runs(json.loads(line)["text"], 8), path.name
+                sequence = words(json.loads(line)["text"])
+                eights = zip(*(sequence[i:] for i in range(8)), strict=False)
+                assert mine.isdisjoint(eights), (
+                    path.name
+                )  # without a set of all runs: half the time
 
 
 # --- The base ---
@@ -253,7 +257,7 @@ def test_the_sentence_that_spoke_most_for_the_answer_carries_it():
     run = clinora.Classifier.load("bundled", device="cpu", precision="fp32")
     draw = np.random.default_rng(0)
     without, alone = [], []  # (top, random) of each note
-    for note in clinora.read_notes("bundled").notes[:70]:
+    for note in clinora.read_notes("bundled").notes[:35]:
         sentences = explain(run, note.text)
         read = [i for i, s in enumerate(sentences) if s.contribution is not None and s.text.strip()]
         if len(read) < 4:
@@ -266,7 +270,7 @@ def test_the_sentence_that_spoke_most_for_the_answer_carries_it():
         p = run.probabilities(texts)[0][:, named]
         without.append((p[0], p[1]))
         alone.append((p[2], p[3]))
-    assert len(without) > 50
+    assert len(without) > 25
     for pairs, sign in ((without, -1), (alone, 1)):
         gains = sign * np.diff(np.array(pairs)[:, ::-1])[:, 0]  # top minus other
         assert scipy.stats.wilcoxon(gains, alternative="greater").pvalue < 0.01
