@@ -1,6 +1,7 @@
 """The benchmarks: what they count is right, and each of them runs at a small size."""
 
 import contextlib
+import functools
 import importlib
 import io
 import itertools
@@ -138,6 +139,8 @@ def test_a_benchmark_runs_at_a_small_size(words, capsys, monkeypatch):
         monkeypatch.setattr(common, "in_own_process", in_this_process)
         # The peak of this process may be an earlier test's and not grow any more.
         monkeypatch.setattr(common, "peak_bytes", itertools.count(1).__next__)
+        # One benchmark times the import of torch, in a new process, for each side.
+        monkeypatch.setattr(common, "seconds_of", functools.cache(common.seconds_of))
     module = importlib.import_module(f"benchmarks.{words[0]}")
     assert module.main([*words[1:], "--repetitions", "1", "--threads", "1"]) == 0
     assert "theirs" in capsys.readouterr().out or words[0] == "scaling"
