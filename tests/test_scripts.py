@@ -93,7 +93,7 @@ def test_train_then_eval_on_a_file_of_ones_own(notes, tmp_path, capsys):
 @pytest.mark.slow
 def test_peft_reads_what_train_wrote(notes, tmp_path):
     run = tmp_path / "run"
-    assert train("--notes", notes, "--run", run, "--precision", "fp32") == 0
+    assert train("--notes", notes, "--run", run, "--precision", "fp32", "--steps", "5") == 0
     base = transformers.AutoModelForSequenceClassification.from_pretrained(
         BUNDLED / "base", num_labels=2, dtype=torch.float32
     )
@@ -153,7 +153,7 @@ def test_eval_with_no_option_measures_the_bundled_adapter(capsys):
 def test_training_on_the_bundled_base_and_notes_beats_the_base(tmp_path, monkeypatch):
     """The job that train.py does without options, but shorter."""
     monkeypatch.chdir(tmp_path)
-    shorter = ["--steps", "60", "--tokens-per-batch", "2048", "--token-limit", "128"]
+    shorter = ["--steps", "60", "--tokens-per-batch", "1024", "--token-limit", "128"]
     assert train_command.main(shorter) == 0
     (run,) = (tmp_path / "runs").iterdir()
     metrics = json.loads((run / "report" / "metrics.json").read_text())
