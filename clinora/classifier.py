@@ -29,27 +29,37 @@ from clinora.tokenizer import Tokenizer
 
 TOKEN_LIMIT = 512  # tokens of a note that are read, by default
 INFERENCE_TOKENS = 8192  # in a padded batch
+CPU_PADDING = 64  # tokens; computing as many takes about as long as beginning another batch
 INFERENCE_NOTES = 1024  # tokenised at a time, to bound the memory for ids
 
 
-def group_by_length(lengths: Sequence[int], tokens: int) -> list[list[int]]:
+def group_by_length(lengths: Sequence[int], tokens: int, device: torch.device) -> list[list[int]]:
     """Group notes of similar length into batches, to keep padding small.
+
+    On the CPU a further batch costs little, and a group is not padded by more than
+    ``CPU_PADDING`` tokens for one note. On other devices a batch costs more than its padding.
 
     Args:
         lengths: Tokens of each note.
         tokens: The most tokens that a padded batch may hold; a longer note is a batch by itself.
+        device: Where the batches are computed.
 
     Returns:
         Lists of positions in ``lengths``, the shortest notes first.
     """
+    most_padding = CPU_PADDING if device.type == "cpu" else tokens
     groups: list[list[int]] = []
+    longest = 0  # of the last group
     shortest_first = sorted(range(len(lengths)), key=lambda position: lengths[position])
     for position in shortest_first:
         # This note would be the longest of the last group: the group would be padded to it.
-        if groups and (len(groups[-1]) + 1) * lengths[position] <= tokens:
+        length = lengths[position]
+        padding = len(groups[-1]) * (length - longest) if groups else 0
+        if groups and (len(groups[-1]) + 1) * length <= tokens and padding <= most_padding:
             groups[-1].append(position)
         else:
             groups.append([position])
+        longest = length
     return groups
 
 
@@ -382,7 +392,7 @@ class Classifier:
         self.model.eval()
         outputs: list[Tensor | None] = [None] * len(ids)
         try:
-            for group in group_by_length([len(note) for note in ids], INFERENCE_TOKENS):
+            for group in group_by_length([len(note) for note in ids], INFERENCE_TOKENS, device):
                 padded, lengths = pad([ids[i] for i in group], device)
                 with self.autocast():
                     output = model(padded, lengths)

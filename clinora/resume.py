@@ -18,6 +18,7 @@ from clinora.checkpoint import CheckpointError, write_atomically
 from clinora.device import gathered, world
 
 CHECKPOINTS_KEPT = 2
+LOOP_VERSION = 2  # changes when the same options no longer lead to the same steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +28,8 @@ class SavedState:
     Attributes:
         path: The file.
         tensors: ``trained.NAME``, ``optimizer.NAME.KEY``, ``best.NAME`` and ``random.RANK.KIND``.
-        numbers: step, best, worse, seconds, the scaler's state and the run's identity.
+        numbers: step, best, worse, seconds, the scaler's state, the run's identity and the version
+            of the loop.
         sha256: Hash of the tensors and the numbers.
     """
 
@@ -129,7 +131,8 @@ class State:
 
         Raises:
             CheckpointError: All checkpoints are damaged, the processes read different ones, or the
-                checkpoint belongs to other data, another configuration or another base.
+                checkpoint belongs to other data, another configuration, another base or another
+                version of the loop.
         """
         saved = self._read_newest()
         if saved is None and self.paths():
@@ -145,6 +148,11 @@ class State:
         if saved is None:
             _say(f"There is no checkpoint in {self.folder} yet: training starts from step 0.")
             return
+        if saved.numbers.get("loop") != LOOP_VERSION:
+            raise CheckpointError(
+                f"{saved.path} was written by another version of Clinora, whose steps learn from "
+                "other notes: go on with that version, or train again in another folder"
+            )
         differences = list_differences(saved.numbers["identity"], self.identity)
         if differences:
             raise CheckpointError(
@@ -191,6 +199,7 @@ class State:
             "seconds": self.elapsed(),
             "scaler": self.scaler.state_dict(),
             "identity": self.identity,
+            "loop": LOOP_VERSION,
         }
         text = json.dumps(numbers)
         metadata = {"state": text, "sha256": hash_state(text, on_cpu)}

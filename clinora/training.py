@@ -1,14 +1,15 @@
 """The training loop: plain PyTorch with automatic mixed precision, on one process or several.
 
-A step learns from a *global batch*: ``accumulate`` batches on each process. Its loss is the sum of
-the notes' losses divided by the number of notes. So the division of the notes into batches and
-processes changes only rounding.
+A step learns from ``notes_per_step`` notes, drawn at random without replacement, whatever their
+lengths. Its loss is the mean of their losses, so every note counts the same. The notes are divided
+among the processes, and on each process into batches of similar length, whose gradients add up.
+This division changes only rounding, and which inputs dropout sets to zero.
 
 A checkpoint holds everything that determines the next step: the trained parameters, AdamW's
 moments, the scaler, the number of finished steps and every random state. A run that was killed and
 resumed ends with the same bits as one that was not.
 
-Shapes: N notes, B batch, C classes.
+Shapes: N notes, n notes of a step, B batch, C classes.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
@@ -47,9 +48,9 @@ class TrainingConfig:
 
     Attributes:
         steps: The most optimiser steps; training may stop early.
-        tokens_per_batch: The most tokens of a padded batch on each process. A note with more
-            tokens is a batch by itself.
-        accumulate: Batches per step on each process.
+        notes_per_step: Notes that a step learns from, on all processes together.
+        tokens_per_batch: The most tokens of a padded batch. Fewer need less memory. A note with
+            more tokens is a batch by itself.
         learning_rate: AdamW's learning rate at its peak, after the warm-up.
         warmup: Share of the steps in which the learning rate rises, from 0 to below 1.
         weight_decay: AdamW's weight decay, relative to the learning rate.
@@ -65,10 +66,16 @@ class TrainingConfig:
     """
 
     steps: int = field(default=200, metadata={"help": "optimiser steps"})
-    tokens_per_batch: int = field(
-        default=8192, metadata={"help": "most tokens of a padded batch on each process"}
+    notes_per_step: int = field(
+        default=16, metadata={"help": "notes that a step learns from, on all processes together"}
     )
-    accumulate: int = field(default=1, metadata={"help": "batches per step on each process"})
+    tokens_per_batch: int = field(
+        default=4096,
+        metadata={
+            "help": "most tokens that go through the model at once; a step adds up the gradients "
+            "of as many batches as its notes need, so fewer tokens need less memory"
+        },
+    )
     learning_rate: float = field(default=2e-3, metadata={"help": "peak learning rate"})
     warmup: float = field(default=0.1, metadata={"help": "share of the steps for warm-up"})
     weight_decay: float = field(default=0.01, metadata={"help": "AdamW's weight decay"})
@@ -86,8 +93,8 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         for name in (
             "steps",
+            "notes_per_step",
             "tokens_per_batch",
-            "accumulate",
             "learning_rate",
             "clip",
             "validate_every",
@@ -141,16 +148,17 @@ def train(
         resume: Whether to continue from the run's last intact checkpoint.
 
     Raises:
-        ValueError: There are no training notes, a label is not one of the classifier's, or the
-            folder holds a run but ``resume`` is False.
+        ValueError: There are no training notes, a label is not one of the classifier's, a step has
+            fewer notes than there are processes, or the folder holds a run but ``resume`` is False.
         CheckpointError: All checkpoints are damaged, or they belong to other data, another
-            configuration or another base.
+            configuration, another base or another version of this loop.
         FloatingPointError: The loss or the gradient is not finite.
         InterruptedTraining: Ctrl-C or SIGTERM stopped training.
         OSError: A file cannot be written. The message names the last checkpoint, which is intact.
     """
     run_folder = Path(run_folder)
     check_notes(classifier, training, validation)
+    check_processes(config)
     check_folder(run_folder, resume)
     classifier.record_training([*training, *validation], dataclasses.asdict(config))
     seed_dropout(config.seed)
@@ -163,20 +171,20 @@ def train(
     )
     if resume:
         state.load()
-    global_batches = batches_of_steps(examples, config, state.step)
+    notes_of_steps = islice(draw_notes(len(training), config), state.step, None)
     with (
         naming_checkpoint(state),
         Interruption(learner.device) as interruption,
         Log(run_folder / METRICS, state, config.steps) as log,
     ):
         while not finished(state, config) and not interruption.requested():
-            global_batch = next(global_batches)
-            loss = learner.forward_and_backward(examples, global_batch)
+            batches = divide(examples, next(notes_of_steps), config, learner.device)
+            loss = learner.forward_and_backward(examples, batches)
             learning_rate = learner.step(state.step + 1, loss)
             state.step += 1
 
             metrics = {"step": state.step, "loss": loss, "learning_rate": learning_rate}
-            metrics |= count_tokens(examples, global_batch)
+            metrics |= count_tokens(examples, batches)
             if held_out.notes and validation_is_due(state, config):
                 metrics |= validate(classifier, held_out)
                 if len(held_out.notes) >= FEWEST_VALIDATION:
@@ -218,6 +226,20 @@ def check_notes(
                     f"the labels 0 to {classes - 1}: create the classifier with the classes of the "
                     "notes"
                 )
+
+
+def check_processes(config: TrainingConfig) -> None:
+    """Check that every process gets a note of each step.
+
+    Raises:
+        ValueError: A step has fewer notes than there are processes.
+    """
+    _, processes = world()
+    if config.notes_per_step < processes:
+        raise ValueError(
+            f"notes_per_step is {config.notes_per_step}, but there are {processes} processes: "
+            "expected at least one note for each"
+        )
 
 
 def check_folder(run_folder: Path, resume: bool) -> None:
@@ -277,60 +299,53 @@ def encode(classifier: Classifier, notes: Sequence[Note]) -> Examples:
     return Examples(notes, ids, torch.from_numpy(shares))
 
 
-# --- batches ------------------------------------------------------------------------------------
+# --- the notes of a step, and their batches -----------------------------------------------------
 
 
-def batches(lengths: Sequence[int], tokens: int, seed: int) -> Iterator[list[int]]:
-    """Divide notes into batches, epoch after epoch without end, in an order set by the seed.
+def draw_notes(notes: int, config: TrainingConfig) -> Iterator[list[int]]:
+    """Draw the notes of each step at random, without end.
 
-    A batch holds notes of similar length, to keep padding small. Each epoch is shuffled and cut
-    into stretches of about 16 batches. Each stretch is sorted by length and cut into batches, and
-    then the epoch's batches are shuffled.
-
-    Args:
-        lengths: (N,) tokens of each note.
-        tokens: The most tokens that a padded batch may hold; a longer note is a batch by itself.
-        seed: Seed of the shuffling.
+    A note is drawn again only when all others have been drawn, too.
 
     Yields:
-        A batch: positions in ``lengths``.
+        ``notes_per_step`` positions from 0 to ``notes`` − 1.
     """
-    generator = torch.Generator().manual_seed(seed)
-    stretch = max(1, 16 * tokens * len(lengths) // sum(lengths))  # notes
+    generator = torch.Generator().manual_seed(config.seed)
+    waiting: list[int] = []
     while True:
-        order = torch.randperm(len(lengths), generator=generator).tolist()
-        epoch = []
-        for start in range(0, len(order), stretch):
-            part = order[start : start + stretch]
-            for group in group_by_length([lengths[i] for i in part], tokens):
-                epoch.append([part[i] for i in group])
-        for i in torch.randperm(len(epoch), generator=generator).tolist():
-            yield epoch[i]
+        while len(waiting) < config.notes_per_step:
+            waiting += torch.randperm(notes, generator=generator).tolist()
+        yield waiting[: config.notes_per_step]
+        del waiting[: config.notes_per_step]
 
 
-def batches_of_steps(
-    examples: Examples, config: TrainingConfig, done: int
-) -> Iterator[list[list[int]]]:
-    """Yield the global batches of the steps after the first ``done`` steps.
+Batches = list[list[list[int]]]  # [process][batch][row]: a position in Examples
 
-    Yields:
-        The batches of a step, for all processes: positions in ``examples``.
+
+def divide(
+    examples: Examples, notes: Sequence[int], config: TrainingConfig, device: torch.device
+) -> Batches:
+    """Divide the notes of a step among the processes, and those of a process into batches.
+
+    Each process gets notes of all lengths, so that none waits long for the others.
     """
     _, processes = world()
-    size = config.accumulate * processes
-    lengths = [len(ids) for ids in examples.ids]
-    all_batches = batches(lengths, config.tokens_per_batch, config.seed)
-    next_batches = islice(all_batches, done * size, None)
-    while True:
-        yield list(islice(next_batches, size))
+    shortest_first = sorted(notes, key=lambda i: len(examples.ids[i]))
+    batches = []
+    for rank in range(processes):
+        share = shortest_first[rank::processes]
+        lengths = [len(examples.ids[i]) for i in share]
+        groups = group_by_length(lengths, config.tokens_per_batch, device)
+        batches.append([[share[i] for i in group] for group in groups])
+    return batches
 
 
-def count_tokens(examples: Examples, global_batch: list[list[int]]) -> dict[str, float]:
-    """Count a global batch's notes and tokens; padding is a share of its padded tokens."""
+def count_tokens(examples: Examples, batches: Batches) -> dict[str, float]:
+    """Count the notes and tokens of a step; padding is a share of its padded tokens."""
     notes = 0
     tokens = 0
     padded = 0
-    for batch in global_batch:
+    for batch in chain.from_iterable(batches):
         lengths = [len(examples.ids[i]) for i in batch]
         notes += len(batch)
         tokens += sum(lengths)
@@ -342,7 +357,7 @@ def count_tokens(examples: Examples, global_batch: list[list[int]]) -> dict[str,
 
 
 class Learner:
-    """Computes the gradient of a global batch and updates the trained parameters.
+    """Computes the gradient of a step's notes and updates the trained parameters.
 
     On several processes, DistributedDataParallel averages the gradients. In float16, a scaler keeps
     small gradients from becoming zero. Neither changes the definition of a step.
@@ -373,16 +388,15 @@ class Learner:
             # init_sync would send the frozen base to every process, which has it already.
             self.parallel = DistributedDataParallel(self.model, init_sync=False)
 
-    def forward_and_backward(self, examples: Examples, global_batch: list[list[int]]) -> float:
-        """Compute the gradient of a global batch and return its mean loss (nats per note)."""
+    def forward_and_backward(self, examples: Examples, batches: Batches) -> float:
+        """Compute the gradient of a step's notes and return their mean loss (nats per note)."""
         self.model.train()
-        notes = sum(len(batch) for batch in global_batch)
-        mine = global_batch[self.rank :: self.processes]
+        mine = batches[self.rank]
         total = torch.zeros((), device=self.device)
         for batch in mine:
             is_last = batch is mine[-1]
             with self.averaging_gradients(is_last):
-                loss = self.loss(examples, batch) / notes
+                loss = self.loss(examples, batch) / self.config.notes_per_step
                 # Averaging divides the gradient by the number of processes, so multiply by it here.
                 self.scaler.scale(loss * self.processes).backward()
             total += loss.detach()

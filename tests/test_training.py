@@ -6,6 +6,7 @@ import os
 import re
 import struct
 import sys
+from unittest import mock
 
 import hypothesis
 import peft
@@ -15,13 +16,17 @@ import transformers
 from hypothesis import strategies
 
 import clinora
+from clinora import training
 from clinora.checkpoint import BUNDLED
 from clinora.notes import Note, soft_targets
 from clinora.training import (
     METRICS,
+    Examples,
+    Learner,
     Progress,
     TrainingConfig,
-    batches,
+    divide,
+    draw_notes,
     encode,
     learning_rate_factor,
     train,
@@ -75,14 +80,18 @@ def test_layers_that_get_no_gradient_are_named_once(tmp_path, capsys):
     assert "v_proj" not in lines[0]
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_training_follows_peft_and_transformers(tmp_path, accumulate):
-    """AdamW divides by the gradient's size: where that is near zero, rounding becomes steps."""
+@pytest.mark.parametrize("tokens_per_batch", [10, 60, 8192])
+def test_training_follows_peft_and_transformers(tmp_path, tokens_per_batch):
+    """A step is the mean over its notes, in one batch of theirs and in several of ours.
+
+    AdamW divides by the gradient's size: where that is near zero, rounding becomes steps.
+    """
     classifier = fresh()
     start = {n: t.clone() for n, t in clinora.lora_state_dict(classifier.model).items()}
     config = TrainingConfig(
-        steps=10, tokens_per_batch=60, accumulate=accumulate, learning_rate=2e-4, weight_decay=0.1
-    )
+        steps=10, notes_per_step=4, tokens_per_batch=tokens_per_batch, learning_rate=2e-4,
+        weight_decay=0.1,
+    )  # fmt: skip
     train(classifier, NOTES, [], config, tmp_path)
 
     base = transformers.AutoModelForSequenceClassification.from_pretrained(
@@ -104,12 +113,15 @@ def test_training_follows_peft_and_transformers(tmp_path, accumulate):
     assert wanted.keys() == start.keys()
     ids = [classifier.tokenizer.encode(note.text) for note in NOTES]
     optimizer = torch.optim.AdamW(wanted.values(), lr=1.0, weight_decay=0.1)
-    order = batches([len(note) for note in ids], 60, seed=0)
+    draw = torch.Generator().manual_seed(0)
+    order = []
+    for _ in range(8):  # epochs of 5 notes, for 10 steps of 4
+        order += torch.randperm(len(ids), generator=draw).tolist()
     history = []
     for step in range(1, 11):
         rate = 2e-4 * (step if step == 1 else (1 + math.cos(math.pi * (step - 2) / 9)) / 2)
         optimizer.param_groups[0]["lr"] = rate
-        batch = [i for _ in range(accumulate) for i in next(order)]
+        batch = order[4 * (step - 1) : 4 * step]
         width = max(len(ids[i]) for i in batch)
         padded = torch.tensor([ids[i] + [0] * (width - len(ids[i])) for i in batch])
         mask = torch.tensor([[1] * len(ids[i]) + [0] * (width - len(ids[i])) for i in batch])
@@ -245,9 +257,9 @@ def test_metrics_hold_a_line_a_step_and_no_text(tmp_path):
 
 
 def test_metrics_tell_tokens_and_padding(tmp_path):
-    """All five notes fit one batch: as wide as the longest."""
+    """Each note is padded to the longest of its batch, here all five."""
     classifier = fresh()
-    train(classifier, NOTES, [], TrainingConfig(steps=1), tmp_path)
+    train(classifier, NOTES, [], TrainingConfig(steps=1, notes_per_step=5), tmp_path)
     lengths = [len(classifier.tokenizer.encode(note.text)) for note in NOTES]
     (point,) = points(tmp_path)
     assert (point["notes"], point["tokens"]) == (5, sum(lengths))
@@ -344,28 +356,84 @@ def test_a_narrow_terminal_shows_loss_and_time_left_first(monkeypatch, columns):
 # Order and schedule
 
 
+def examples_of_length(lengths):
+    """Notes of which only the number of tokens matters."""
+    notes = [Note("", (0,)) for _ in lengths]
+    return Examples(notes, [torch.zeros(n, dtype=torch.int32) for n in lengths], torch.empty(0))
+
+
 @hypothesis.given(
-    strategies.lists(strategies.integers(1, 600), min_size=1, max_size=60),
-    strategies.integers(1, 3000),
-    strategies.integers(0, 2**32),
+    strategies.integers(1, 60), strategies.integers(1, 40), strategies.integers(0, 99)
 )
-def test_an_epoch_deals_every_note_once_within_the_budget(lengths, tokens, seed):
-    dealt, order = [], batches(lengths, tokens, seed)
-    while len(dealt) < len(lengths):
-        batch = next(order)
-        assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= tokens
-        dealt += batch
-    assert sorted(dealt) == list(range(len(lengths)))
+def test_no_note_is_drawn_again_before_all_others(notes, notes_per_step, seed):
+    steps = draw_notes(notes, TrainingConfig(notes_per_step=notes_per_step, seed=seed))
+    drawn = []
+    while len(drawn) < 3 * notes:
+        step = next(steps)
+        assert len(step) == notes_per_step
+        drawn += step
+    for epoch in range(3):
+        assert sorted(drawn[epoch * notes : (epoch + 1) * notes]) == list(range(notes))
 
 
-def test_the_order_follows_the_seed():
-    lengths = list(range(1, 50))
-
+def test_the_notes_of_a_step_follow_the_seed():
     def first(seed):
-        order = batches(lengths, 200, seed)
-        return [next(order) for _ in range(5)]
+        return next(draw_notes(50, TrainingConfig(seed=seed)))
 
     assert first(0) == first(0) != first(1)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("processes", [1, 2, 3])
+@hypothesis.given(
+    lengths=strategies.lists(strategies.integers(1, 600), min_size=3, max_size=40),
+    tokens=strategies.integers(1, 3000),
+)
+def test_a_step_has_the_same_notes_however_they_are_divided(device, processes, lengths, tokens):
+    notes = list(range(len(lengths)))[::-1]
+    config = TrainingConfig(notes_per_step=len(notes), tokens_per_batch=tokens)
+    with mock.patch.object(training, "world", return_value=(0, processes)):
+        batches = divide(examples_of_length(lengths), notes, config, torch.device(device))
+    assert len(batches) == processes
+    assert sorted(i for share in batches for batch in share for i in batch) == notes[::-1]
+    sizes = [sum(len(batch) for batch in share) for share in batches]
+    assert max(sizes) - min(sizes) <= 1
+    for share in batches:
+        for batch in share:
+            assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= tokens
+
+
+def test_a_step_with_fewer_notes_than_processes_is_refused(tmp_path):
+    config = TrainingConfig(steps=1, notes_per_step=1)
+    with (
+        mock.patch.object(training, "world", return_value=(0, 2)),
+        pytest.raises(ValueError, match="notes_per_step is 1, but there are 2 processes"),
+    ):
+        train(fresh(), NOTES, [], config, tmp_path)
+
+
+@pytest.mark.parametrize("tokens_per_batch", [1, 1000, 8192])
+def test_every_note_has_the_same_share_of_a_steps_gradient(tokens_per_batch):
+    """It is the mean of the gradients of 16 notes, computed one by one."""
+    notes = [Note("pain " * (n * n // 2 + 1), (n % 5,)) for n in range(1, 17)]
+    classifier = fresh()
+    examples = encode(classifier, notes)
+    lengths = [len(ids) for ids in examples.ids]
+    assert max(lengths) > 30 * min(lengths)
+    trained = [p for p in classifier.model.parameters() if p.requires_grad]
+    expected = [torch.zeros_like(p) for p in trained]
+    for ids, note in zip(examples.ids, notes, strict=True):
+        log_p = classifier.model(ids[None].long(), torch.tensor([len(ids)])).log_softmax(-1)
+        gradients = torch.autograd.grad(-log_p[0, note.labels[0]], trained)
+        for total, gradient in zip(expected, gradients, strict=True):
+            total += gradient / 16
+
+    config = TrainingConfig(tokens_per_batch=tokens_per_batch)
+    learner = Learner(classifier, config)
+    batches = divide(examples, range(16), config, learner.device)
+    learner.forward_and_backward(examples, batches)
+    for parameter, gradient in zip(trained, expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
 
 
 def test_the_learning_rate_warms_up_linearly_and_falls_as_a_cosine():

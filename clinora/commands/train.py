@@ -126,7 +126,16 @@ def build_parser(prog: str = "clinora train") -> argparse.ArgumentParser:
         else:
             default = option.default
             add(flag, type=option.type, default=default, help=f"{about} (default: {default})")
+    add("--accumulate", nargs="?", const="", type=refuse_accumulate, help=argparse.SUPPRESS)
     return parser
+
+
+def refuse_accumulate(_: str) -> None:
+    """Refuse the option that older versions had."""
+    raise argparse.ArgumentTypeError(
+        "this option is gone: --notes-per-step says how many notes a step learns from, and "
+        "--tokens-per-batch how much of them is computed at once"
+    )
 
 
 def main(argv: list[str] | None = None, prog: str = "clinora train") -> int:
