@@ -159,51 +159,58 @@ def their_model(base: str, labels: int, layers: int | None = None, adapt: bool =
 Batch = tuple[Tensor, Tensor]  # ids (B, T), lengths (B,)
 
 
-def our_step(model: nn.Module) -> Callable[[Batch], None]:
-    """Make a training step: what train.py computes for a batch, without logs and checkpoints."""
+def our_step(model: nn.Module) -> Callable[..., None]:
+    """Make a training step on batches: what train.py computes, without logs and checkpoints."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
     model.train()
 
-    def step(batch: Batch) -> None:
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = model(*batch)
-        _learn(logits, trained, optimizer)
+    def step(*batches: Batch) -> None:
+        for ids, lengths in batches:
+            with torch.autocast("cpu", torch.bfloat16):
+                logits = model(ids, lengths)
+            _compute_gradient(logits)
+        _update(trained, optimizer)
 
     return step
 
 
-def their_step(model: nn.Module) -> Callable[[Batch], None]:
+def their_step(model: nn.Module) -> Callable[..., None]:
     """Make the same step with Transformers and PEFT, under autocast as with the Trainer's bf16."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
     model.train()
 
-    def step(batch: Batch) -> None:
-        ids, lengths = batch
-        mask = (torch.arange(ids.size(1)) < lengths[:, None]).long()
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = model(input_ids=ids, attention_mask=mask).logits
-        _learn(logits, trained, optimizer)
+    def step(*batches: Batch) -> None:
+        for ids, lengths in batches:
+            mask = (torch.arange(ids.size(1)) < lengths[:, None]).long()
+            with torch.autocast("cpu", torch.bfloat16):
+                logits = model(input_ids=ids, attention_mask=mask).logits
+            _compute_gradient(logits)
+        _update(trained, optimizer)
 
     return step
 
 
-def _learn(logits: Tensor, trained: list, optimizer: torch.optim.Optimizer) -> None:
-    F.cross_entropy(logits.float(), torch.zeros(len(logits), dtype=torch.long)).backward()
+def _compute_gradient(logits: Tensor) -> None:
+    labels = torch.zeros(len(logits), dtype=torch.long)
+    F.cross_entropy(logits.float(), labels, reduction="sum").backward()
+
+
+def _update(trained: list, optimizer: torch.optim.Optimizer) -> None:
     torch.nn.utils.clip_grad_norm_(trained, 1.0)
     optimizer.step()
     optimizer.zero_grad()
 
 
 def train_ours(
-    classifier: clinora.Classifier, notes: Sequence[Note], steps: int, tokens: int, rate: float
+    classifier: clinora.Classifier, notes: Sequence[Note], steps: int, batch: int, rate: float
 ) -> tuple[int, float]:
     """Train with ``clinora.training.train``; give the number of notes that it saw, and seconds."""
     from clinora.report import read_steps
     from clinora.training import METRICS, TrainingConfig, train
 
-    config = TrainingConfig(steps=steps, tokens_per_batch=tokens, learning_rate=rate)
+    config = TrainingConfig(steps=steps, notes_per_step=batch, learning_rate=rate)
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
         train(classifier, notes, [], config, Path(folder))
@@ -212,17 +219,25 @@ def train_ours(
     return sum(point["notes"] for point in points), seconds
 
 
-def batches_of_like_length(ids: Sequence[Sequence[int]], tokens: int) -> list[Batch]:
-    """Batch as Clinora does: notes of similar length, up to a number of padded tokens."""
-    groups = group_by_length([len(note) for note in ids], tokens)
-    return [pad([ids[i] for i in group], torch.device("cpu")) for group in groups]
+def random_groups(ids: Sequence[Sequence[int]], notes: int) -> list[list[Sequence[int]]]:
+    """Draw the notes of each step at random; the last step has what is left."""
+    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0)).tolist()
+    shuffled = [ids[i] for i in order]
+    return [shuffled[start : start + notes] for start in range(0, len(ids), notes)]
 
 
-def random_batches(ids: Sequence[Sequence[int]], notes: int, seed: int = 0) -> list[Batch]:
-    """Batch as the Trainer does: a number of random notes, padded to the longest of them."""
-    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed)).tolist()
-    groups = [order[i : i + notes] for i in range(0, len(ids), notes)]
-    return [pad([ids[i] for i in group], torch.device("cpu")) for group in groups]
+def our_batches(notes: Sequence[Sequence[int]]) -> list[Batch]:
+    """Divide the notes of a step as train.py does: into batches of similar length."""
+    from clinora.training import TrainingConfig
+
+    cpu = torch.device("cpu")
+    groups = group_by_length([len(note) for note in notes], TrainingConfig().tokens_per_batch, cpu)
+    return [pad([notes[i] for i in group], cpu) for group in groups]
+
+
+def their_batches(notes: Sequence[Sequence[int]]) -> list[Batch]:
+    """Batch the notes of a step as the Trainer does: together, padded to the longest."""
+    return [pad(notes, torch.device("cpu"))]
 
 
 def equal_batch(notes: int, tokens: int, vocabulary: int) -> Batch:

@@ -3,10 +3,10 @@
     python -m benchmarks.job [--notes mtsamples.csv] [--epochs 1] [--sample 200]
 
 Theirs is Transformers' Trainer with PEFT as documented: bf16, dynamic padding, a batch of 16. Ours
-is train.py's loop on as many notes. Both have the same base, ids, LoRA, peak learning rate, warm-up
-and cosine. For a note with several labels, ours trains on all of them and theirs on the first. A
-prediction is correct if it is one of the note's labels. Each repetition trains new adapters on both
-sides.
+is train.py's loop with as many notes in each step. Both have the same base, ids, LoRA, peak
+learning rate, warm-up and cosine. For a note with several labels, ours trains on all of them and
+theirs on the first. A prediction is correct if it is one of the note's labels. Each repetition
+trains new adapters on both sides.
 
 Ours keeps freed memory, as train.py does; theirs uses the C library's default.
 """
@@ -24,7 +24,6 @@ import torch
 
 import clinora
 from benchmarks import common
-from clinora.classifier import group_by_length
 from clinora.device import keep_freed_memory
 from clinora.notes import Note, are_correct
 
@@ -100,13 +99,12 @@ def measure_side(args: argparse.Namespace) -> dict:
     labels = len(notes.classes)
     tokenizer = clinora.Tokenizer(common.find_base(args.base).folder / "tokenizer.model")
     ids = [tokenizer.encode(note.text, args.token_limit) for note in training]
-    tokens = args.batch * args.token_limit
-    steps = args.epochs * len(group_by_length([len(note) for note in ids], tokens))
+    steps = args.epochs * math.ceil(len(training) / args.batch)
     if args.side == "ours":
         keep_freed_memory()  # as train.py does
         model = common.our_model(args.base, labels)
         ours = clinora.Classifier(model, tokenizer, notes.classes, args.token_limit)
-        seen, seconds = common.train_ours(ours, training, steps, tokens, args.learning_rate)
+        seen, seconds = common.train_ours(ours, training, steps, args.batch, args.learning_rate)
         predictions = ours([note.text for note in test])
         accuracy = any_label_accuracy([prediction.index for prediction in predictions], test)
     else:
@@ -149,7 +147,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--notes", default="bundled", help="bundled, mtsamples or a CSV file")
     parser.add_argument("--sample", type=int, help="number of training notes (default: all)")
     parser.add_argument("--epochs", type=int, default=1, help="passes over the training notes")
-    parser.add_argument("--batch", type=int, default=16, help="notes per batch of theirs")
+    parser.add_argument("--batch", type=int, default=16, help="notes that a step learns from")
     parser.add_argument("--token-limit", type=int, default=512, help="tokens read of a note")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="peak learning rate")
     parser.add_argument("--side", choices=("ours", "theirs"), help=argparse.SUPPRESS)

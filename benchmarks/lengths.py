@@ -2,8 +2,8 @@
 
     python -m benchmarks.lengths FOLDER --notes mtsamples.csv [--layers 2] [--sample 32]
 
-Ours has batches of notes of similar length under a token budget, as in train.py. Theirs has a fixed
-number of random notes in each batch, padded to the longest, as in Transformers' Trainer by default.
+A step learns from a number of random notes. Ours divides them into batches of similar length, as
+train.py does. Theirs pads all of them to the longest, as Transformers' Trainer does by default.
 """
 
 import argparse
@@ -26,20 +26,22 @@ def measure(args: argparse.Namespace) -> None:
     chosen = torch.randperm(len(notes), generator=torch.Generator().manual_seed(0))[: args.sample]
     ids = [tokenizer.encode(notes[i].text, args.token_limit) for i in chosen.tolist()]
     real = sum(len(note) for note in ids)  # tokens, without padding
-    ours = common.batches_of_like_length(ids, args.batch * args.token_limit)
-    theirs = common.random_batches(ids, args.batch)
+    groups = common.random_groups(ids, args.batch)
+    ours = [common.our_batches(group) for group in groups]
+    theirs = [common.their_batches(group) for group in groups]
     step = common.our_step(common.our_model(args.base, 5, args.layers))
     their_step = common.their_step(common.their_model(args.base, 5, args.layers))
     seconds = common.alternate(
         {
-            "ours": lambda: [step(batch) for batch in ours],
-            "theirs": lambda: [their_step(batch) for batch in theirs],
+            "ours": lambda: [step(*batches) for batches in ours],
+            "theirs": lambda: [their_step(*batches) for batches in theirs],
         },
         args.repetitions,
     )
     rows = []
-    for name, batches in (("ours", ours), ("theirs", theirs)):
+    for name, steps in (("ours", ours), ("theirs", theirs)):
         median = statistics.median(seconds[name])
+        batches = [batch for step_batches in steps for batch in step_batches]
         padded = sum(padded_ids.numel() for padded_ids, _ in batches)
         rows.append(
             [
@@ -62,9 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--notes", default="bundled", help="bundled, mtsamples or a CSV file")
     parser.add_argument("--tokenizer", help="a tokenizer.model (default: the base's)")
     parser.add_argument("--layers", type=int, help="layers of the base to keep (default: all)")
-    parser.add_argument(
-        "--batch", type=int, default=4, help="notes of the limit's length per batch"
-    )
+    parser.add_argument("--batch", type=int, default=16, help="notes that a step learns from")
     parser.add_argument("--sample", type=int, default=64, help="notes to train on")
     parser.add_argument("--token-limit", type=int, default=512, help="tokens read of a note")
     args = parser.parse_args(argv)

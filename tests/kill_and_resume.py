@@ -28,7 +28,7 @@ PROCESSES.set_forkserver_preload(
     ["clinora.evaluation", "clinora.report", "sklearn.linear_model", "sklearn.svm", "torch._dynamo"]
 )
 OPTIONS = [
-    "--steps", str(STEPS), "--tokens-per-batch", "256", "--checkpoint-every", "1",
+    "--steps", str(STEPS), "--notes-per-step", "8", "--checkpoint-every", "1",
     "--validate-every", "10", "--device", "cpu", "--rank", "4",
 ]  # fmt: skip
 

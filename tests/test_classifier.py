@@ -364,14 +364,23 @@ def test_as_many_labels_as_classes(classifier, labels):
         clinora.Classifier(classifier.model, classifier.tokenizer, labels, 64)
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
 @hypothesis.given(
-    strategies.lists(strategies.integers(1, 600), max_size=80), strategies.integers(1, 2000)
+    lengths=strategies.lists(strategies.integers(1, 600), max_size=80),
+    tokens=strategies.integers(1, 2000),
 )
-def test_groups_hold_every_note_once_within_the_budget(lengths, tokens):
-    groups = group_by_length(lengths, tokens)
+def test_groups_hold_every_note_once_within_the_budget(device, lengths, tokens):
+    groups = group_by_length(lengths, tokens, torch.device(device))
     assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
     for group in groups:
         assert len(group) == 1 or len(group) * max(lengths[i] for i in group) <= tokens
+
+
+def test_on_the_cpu_a_group_is_not_padded_much_for_one_note():
+    """Three notes would be padded by 3 · 50 tokens for the fourth; on a GPU they are."""
+    lengths = [100, 100, 101, 151]
+    assert group_by_length(lengths, 8192, torch.device("cpu")) == [[0, 1, 2], [3]]
+    assert group_by_length(lengths, 8192, torch.device("cuda")) == [[0, 1, 2, 3]]
 
 
 def test_padding_stands_on_the_right():

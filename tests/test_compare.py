@@ -30,7 +30,7 @@ def options(base, tmp_path):
     notes = write_notes(tmp_path / "notes.csv", texts=60)
     return [
         "--base", base, "--notes", notes, "--out", tmp_path / "out", "--steps", "3",
-        "--tokens-per-batch", "256", "--token-limit", "128", "--device", "cpu",
+        "--notes-per-step", "6", "--token-limit", "128", "--device", "cpu",
         "--precision", "fp32",
     ]  # fmt: skip
 
@@ -48,7 +48,7 @@ def test_a_point_is_what_training_alone_gives(options, base, tmp_path):
     clinora.apply_lora(model, clinora.LoRAConfig(rank=2, alpha=4))
     tokenizer = clinora.Tokenizer(base / "tokenizer.model")
     classifier = clinora.Classifier(model, tokenizer, notes.classes, 128)
-    config = TrainingConfig(steps=3, tokens_per_batch=256, seed=5)
+    config = TrainingConfig(steps=3, notes_per_step=6, seed=5)
     train(classifier, notes.on("training"), notes.on("validation"), config, tmp_path)
     test = notes.on("test")
     named = [p.index for p in classifier([note.text for note in test])]

@@ -36,7 +36,7 @@ def trained(tmp_path_factory):
     classifier = Classifier.new(
         "bundled", notes.classes, LoRAConfig(rank=2), token_limit=64, device="cpu"
     )
-    config = TrainingConfig(steps=1, tokens_per_batch=256)
+    config = TrainingConfig(steps=1, notes_per_step=4)
     train(classifier, notes.on("training"), notes.on("validation"), config, folder / "run")
     classifier.save(folder / "run")
     return folder, notes

@@ -45,7 +45,7 @@ def notes(tmp_path):
 
 
 def train(*options):
-    return train_command.main(["--steps", "60", "--tokens-per-batch", "256", *map(str, options)])
+    return train_command.main(["--steps", "60", "--notes-per-step", "12", *map(str, options)])
 
 
 @pytest.mark.slow
@@ -153,7 +153,7 @@ def test_eval_with_no_option_measures_the_bundled_adapter(capsys):
 def test_training_on_the_bundled_base_and_notes_beats_the_base(tmp_path, monkeypatch):
     """The job that train.py does without options, but shorter."""
     monkeypatch.chdir(tmp_path)
-    shorter = ["--steps", "60", "--tokens-per-batch", "1024", "--token-limit", "128"]
+    shorter = ["--steps", "60", "--notes-per-step", "8", "--token-limit", "128"]
     assert train_command.main(shorter) == 0
     (run,) = (tmp_path / "runs").iterdir()
     metrics = json.loads((run / "report" / "metrics.json").read_text())
@@ -212,6 +212,8 @@ def test_a_bad_file_is_one_clear_line(tmp_path, capsys, command, kind):
         (["--device", "tpu"], "'tpu' is not available"),
         (["--precision", "int4"], "expected auto, bf16"),
         (["--steps", "0"], "steps is 0"),
+        (["--accumulate", "4"], "--notes-per-step"),
+        (["--accumulate"], "--notes-per-step"),
         (["--learning-rate", "1e39"], "learning_rate is 1e.39: expected at most 1"),
         (["--promise", "95"], "promised share is 95"),
         (["--device", "cpu:x"], "device 'cpu:x'"),

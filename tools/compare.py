@@ -105,7 +105,7 @@ def measure(point: Point, args: argparse.Namespace) -> dict:
         model.model.requires_grad_(False)
     config = TrainingConfig(
         steps=args.steps,
-        tokens_per_batch=args.tokens_per_batch,
+        notes_per_step=args.notes_per_step,
         learning_rate=getattr(args, f"learning_rate_{point.tune}"),
         seed=point.seed,
     )
@@ -320,10 +320,10 @@ def main(argv: list[str] | None = None) -> int:
     add("--token-limit", type=int, default=TOKEN_LIMIT, help="tokens read of a note")
     add("--steps", type=int, default=defaults.steps, help="optimiser steps of each training")
     add(
-        "--tokens-per-batch",
+        "--notes-per-step",
         type=int,
-        default=defaults.tokens_per_batch,
-        help="most tokens of a padded batch",
+        default=defaults.notes_per_step,
+        help="notes that a step learns from",
     )
     for tune, rate in LEARNING_RATES.items():
         add(f"--learning-rate-{tune}", type=float, default=rate, help=f"peak (default: {rate})")
