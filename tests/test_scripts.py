@@ -212,8 +212,6 @@ def test_a_bad_file_is_one_clear_line(tmp_path, capsys, command, kind):
         (["--device", "tpu"], "'tpu' is not available"),
         (["--precision", "int4"], "expected auto, bf16"),
         (["--steps", "0"], "steps is 0"),
-        (["--accumulate", "4"], "--notes-per-step"),
-        (["--accumulate"], "--notes-per-step"),
         (["--learning-rate", "1e39"], "learning_rate is 1e.39: expected at most 1"),
         (["--promise", "95"], "promised share is 95"),
         (["--device", "cpu:x"], "device 'cpu:x'"),
@@ -223,6 +221,15 @@ def test_a_bad_file_is_one_clear_line(tmp_path, capsys, command, kind):
 def test_a_bad_option_is_one_clear_line(capsys, tmp_path, options, message):
     assert_refused(train_command, options, capsys, message)
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("words", [["--accumulate", "4"], ["--accumulate"]])
+def test_the_option_that_older_versions_had_names_the_one_to_use(capsys, words):
+    with pytest.raises(SystemExit) as caught:
+        train_command.main(words)
+    assert caught.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "--accumulate" in error and "--notes-per-step" in error
 
 
 @pytest.mark.parametrize(
