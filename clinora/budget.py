@@ -23,7 +23,6 @@ V vocabulary, C classes, L layers, r rank. N is a number of positions: B·T, or 
 
 from dataclasses import dataclass
 
-from clinora.kernels import TILED_FROM
 from clinora.llama import LlamaConfig
 
 METHODS = ("lora", "head", "full")
@@ -332,13 +331,13 @@ def _last_token_bytes(tuning: FineTuning, D: int) -> int:
 def _lora_bytes(config: LlamaConfig, tuning: FineTuning, name: str, N: int, live: bool) -> int:
     """LoRA, B·A·(m ⊙ x), where m is dropout's mask of one byte for each entry.
 
-    The gradient of A needs m ⊙ x, that of B needs A·(m ⊙ x), and that of x needs m. Each adapted
-    layer has its own mask.
+    The gradient of A needs m ⊙ x and s·B, that of B needs A·(m ⊙ x), and that of x needs m. Each
+    adapted layer has its own mask.
     """
     if name not in tuning.adapted:
         return 0
-    _, width = linear_shapes(config)[name]
-    saved = tuning.computed * (N * width + N * tuning.rank)
+    out, width = linear_shapes(config)[name]
+    saved = tuning.computed * (N * width + N * tuning.rank + out * tuning.rank)
     if live:
         saved += (N * width // 8 + 1) * 8  # the mask is drawn 8 bytes at a time
     return saved
@@ -352,10 +351,8 @@ def _rotation_bytes(config: LlamaConfig, tuning: FineTuning, rows: int) -> int:
 def _attention_bytes(config: LlamaConfig, tuning: FineTuning, last: bool) -> int:
     """Attention, softmax(q·kᵀ/√E)·v: q, k, v, the output and a float32 log-sum-exp.
 
-    From the log-sum-exp of each query and head, flash attention computes the T × T scores again. If
-    q and k are bfloat16, a CPU computes attention in tiles, from q, k and v alone. (In full
-    training the rotary angles are float32, and so are q and k.) A trained o_proj saves the same
-    output. The last layer, with one query for each row, needs a mask.
+    From the log-sum-exp of each query and head, flash attention computes the T × T scores again. A
+    trained o_proj saves the same output. The last layer, with one query for each row, needs a mask.
     """
     B = tuning.batch
     T = tuning.tokens
@@ -363,8 +360,6 @@ def _attention_bytes(config: LlamaConfig, tuning: FineTuning, last: bool) -> int
     query_positions = B if last else B * T
     queries = query_positions * config.num_attention_heads  # vectors of width E
     keys = B * T * config.num_key_value_heads
-    if tuning.residual == 2 and T >= TILED_FROM and not last:
-        return tuning.computed * (queries + 2 * keys) * E
     saved = tuning.computed * (2 * queries + 2 * keys) * E + FLOAT32_BYTES * queries
     if last:
         saved += tuning.computed * B * T

@@ -20,7 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-TILED_FROM = 48  # tokens; below this, PyTorch's attention is faster than tiles
+TILED_FROM = 48  # tokens; below this, PyTorch's backward pass of attention is faster than tiles
+# e⁻⁶⁰ is 0 beside the other probabilities of a row. Without this bound the probabilities of very
+# low scores would be denormal numbers, with which a CPU computes up to 90 times more slowly.
+LOWEST_SCORE = -60.0
 
 
 def _in_torch_func() -> bool:
@@ -84,27 +87,31 @@ def _plain_norm(x: Tensor, eps: float) -> Tensor:
 class HalfPrecisionNorm(torch.autograd.Function):
     """``rms_normalize`` that saves x in half precision, where autograd would save float32(x).
 
-    With n = x / rms(x) and g the gradient of n, the gradient of x is (g − n·mean(g ⊙ n)) / rms(x).
+    With g the gradient of x / rms(x), the gradient of x is g / rms(x) − x · mean(g ⊙ x) / rms(x)³.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
-        scale = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)  # (..., 1), float32
+        # In place, and with one dtype in each operation: a CPU takes three times as long where
+        # PyTorch has to mix dtypes.
+        h = x.float()
+        length = torch.linalg.vector_norm(h, dim=-1, keepdim=True)  # (..., 1)
+        scale = torch.rsqrt(length**2 / x.size(-1) + eps)
         ctx.save_for_backward(x, scale)
         ctx.eps = eps
-        return (x * scale).to(x.dtype)
+        return h.mul_(scale).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        x, scale = ctx.saved_tensors
+        x, scale = ctx.saved_tensors  # scale (..., 1) float32
         if torch.is_grad_enabled():  # create_graph=True
             plain = partial(_plain_norm, eps=ctx.eps)
             (dx,) = _gradients_to_differentiate(plain, (x,), grad)
             return dx, None
-        n = x * scale
+        h = x.float()
         g = grad.float()
-        g -= n * (g * n).mean(-1, keepdim=True)
-        return (g * scale).to(x.dtype), None
+        mean = torch.linalg.vecdot(g, h)[..., None] / x.size(-1)  # (..., 1)
+        return g.mul_(scale).addcmul_(h, mean * scale**3, value=-1).to(x.dtype), None
 
 
 # --- Attention ----------------------------------------------------------------------------------
@@ -183,68 +190,73 @@ def _plain_attention(q: Tensor, k: Tensor, v: Tensor, **mask: Any) -> Tensor:
 
 
 class TiledAttention(torch.autograd.Function):
-    """Causal attention in tiles: on the CPU in bfloat16, faster than PyTorch's own.
+    """Causal attention with a backward pass in tiles: on the CPU in bfloat16.
+
+    The forward pass is PyTorch's, which also gives the log-sum-exp L of each row of scores. With it
+    the backward pass computes the probabilities again (Dao et al. 2022, section 3.1). Scores Z and
+    probabilities P are float32, because bfloat16 would round a score of 8 by up to 0.016. PyTorch's
+    own backward pass is slower and rounds more. With dX for the gradient of X and sums over a row:
+
+        P = exp(Q·Kᵀ/√E − L)    dV = Pᵀ·dO    dZ = P ⊙ (dO·Vᵀ − Σ dO ⊙ O)
+        dQ = dZ·K/√E    dK = dZᵀ·Q/√E
 
     A tile is n query rows of b notes. It needs the S keys up to its last row and no others, so
     most scores of later positions are never computed. The G = H/K query heads that share a key
     head are rows of one matrix product: a tile of queries is (b, K, G·n, E).
-
-    Scores Z and probabilities P are float32, because bfloat16 would round a score of 8 by up to
-    0.016. The forward pass saves q, k and v. The backward pass computes the probabilities of each
-    tile again (Dao et al. 2022, section 3.1). With O = P·V and dX for the gradient of X:
-
-        dV = Pᵀ·dO    dP = dO·Vᵀ    dZ = P ⊙ (dP − Σ P ⊙ dP)    dQ = dZ·K/√E    dK = dZᵀ·Q/√E
     """
 
     @staticmethod
     @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.bfloat16)  # autocast is off inside
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        ctx.save_for_backward(q, k, v)
-        key_heads = k.size(1)
-        keys = k.contiguous()  # (B, K, T, E)
-        values = v.contiguous().float()
-        out = torch.empty_like(q)
-        for notes, rows in _tiles(q):
-            queries = _stack_heads(q[notes, :, rows], key_heads)  # (b, K, G·n, E)
-            p = _probabilities(queries, keys[notes], rows)  # (b, K, G·n, S)
-            seen = values[notes, :, : rows.stop]  # (b, K, S, E)
-            out[notes, :, rows] = (p @ seen).view_as(out[notes, :, rows])
+        group = q.size(1) // k.size(1)
+        # PyTorch has no public function that returns the log-sum-exp, too.
+        out, log_sum_exp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), is_causal=True
+        )  # (B, H, T, E), (B, H, T)
+        ctx.save_for_backward(q, k, v, out, log_sum_exp)
         return out
 
     @staticmethod
     @torch.amp.custom_bwd(device_type="cpu")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, log_sum_exp = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True
             plain = partial(_plain_attention, is_causal=True)
-            return _gradients_to_differentiate(plain, ctx.saved_tensors, grad)
-        q, k, v = ctx.saved_tensors
+            return _gradients_to_differentiate(plain, (q, k, v), grad)
         key_heads = k.size(1)
-        keys = k.contiguous()
-        # The factor 1/√E of dQ and dK is applied to V once: dP and dZ contain V as a factor.
-        values = v.contiguous().float() * q.size(-1) ** -0.5
+        scale = q.size(-1) ** -0.5
+        # 1/√E multiplies K in Q·Kᵀ; in dQ and dK it multiplies V and O once, which dZ contains.
+        keys = k.contiguous()  # (B, K, T, E)
+        scaled_keys = keys.float() * scale
+        scaled_values = v.contiguous().float() * scale
+        sums = torch.linalg.vecdot(grad.float(), out.float()) * scale  # (B, H, T)
         dq = torch.empty_like(q)
-        dk = torch.zeros_like(values)
-        dv = torch.zeros_like(values)
+        dk = torch.zeros_like(scaled_keys)
+        dv = torch.zeros_like(scaled_keys)
         for notes, rows in _tiles(q):
             seen = slice(rows.stop)
             queries = _stack_heads(q[notes, :, rows], key_heads)  # (b, K, G·n, E)
             d_o = _stack_heads(grad[notes, :, rows], key_heads)  # (b, K, G·n, E)
-            p = _probabilities(queries, keys[notes], rows)  # (b, K, G·n, S)
-            d_p = d_o.float() @ values[notes, :, seen].mT  # (b, K, G·n, S)
-            d_z = torch._softmax_backward_data(d_p, p, -1, p.dtype, grad_input=d_p).to(q.dtype)
-            dv[notes, :, seen] += p.to(q.dtype).mT @ d_o
-            dk[notes, :, seen] += d_z.mT @ queries
+            log_sums = _stack_heads(log_sum_exp[notes, :, rows, None], key_heads)  # (b, K, G·n, 1)
+            row_sums = _stack_heads(sums[notes, :, rows, None], key_heads)  # (b, K, G·n, 1)
+            p = queries.float() @ scaled_keys[notes, :, seen].mT  # (b, K, G·n, S)
+            p.sub_(log_sums).clamp_(min=LOWEST_SCORE).exp_()
+            _zero_later_keys(p, rows)
+            d_p = d_o.float() @ scaled_values[notes, :, seen].mT  # (b, K, G·n, S)
+            d_z = d_p.sub_(row_sums).mul_(p).to(q.dtype)
+            dv[notes, :, seen] += (p.to(q.dtype).mT @ d_o).float()
+            dk[notes, :, seen] += (d_z.mT @ queries).float()
             dq[notes, :, rows] = (d_z @ keys[notes, :, seen]).view_as(dq[notes, :, rows])
         return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
-def _tiles(q: Tensor, rows: int = 64) -> Iterator[tuple[slice, slice]]:
-    """Cut B and T so that the scores of a tile, about 1 MB, stay in the cache of one core."""
+def _tiles(q: Tensor, rows: int = 128) -> Iterator[tuple[slice, slice]]:
+    """Cut B and T so that the scores of a tile, about 4 MB, stay in the processor's cache."""
     _, heads, tokens, _ = q.shape
-    notes = max(1, 2**18 // (rows * heads * tokens))
+    notes = max(1, 2**20 // (rows * heads * tokens))
     for b in range(0, q.size(0), notes):
         for t in range(0, tokens, rows):
-            yield slice(b, b + notes), slice(t, t + rows)
+            yield slice(b, b + notes), slice(t, min(t + rows, tokens))
 
 
 def _stack_heads(x: Tensor, key_heads: int) -> Tensor:
@@ -252,14 +264,10 @@ def _stack_heads(x: Tensor, key_heads: int) -> Tensor:
     return x.reshape(x.size(0), key_heads, -1, x.size(3))
 
 
-def _probabilities(queries: Tensor, keys: Tensor, rows: slice) -> Tensor:
-    """Compute softmax(q·kᵀ / √E) of one tile: (b, K, G·n, E), (b, K, T, E) → (b, K, G·n, S)."""
-    scaled = queries.float() * keys.size(-1) ** -0.5
-    scores = scaled @ keys[:, :, : rows.stop].float().mT
-    n = scores.size(-1) - rows.start  # rows.stop may lie beyond the last row
-    later = torch.full((n, n), -torch.inf).triu(1)
-    scores.unflatten(2, (-1, n))[..., rows] += later  # the keys before the tile need no mask
-    return torch.softmax(scores, -1, out=scores)
+def _zero_later_keys(p: Tensor, rows: slice) -> None:
+    """Set the probabilities of keys after each query's own to zero: p (b, K, G·n, S)."""
+    n = rows.stop - rows.start
+    p.unflatten(2, (-1, n))[..., rows].tril_()  # the keys before the tile come before all its rows
 
 
 # --- The gate of the MLP ------------------------------------------------------------------------
@@ -295,14 +303,14 @@ class GatedSiLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return F.silu(gate) * up
+        return F.silu(gate).mul_(up)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # create_graph=True
             return _gradients_to_differentiate(_plain_gated_silu, ctx.saved_tensors, grad)
         gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate) * grad
+        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
 
 
 # --- Dropout ------------------------------------------------------------------------------------
@@ -339,4 +347,22 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     noise = torch.empty(x.numel() // 8 + 1, dtype=torch.int64).random_(-(2**63), None)
     lanes = noise.view(torch.int8)[: x.numel()].view(x.shape)  # uniform in −128 … 127
     kept = lanes.clamp_(dropped - 129, dropped - 128).sub_(dropped - 129)  # 0 or 1
-    return x * kept * (256 / (256 - dropped))
+    return Masked.apply(x, kept, 256 / (256 - dropped))
+
+
+class Masked(torch.autograd.Function):
+    """x · mask · factor, with a mask of bytes, which are first cast to the dtype of x.
+
+    A CPU takes twice as long to multiply numbers of two dtypes.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mask: Tensor, factor: float) -> Tensor:
+        ctx.save_for_backward(mask)
+        ctx.factor = factor
+        return mask.to(x.dtype).mul_(x).mul_(factor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (mask,) = ctx.saved_tensors
+        return mask.to(grad.dtype).mul_(grad).mul_(ctx.factor), None, None

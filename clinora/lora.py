@@ -149,8 +149,9 @@ class LoRALinear(nn.Module):
         if not _is_autocast(x.device.type):  # autocast chooses the dtype itself
             x = x.to(self.lora_A.dtype)
         x = dropout(x, self.config.dropout, self.training)
-        update = F.linear(F.linear(x, self.lora_A), self.lora_B)  # (..., r) → (..., out)
-        return (y + update * (self.config.scaling * self.strength)).to(y.dtype)
+        scaled_B = self.lora_B * (self.config.scaling * self.strength)  # B is a small matrix
+        update = F.linear(F.linear(x, self.lora_A), scaled_B)  # (..., r) → (..., out)
+        return (y + update).to(y.dtype)
 
     def extra_repr(self) -> str:
         config = self.config

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 
 from clinora.budget import (
-    TILED_FROM,
     FineTuning,
     Target,
     base_parameters,
@@ -22,6 +21,7 @@ from clinora.budget import (
     saved_activation_bytes,
 )
 from clinora.commands.budget import main
+from clinora.kernels import TILED_FROM
 from clinora.llama import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 from clinora.lora import LoRAConfig, apply_lora, count_parameters
 
