@@ -1,7 +1,8 @@
 """Code that the benchmarks share: the two sides, timing in turns, matrix products and tables.
 
 "Ours" is Clinora; "theirs" is Transformers with PEFT, combined as their documentation shows. Both
-sides get the same base, the same ids and the same LoRA, and never run at the same time.
+sides get the same base, the same ids and the same LoRA, and never run at the same time. They
+compute in the dtype that train.py chooses: bfloat16, or float32 on a processor that lacks it.
 
 Shapes: B batch, T tokens.
 """
@@ -25,8 +26,11 @@ from torch import Tensor, nn
 import clinora
 from clinora.checkpoint import find_base
 from clinora.classifier import group_by_length, pad
+from clinora.device import choose_dtype
 from clinora.notes import Note
 
+# What decides how fast a CPU multiplies matrices, as the kernel names it.
+CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 LORA = clinora.LoRAConfig(rank=8, alpha=16, dropout=0.05, targets=("q_proj", "v_proj"))
 
 
@@ -51,24 +55,38 @@ def begin(args: argparse.Namespace) -> None:
         torch.set_num_threads(args.threads)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    dtype = str(compute_dtype()).removeprefix("torch.")
     print(
-        f"{_cpu_name()}, {torch.get_num_threads()} threads; Python {platform.python_version()}, "
-        f"torch {torch.__version__}, transformers {transformers.__version__}, "
-        f"peft {peft.__version__}"
+        f"{_cpu()}, {torch.get_num_threads()} threads, {dtype}; Python "
+        f"{platform.python_version()}, torch {torch.__version__}, transformers "
+        f"{transformers.__version__}, peft {peft.__version__}"
     )
 
 
-def _cpu_name() -> str:
-    """Give the processor's name from the kernel, or else from Python."""
+def _cpu() -> str:
+    """Give the processor's name and flags from the kernel, or else its name from Python."""
     cpu_info = Path("/proc/cpuinfo")
-    if cpu_info.exists():
-        for line in cpu_info.read_text().splitlines():
-            if line.startswith("model name"):
-                _, _, name = line.partition(":")
-                if name.strip():
-                    return name.strip()
-                break
-    return platform.processor() or platform.machine()
+    if not cpu_info.exists():
+        return platform.processor() or platform.machine()
+    values = {}
+    for line in cpu_info.read_text().splitlines():
+        key, _, value = line.partition(":")
+        values.setdefault(key.strip(), value.strip())  # all cores are alike
+    name = values.get("model name") or platform.machine()
+    flags = values.get("flags", "").split()
+    found = [flag for flag in CPU_FLAGS if flag in flags]
+    return f"{name} ({' '.join(found) or 'no AVX2'})"
+
+
+def compute_dtype() -> torch.dtype:
+    """Choose the dtype that both sides compute in, as train.py does."""
+    return choose_dtype(torch.device("cpu"))
+
+
+def autocast() -> torch.autocast:
+    """Give the context of a forward pass, as train.py and the Trainer with bf16 have it."""
+    dtype = compute_dtype()
+    return torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
@@ -118,8 +136,8 @@ def spread(numbers: Sequence[float]) -> str:
 
 
 def our_model(base: str, labels: int, layers: int | None = None, adapt: bool = True) -> nn.Module:
-    """Load a base in bfloat16 as train.py does, with its first layers only and a new head."""
-    model = clinora.load_model(base, num_labels=labels, dtype=torch.bfloat16)
+    """Load a base as train.py does, with its first layers only and a new head."""
+    model = clinora.load_model(base, num_labels=labels, dtype=compute_dtype())
     if layers is not None:
         del model.model.layers[layers:]
     if adapt:
@@ -139,7 +157,7 @@ def their_model(base: str, labels: int, layers: int | None = None, adapt: bool =
     model = transformers.AutoModelForSequenceClassification.from_pretrained(
         find_base(base).folder,
         num_labels=labels,
-        dtype=torch.bfloat16,
+        dtype=compute_dtype(),
         pad_token_id=0,  # "<unk>", which occurs in no note
         **changes,
     )
@@ -167,7 +185,7 @@ def our_step(model: nn.Module) -> Callable[..., None]:
 
     def step(*batches: Batch) -> None:
         for ids, lengths in batches:
-            with torch.autocast("cpu", torch.bfloat16):
+            with autocast():
                 logits = model(ids, lengths)
             _compute_gradient(logits)
         _update(trained, optimizer)
@@ -184,7 +202,7 @@ def their_step(model: nn.Module) -> Callable[..., None]:
     def step(*batches: Batch) -> None:
         for ids, lengths in batches:
             mask = (torch.arange(ids.size(1)) < lengths[:, None]).long()
-            with torch.autocast("cpu", torch.bfloat16):
+            with autocast():
                 logits = model(input_ids=ids, attention_mask=mask).logits
             _compute_gradient(logits)
         _update(trained, optimizer)

@@ -52,7 +52,7 @@ def measure_side(args: argparse.Namespace) -> dict:
     """Time one side on the test notes, after a pass that is not timed; give its predictions too."""
     notes = clinora.read_notes(args.notes).on("test")[: args.sample]
     texts = [note.text for note in notes]
-    classifier = clinora.Classifier.load(args.run, device="cpu", precision="bf16")
+    classifier = clinora.Classifier.load(args.run, device="cpu")
     if args.side == "ours":
         keep_freed_memory()  # as eval.py does
         clinora.merge_lora(classifier.model)
@@ -100,7 +100,7 @@ def measure_one(args: argparse.Namespace) -> None:
 
     @torch.inference_mode()
     def run() -> None:
-        with torch.autocast("cpu", torch.bfloat16):
+        with common.autocast():
             ours(ids, lengths)
 
     @torch.inference_mode()

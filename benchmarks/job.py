@@ -2,11 +2,11 @@
 
     python -m benchmarks.job [--notes mtsamples.csv] [--epochs 1] [--sample 200]
 
-Theirs is Transformers' Trainer with PEFT as documented: bf16, dynamic padding, a batch of 16. Ours
-is train.py's loop with as many notes in each step. Both have the same base, ids, LoRA, peak
-learning rate, warm-up and cosine. For a note with several labels, ours trains on all of them and
-theirs on the first. A prediction is correct if it is one of the note's labels. Each repetition
-trains new adapters on both sides.
+Theirs is Transformers' Trainer with PEFT as documented: bf16 if the processor has it, dynamic
+padding, a batch of 16. Ours is train.py's loop with as many notes in each step. Both have the same
+base, ids, LoRA, peak learning rate, warm-up and cosine. For a note with several labels, ours trains
+on all of them and theirs on the first. A prediction is correct if it is one of the note's labels.
+Each repetition trains new adapters on both sides.
 
 Ours keeps freed memory, as train.py does; theirs uses the C library's default.
 """
@@ -59,7 +59,7 @@ def train_theirs(
                 lr_scheduler_type="cosine",
                 warmup_steps=math.ceil(0.1 * args.epochs * math.ceil(len(notes) / args.batch)),
                 weight_decay=0.01,
-                bf16=True,
+                bf16=common.compute_dtype() == torch.bfloat16,
                 use_cpu=True,
                 save_strategy="no",
                 report_to=[],
@@ -81,7 +81,7 @@ def their_accuracy(model: torch.nn.Module, ids: list[list[int]], notes: Sequence
     predicted = []
     model.eval()
     for note in ids:
-        with torch.autocast("cpu", torch.bfloat16):
+        with common.autocast():
             predicted.append(model(input_ids=torch.tensor([note])).logits.argmax().item())
     return any_label_accuracy(predicted, notes)
 

@@ -32,7 +32,7 @@ def one_size(args: argparse.Namespace) -> dict[str, float]:
         head_dim=64,
         max_position_embeddings=args.tokens,
     )
-    model = LlamaForSequenceClassification(config, 5).bfloat16()
+    model = LlamaForSequenceClassification(config, 5).to(common.compute_dtype())
     clinora.apply_lora(model, common.LORA)
     step = common.our_step(model)
     batch = common.equal_batch(8, args.tokens, 2000)

@@ -70,7 +70,7 @@ class TrainingConfig:
         default=16, metadata={"help": "notes that a step learns from, on all processes together"}
     )
     tokens_per_batch: int = field(
-        default=4096,
+        default=8192,
         metadata={
             "help": "most tokens that go through the model at once; a step adds up the gradients "
             "of as many batches as its notes need, so fewer tokens need less memory"
