@@ -29,7 +29,7 @@ from clinora.classifier import group_by_length, pad
 from clinora.device import choose_dtype
 from clinora.notes import Note
 
-# What decides how fast a CPU multiplies matrices, as the kernel names it.
+# What decides how fast a CPU multiplies matrices, as /proc/cpuinfo names it.
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 LORA = clinora.LoRAConfig(rank=8, alpha=16, dropout=0.05, targets=("q_proj", "v_proj"))
 
@@ -73,7 +73,9 @@ def _cpu() -> str:
         key, _, value = line.partition(":")
         values.setdefault(key.strip(), value.strip())  # all cores are alike
     name = values.get("model name") or platform.machine()
-    flags = values.get("flags", "").split()
+    if "flags" not in values:  # not an x86 processor
+        return name
+    flags = values["flags"].split()
     found = [flag for flag in CPU_FLAGS if flag in flags]
     return f"{name} ({' '.join(found) or 'no AVX2'})"
 

@@ -6,6 +6,7 @@ confidence → prediction.
 Shapes: N notes, B batch, T tokens, D width, C classes.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -29,15 +30,15 @@ from clinora.tokenizer import Tokenizer
 
 TOKEN_LIMIT = 512  # tokens of a note that are read, by default
 INFERENCE_TOKENS = 8192  # in a padded batch
-CPU_PADDING = 64  # tokens; computing as many takes about as long as beginning another batch
+CPU_PADDING = 64  # tokens; computing this many takes about as long as starting another batch
 INFERENCE_NOTES = 1024  # tokenised at a time, to bound the memory for ids
 
 
 def group_by_length(lengths: Sequence[int], tokens: int, device: torch.device) -> list[list[int]]:
     """Group notes of similar length into batches, to keep padding small.
 
-    On the CPU a further batch costs little, and a group is not padded by more than
-    ``CPU_PADDING`` tokens for one note. On other devices a batch costs more than its padding.
+    On the CPU a further batch costs little, and a note joins a group only if it adds at most
+    ``CPU_PADDING`` tokens of padding. On other devices a batch costs more than its padding.
 
     Args:
         lengths: Tokens of each note.
@@ -47,7 +48,7 @@ def group_by_length(lengths: Sequence[int], tokens: int, device: torch.device) -
     Returns:
         Lists of positions in ``lengths``, the shortest notes first.
     """
-    most_padding = CPU_PADDING if device.type == "cpu" else tokens
+    most_padding = CPU_PADDING if device.type == "cpu" else math.inf
     groups: list[list[int]] = []
     longest = 0  # of the last group
     shortest_first = sorted(range(len(lengths)), key=lambda position: lengths[position])

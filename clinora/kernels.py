@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 TILED_FROM = 48  # tokens; below this, PyTorch's backward pass of attention is faster than tiles
-# e⁻⁶⁰ is 0 beside the other probabilities of a row. Without this bound the probabilities of very
-# low scores would be denormal numbers, with which a CPU computes up to 90 times more slowly.
+# e⁻⁶⁰ is negligible beside the largest probability of a row. Without this bound, probabilities of
+# very low scores would be denormal numbers, with which a CPU computes up to 90 times more slowly.
 LOWEST_SCORE = -60.0
 
 
@@ -111,7 +111,8 @@ class HalfPrecisionNorm(torch.autograd.Function):
         h = x.float()
         g = grad.float()
         mean = torch.linalg.vecdot(g, h)[..., None] / x.size(-1)  # (..., 1)
-        return g.mul_(scale).addcmul_(h, mean * scale**3, value=-1).to(x.dtype), None
+        factor = mean * scale * scale * scale  # scale**3 alone could underflow
+        return g.mul_(scale).addcmul_(h, factor, value=-1).to(x.dtype), None
 
 
 # --- Attention ----------------------------------------------------------------------------------
@@ -209,9 +210,13 @@ class TiledAttention(torch.autograd.Function):
     @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.bfloat16)  # autocast is off inside
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         group = q.size(1) // k.size(1)
-        # PyTorch has no public function that returns the log-sum-exp, too.
+        # No public function of PyTorch also returns the log-sum-exp. This one, unlike
+        # scaled_dot_product_attention, reads q as if its last stride were 1.
+        queries = q if q.stride(-1) == 1 else q.contiguous()
+        keys = k.repeat_interleave(group, 1)  # (B, H, T, E), a copy
+        values = v.repeat_interleave(group, 1)
         out, log_sum_exp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), is_causal=True
+            queries, keys, values, is_causal=True
         )  # (B, H, T, E), (B, H, T)
         ctx.save_for_backward(q, k, v, out, log_sum_exp)
         return out
@@ -251,7 +256,7 @@ class TiledAttention(torch.autograd.Function):
 
 
 def _tiles(q: Tensor, rows: int = 128) -> Iterator[tuple[slice, slice]]:
-    """Cut B and T so that the scores of a tile, about 4 MB, stay in the processor's cache."""
+    """Cut B and T into tiles; several short notes share one while its scores take at most 4 MB."""
     _, heads, tokens, _ = q.shape
     notes = max(1, 2**20 // (rows * heads * tokens))
     for b in range(0, q.size(0), notes):
@@ -351,9 +356,10 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
 
 
 class Masked(torch.autograd.Function):
-    """x · mask · factor, with a mask of bytes, which are first cast to the dtype of x.
+    """x · mask · factor, with a mask of bytes; the gradient of x is g · mask · factor.
 
-    A CPU takes twice as long to multiply numbers of two dtypes.
+    x and the mask have the same shape. The mask is cast to the dtype of x first, because a CPU
+    takes twice as long to multiply numbers of two dtypes.
     """
 
     @staticmethod

@@ -151,7 +151,7 @@ class State:
         if saved.numbers.get("loop") != LOOP_VERSION:
             raise CheckpointError(
                 f"{saved.path} was written by another version of Clinora, whose steps learn from "
-                "other notes: go on with that version, or train again in another folder"
+                "other notes: resume it with that version, or train again in another folder"
             )
         differences = list_differences(saved.numbers["identity"], self.identity)
         if differences:

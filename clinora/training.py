@@ -1,9 +1,10 @@
 """The training loop: plain PyTorch with automatic mixed precision, on one process or several.
 
-A step learns from ``notes_per_step`` notes, drawn at random without replacement, whatever their
-lengths. Its loss is the mean of their losses, so every note counts the same. The notes are divided
-among the processes, and on each process into batches of similar length, whose gradients add up.
-This division changes only rounding, and which inputs dropout sets to zero.
+A step learns from ``notes_per_step`` notes, whatever their lengths. They are drawn at random
+without replacement; when all notes have been drawn, drawing starts again. The loss of a step is the
+mean of its notes' losses, so every note counts the same. The notes are divided among the processes,
+and on each process into batches of similar length, whose gradients add up. This division changes
+only rounding, and which inputs dropout sets to zero.
 
 A checkpoint holds everything that determines the next step: the trained parameters, AdamW's
 moments, the scaler, the number of finished steps and every random state. A run that was killed and
@@ -302,19 +303,23 @@ def encode(classifier: Classifier, notes: Sequence[Note]) -> Examples:
 # --- the notes of a step, and their batches -----------------------------------------------------
 
 
-def draw_notes(notes: int, config: TrainingConfig) -> Iterator[list[int]]:
+def draw_notes(count: int, config: TrainingConfig) -> Iterator[list[int]]:
     """Draw the notes of each step at random, without end.
 
     A note is drawn again only when all others have been drawn, too.
 
+    Args:
+        count: Number of notes.
+        config: Its ``notes_per_step`` and ``seed`` are used.
+
     Yields:
-        ``notes_per_step`` positions from 0 to ``notes`` − 1.
+        ``notes_per_step`` positions from 0 to ``count`` − 1.
     """
     generator = torch.Generator().manual_seed(config.seed)
     waiting: list[int] = []
     while True:
         while len(waiting) < config.notes_per_step:
-            waiting += torch.randperm(notes, generator=generator).tolist()
+            waiting += torch.randperm(count, generator=generator).tolist()
         yield waiting[: config.notes_per_step]
         del waiting[: config.notes_per_step]
 
@@ -328,6 +333,15 @@ def divide(
     """Divide the notes of a step among the processes, and those of a process into batches.
 
     Each process gets notes of all lengths, so that none waits long for the others.
+
+    Args:
+        examples: All training notes.
+        notes: Positions in ``examples``.
+        config: Its ``tokens_per_batch`` is used.
+        device: Where the batches are computed.
+
+    Returns:
+        The batches of each process.
     """
     _, processes = world()
     shortest_first = sorted(notes, key=lambda i: len(examples.ids[i]))

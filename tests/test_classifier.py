@@ -381,6 +381,7 @@ def test_on_the_cpu_a_group_is_not_padded_much_for_one_note():
     lengths = [100, 100, 101, 151]
     assert group_by_length(lengths, 8192, torch.device("cpu")) == [[0, 1, 2], [3]]
     assert group_by_length(lengths, 8192, torch.device("cuda")) == [[0, 1, 2, 3]]
+    assert group_by_length([10, 10, 200, 201], 8192, torch.device("cpu")) == [[0, 1], [2, 3]]
 
 
 def test_padding_stands_on_the_right():

@@ -377,7 +377,8 @@ def adapted(twins, fill_b):
     return make
 
 
-# In bfloat16 the sum over tokens rounds in another order, and long notes go through tiles.
+# In bfloat16 the sum over tokens rounds in another order, and attention's backward pass goes
+# through tiles.
 @pytest.mark.parametrize(
     "dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.06)], ids=str
 )

@@ -12,7 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from safetensors.torch import load_file, save
+import torch.distributed as dist
+from safetensors.torch import load_file, save, save_file
 
 import clinora
 from clinora import training
@@ -33,10 +34,10 @@ CONFIG = {
 }  # fmt: skip
 
 
-def fresh(dtype=torch.float32, seed=3):
+def fresh(dtype=torch.float32, seed=3, dropout=0.2):
     torch.manual_seed(seed)
     model = clinora.load_model("bundled", num_labels=2, dtype=dtype)
-    clinora.apply_lora(model, clinora.LoRAConfig(dropout=0.2))
+    clinora.apply_lora(model, clinora.LoRAConfig(dropout=dropout))
     tokenizer = clinora.Tokenizer(BUNDLED / "base" / "tokenizer.model")
     return clinora.Classifier(model, tokenizer, ("A", "B"), 64)
 
@@ -291,12 +292,16 @@ def test_a_checkpoint_of_another_number_of_processes_is_refused(tmp_path):
         begin(tmp_path, resume=True, steps=1)
 
 
-def test_a_checkpoint_of_a_version_with_other_steps_is_refused(tmp_path):
-    """It has no version of the loop."""
+@pytest.mark.parametrize("version", [None, 1])
+def test_a_checkpoint_of_a_version_with_other_steps_is_refused(tmp_path, version):
+    """The first version wrote no version."""
     begin(tmp_path, steps=1)
     (path,) = (tmp_path / "checkpoint").iterdir()
     saved = read_checkpoint(path)
-    del saved.numbers["loop"]
+    if version is None:
+        del saved.numbers["loop"]
+    else:
+        saved.numbers["loop"] = version
     text = json.dumps(saved.numbers)
     metadata = {"state": text, "sha256": hash_state(text, saved.tensors)}
     path.write_bytes(save(saved.tensors, metadata=metadata))
@@ -416,6 +421,46 @@ def test_alone_it_is_the_first_of_one_process():
     assert world() == (0, 1)
 
 
+def save_gradient(rank, processes, folder):
+    """Compute the gradient of 13 notes as one of several processes; the first saves it."""
+    if processes > 1:
+        dist.init_process_group(
+            "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=processes
+        )
+    classifier = fresh(dropout=0.0)
+    config = TrainingConfig(notes_per_step=13, tokens_per_batch=24)
+    learner = training.Learner(classifier, config)
+    examples = training.encode(classifier, VALIDATION[:13])
+    batches = training.divide(examples, range(13), config, learner.device)
+    learner.forward_and_backward(examples, batches)
+    if rank == 0:
+        gradient = {name: p.grad for name, p in learner.trained.items()}
+        save_file(gradient, folder / f"{processes}.safetensors")
+    if processes > 1:
+        dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_the_gradient_of_two_processes_is_that_of_one(tmp_path):
+    """AdamW would hide a gradient of another size."""
+    save_gradient(0, 1, tmp_path)
+    jobs = []
+    for rank in range(2):
+        # A daemon ends with this process, even if it waits for the other.
+        job = kill_and_resume.PROCESSES.Process(
+            target=save_gradient, args=(rank, 2, tmp_path), daemon=True
+        )
+        job.start()
+        jobs.append(job)
+    for job in jobs:
+        job.join(120)
+        assert job.exitcode == 0
+    one = load_file(tmp_path / "1.safetensors")
+    two = load_file(tmp_path / "2.safetensors")
+    for name, gradient in one.items():
+        torch.testing.assert_close(two[name], gradient, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.slow
 def test_two_processes_train_what_one_does_in_larger_batches(tmp_path):
     """They have 7 and 6 notes of each step, in 3 and 2 batches; the one has them in one batch.
@@ -426,7 +471,7 @@ def test_two_processes_train_what_one_does_in_larger_batches(tmp_path):
     options = ["--notes", notes, *kill_and_resume.OPTIONS, "--dropout", "0", "--precision", "fp32"]
     options += ["--notes-per-step", "13", "--learning-rate", "2e-4"]
     log = tmp_path / "log.txt"
-    two = [*options, "--run", tmp_path / "two", "--tokens-per-batch", "40"]
+    two = [*options, "--run", tmp_path / "two", "--tokens-per-batch", "24"]
     for job in kill_and_resume.start_two(log, *two):
         kill_and_resume.finish(job, log)
     one = [*options, "--run", tmp_path / "one"]

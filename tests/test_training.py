@@ -403,6 +403,17 @@ def test_a_step_has_the_same_notes_however_they_are_divided(device, processes, l
             assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= tokens
 
 
+def test_each_process_gets_notes_of_all_lengths():
+    """With three processes and one note of each length, they differ by one token a row."""
+    lengths = range(1, 13)
+    with mock.patch.object(training, "world", return_value=(0, 3)):
+        batches = divide(
+            examples_of_length(lengths), range(12), TrainingConfig(), torch.device("cpu")
+        )
+    tokens = [sum(lengths[i] for batch in share for i in batch) for share in batches]
+    assert max(tokens) - min(tokens) <= 2 * 4
+
+
 def test_a_step_with_fewer_notes_than_processes_is_refused(tmp_path):
     config = TrainingConfig(steps=1, notes_per_step=1)
     with (

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
+from typing import NoReturn
 
 from clinora.commands import (
     FAILED,
@@ -130,8 +131,12 @@ def build_parser(prog: str = "clinora train") -> argparse.ArgumentParser:
     return parser
 
 
-def refuse_accumulate(_: str) -> None:
-    """Refuse the option that older versions had."""
+def refuse_accumulate(_: str) -> NoReturn:
+    """Refuse the option that older versions had.
+
+    Raises:
+        ArgumentTypeError: Always. The message names the options to use.
+    """
     raise argparse.ArgumentTypeError(
         "this option is gone: --notes-per-step says how many notes a step learns from, and "
         "--tokens-per-batch how much of them is computed at once"
@@ -338,7 +343,7 @@ def training_errors(prog: str, run: Path, how_to_resume: str) -> Iterator[None]:
     except RuntimeError as error:
         # The first from a GPU, the second from the CPU's allocator.
         if any(words in str(error) for words in ("out of memory", "can't allocate memory")):
-            end_with(prog, "out of memory: try fewer --tokens-per-batch", FAILED)
+            end_with(prog, "out of memory: try fewer --tokens-per-batch in a new --run", FAILED)
         if world()[1] == 1:
             raise
         import torch.distributed as dist
