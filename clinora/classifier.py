@@ -30,7 +30,7 @@ from clinora.tokenizer import Tokenizer
 
 TOKEN_LIMIT = 512  # tokens of a note that are read, by default
 INFERENCE_TOKENS = 8192  # in a padded batch
-CPU_PADDING = 64  # tokens; computing this many takes about as long as starting another batch
+CPU_PADDING = 256  # tokens; computing this many takes about as long as starting another batch
 INFERENCE_NOTES = 1024  # tokenised at a time, to bound the memory for ids
 
 

@@ -377,8 +377,8 @@ def test_groups_hold_every_note_once_within_the_budget(device, lengths, tokens):
 
 
 def test_on_the_cpu_a_group_is_not_padded_much_for_one_note():
-    """Three notes would be padded by 3 · 50 tokens for the fourth; on a GPU they are."""
-    lengths = [100, 100, 101, 151]
+    """Three notes would be padded by 3 · 100 tokens for the fourth; on a GPU they are."""
+    lengths = [100, 100, 101, 201]
     assert group_by_length(lengths, 8192, torch.device("cpu")) == [[0, 1, 2], [3]]
     assert group_by_length(lengths, 8192, torch.device("cuda")) == [[0, 1, 2, 3]]
     assert group_by_length([10, 10, 200, 201], 8192, torch.device("cpu")) == [[0, 1], [2, 3]]
