@@ -60,13 +60,18 @@ def train_here(log: Path, words: list[str], environment: dict[str, str]) -> None
     sys.exit(train.main(words, prog="train.py"))
 
 
-def start_two(log: Path, *options: object) -> list[BaseProcess]:
-    """Start one training on two processes, which get the variables that torchrun sets."""
+def environments_of_two() -> list[dict[str, str]]:
+    """Give the variables that torchrun sets for each of two processes."""
     with socket.create_server(("localhost", 0)) as server:
         port = str(server.getsockname()[1])
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
     shared |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    return [start(log, *options, **shared, RANK=rank, LOCAL_RANK=rank) for rank in ("0", "1")]
+    return [shared | {"RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
+
+
+def start_two(log: Path, *options: object) -> list[BaseProcess]:
+    """Start one training on two processes."""
+    return [start(log, *options, **environment) for environment in environments_of_two()]
 
 
 def finish(job: BaseProcess, log: Path) -> None:

@@ -12,13 +12,13 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save, save_file
 
 import clinora
 from clinora import training
 from clinora.checkpoint import BUNDLED, CheckpointError
 from clinora.commands import train as train_command
+from clinora.commands.train import process_group
 from clinora.device import world
 from clinora.notes import Note
 from clinora.resume import hash_state, read_checkpoint
@@ -421,34 +421,35 @@ def test_alone_it_is_the_first_of_one_process():
     assert world() == (0, 1)
 
 
-def save_gradient(rank, processes, folder):
-    """Compute the gradient of 13 notes as one of several processes; the first saves it."""
-    if processes > 1:
-        dist.init_process_group(
-            "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=processes
-        )
+def save_gradient(path):
+    """Compute the gradient of 13 notes, as one of the processes; the first saves it."""
     classifier = fresh(dropout=0.0)
     config = TrainingConfig(notes_per_step=13, tokens_per_batch=24)
     learner = training.Learner(classifier, config)
     examples = training.encode(classifier, VALIDATION[:13])
     batches = training.divide(examples, range(13), config, learner.device)
     learner.forward_and_backward(examples, batches)
-    if rank == 0:
-        gradient = {name: p.grad for name, p in learner.trained.items()}
-        save_file(gradient, folder / f"{processes}.safetensors")
-    if processes > 1:
-        dist.destroy_process_group()
+    if learner.rank == 0:
+        save_file({name: p.grad for name, p in learner.trained.items()}, path)
+
+
+def save_gradient_as_a_process_of(environment, path):
+    os.environ.update(environment)
+    with process_group():
+        save_gradient(path)
 
 
 @pytest.mark.slow
 def test_the_gradient_of_two_processes_is_that_of_one(tmp_path):
     """AdamW would hide a gradient of another size."""
-    save_gradient(0, 1, tmp_path)
+    save_gradient(tmp_path / "1.safetensors")
     jobs = []
-    for rank in range(2):
+    for environment in kill_and_resume.environments_of_two():
         # A daemon ends with this process, even if it waits for the other.
         job = kill_and_resume.PROCESSES.Process(
-            target=save_gradient, args=(rank, 2, tmp_path), daemon=True
+            target=save_gradient_as_a_process_of,
+            args=(environment, tmp_path / "2.safetensors"),
+            daemon=True,
         )
         job.start()
         jobs.append(job)
