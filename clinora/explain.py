@@ -7,6 +7,7 @@ import bisect
 import itertools
 import math
 import re
+import threading
 from dataclasses import dataclass
 
 import torch
@@ -88,9 +89,12 @@ def token_contributions(classifier: Classifier, ids: list[int]) -> list[float]:
     """Give e · ∂z/∂e for each token, with z the log-odds of the predicted class: T floats."""
     model = classifier.model
     device = model.score.weight.device
+    this_thread = threading.get_ident()
     kept = []  # the embeddings, which the gradient is taken of
 
     def cut_graph(_module: nn.Module, _inputs: tuple, embedded: Tensor) -> Tensor:
+        if threading.get_ident() != this_thread:  # another note, classified at the same time
+            return embedded
         kept.append(embedded.detach().requires_grad_())  # (1, T, D)
         return kept[0]
 

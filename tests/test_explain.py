@@ -1,5 +1,7 @@
 """Why an answer, and what an adapter changed, against finite differences and dense algebra."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import hypothesis
 import pytest
 import torch
@@ -103,6 +105,23 @@ def test_explaining_changes_nothing(classifier):
     embedded = model.model.embed_tokens(torch.tensor([[1, 2]]))
     assert not embedded.requires_grad  # the hook that makes it a leaf is gone
     assert explain(classifier, NOTE) == first
+
+
+def test_a_note_classified_meanwhile_in_another_thread_is_its_own(classifier):
+    """Explaining hooks into the embedding, which all threads share."""
+    alone = classifier(["knee pain"])[0].probabilities
+    expected = token_contributions(classifier, [5, 6, 7])
+    model = classifier.model
+    meanwhile = []
+
+    def classify_another(*_):
+        hook.remove()
+        with ThreadPoolExecutor(1) as pool:
+            meanwhile.append(pool.submit(classifier, ["knee pain"]).result()[0].probabilities)
+
+    hook = model.model.layers[0].register_forward_hook(classify_another)
+    assert token_contributions(classifier, [5, 6, 7]) == expected
+    assert meanwhile == [alone]
 
 
 def test_an_empty_note_is_refused(classifier):
