@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-TILED_FROM = 48  # tokens; below this, PyTorch's backward pass of attention is faster than tiles
+TILED_FROM = 48  # tokens; shorter notes use PyTorch's attention in both passes
 # e⁻⁶⁰ is negligible beside the largest probability of a row. Without this bound, probabilities of
 # very low scores would be denormal numbers, with which a CPU computes up to 90 times more slowly.
 LOWEST_SCORE = -60.0
@@ -196,7 +196,7 @@ class TiledAttention(torch.autograd.Function):
     The forward pass is PyTorch's, which also gives the log-sum-exp L of each row of scores. With it
     the backward pass computes the probabilities again (Dao et al. 2022, section 3.1). Scores Z and
     probabilities P are float32, because bfloat16 would round a score of 8 by up to 0.016. PyTorch's
-    own backward pass is slower and rounds more. With dX for the gradient of X and sums over a row:
+    own backward pass rounds more. With dX for the gradient of X and sums over a row:
 
         P = exp(Q·Kᵀ/√E − L)    dV = Pᵀ·dO    dZ = P ⊙ (dO·Vᵀ − Σ dO ⊙ O)
         dQ = dZ·K/√E    dK = dZᵀ·Q/√E

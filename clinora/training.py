@@ -10,7 +10,7 @@ A checkpoint holds everything that determines the next step: the trained paramet
 moments, the scaler, the number of finished steps and every random state. A run that was killed and
 resumed ends with the same bits as one that was not.
 
-Shapes: N notes, n notes of a step, B batch, C classes.
+Shapes: N notes, n of them on one process, B batch, C classes.
 """
 
 import dataclasses
