@@ -344,8 +344,8 @@ def _lora_bytes(config: LlamaConfig, tuning: FineTuning, name: str, N: int, live
 
 
 def _rotation_bytes(config: LlamaConfig, tuning: FineTuning, rows: int) -> int:
-    """RoPE, x ⊙ cos + turned(x) ⊙ sin: the gradient of x needs cos and sin, each (rows, E)."""
-    return 2 * tuning.residual * rows * config.head_dim
+    """RoPE, x ⊙ cos + rolled(x) ⊙ sin: the gradient of x needs cos and sin, each (rows, H, E)."""
+    return 2 * tuning.residual * rows * config.num_attention_heads * config.head_dim
 
 
 def _attention_bytes(config: LlamaConfig, tuning: FineTuning, last: bool) -> int:

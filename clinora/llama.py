@@ -165,29 +165,30 @@ def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> Tensor:
         theta: The base θ. The slowest pair makes one turn in about 2πθ tokens.
 
     Returns:
-        (T, E), in float32, its two halves equal. bfloat16 cannot tell positions above 256 apart.
+        (T, E), in float32: −angle for the first entry of each pair and +angle for the second, as
+        ``rotate`` needs them. bfloat16 cannot tell positions above 256 apart.
     """
     exponents = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim
     angles = positions.float()[:, None] * (1.0 / theta**exponents)  # (T, E/2)
-    return torch.cat((angles, angles), -1)
+    return torch.cat((-angles, angles), -1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (x_i, x_{i+E/2}) of each head by their angles.
+    """Rotate the pairs (x_i, x_{i+E/2}) of each head by their angles a.
 
-    (x_i, x_j) → (x_i cos − x_j sin, x_j cos + x_i sin). The product of a rotated query and a
-    rotated key then depends only on the distance between their positions.
+    (x_i, x_j) → (x_i cos a − x_j sin a, x_j cos a + x_i sin a). The product of a rotated query and
+    a rotated key then depends only on the distance between their positions.
 
     Args:
-        x: (..., T, E).
-        cos: Cosines of the angles, (..., T, E), in the dtype of x.
-        sin: Sines of the angles, (..., T, E), in the dtype of x.
+        x: (..., E).
+        cos: Cosines of ``rotary_angles``, in the dtype of x: the shape of x, or one that broadcasts.
+        sin: Their sines, alike. In the first half of E they are −sin a.
 
     Returns:
-        (..., T, E).
+        The shape of x.
     """
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), -1) * sin
+    partners = x.roll(x.size(-1) // 2, dims=-1)
+    return x * cos + partners * sin
 
 
 def last_token(x: Tensor, lengths: Tensor) -> Tensor:
@@ -220,8 +221,8 @@ class Attention(nn.Module):
 
         Args:
             x: (B, T, D).
-            cos: Cosines of the rotary angles, (T, E).
-            sin: Sines of the rotary angles, (T, E).
+            cos: Cosines of the rotary angles, (T, H, E) or (T, 1, E).
+            sin: Sines of the rotary angles, alike.
             lengths: (B,), to compute ``for_last_token`` instead.
 
         Returns:
@@ -229,24 +230,29 @@ class Attention(nn.Module):
         """
         if lengths is not None:
             return self.for_last_token(x, cos, sin, lengths)
-        k = rotate(self._split_heads(self.k_proj(x)), cos, sin)  # (B, K, T, E)
-        v = self._split_heads(self.v_proj(x))  # (B, K, T, E)
-        q = rotate(self._split_heads(self.q_proj(x)), cos, sin)  # (B, H, T, E)
-        out = causal_attention(q, k, v)  # (B, H, T, E)
+        q = rotate(self._split_heads(self.q_proj(x)), cos, sin)  # (B, T, H, E)
+        k, v = self._keys_and_values(x, cos, sin)  # (B, K, T, E)
+        out = causal_attention(q.transpose(1, 2), k, v)  # (B, H, T, E)
         return self.o_proj(self._join_heads(out))
 
     def for_last_token(self, x: Tensor, cos: Tensor, sin: Tensor, lengths: Tensor) -> Tensor:
         """Attend from the last real token of each row alone: (B, T, D), (B,) → (B, 1, D)."""
-        k = rotate(self._split_heads(self.k_proj(x)), cos, sin)  # (B, K, T, E)
-        v = self._split_heads(self.v_proj(x))  # (B, K, T, E)
-        q = self._split_heads(self.q_proj(last_token(x, lengths)))  # (B, H, 1, E)
-        position = lengths[:, None, None] - 1  # (B, 1, 1)
+        position = lengths[:, None] - 1  # (B, 1)
+        q = self._split_heads(self.q_proj(last_token(x, lengths)))  # (B, 1, H, E)
         q = rotate(q, cos[position], sin[position])
-        out = last_token_attention(q, k, v, lengths)  # (B, H, 1, E)
+        k, v = self._keys_and_values(x, cos, sin)  # (B, K, T, E)
+        out = last_token_attention(q.transpose(1, 2), k, v, lengths)  # (B, H, 1, E)
         return self.o_proj(self._join_heads(out))
 
-    def _split_heads(self, x: Tensor) -> Tensor:  # (B, T, heads·E) → (B, heads, T, E)
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+    def _keys_and_values(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        k = self._split_heads(self.k_proj(x))  # (B, T, K, E)
+        v = self._split_heads(self.v_proj(x))  # (B, T, K, E)
+        key_heads = slice(k.size(2))  # cos and sin are the same for all heads
+        k = rotate(k, cos[:, key_heads], sin[:, key_heads])
+        return k.transpose(1, 2), v.transpose(1, 2)
+
+    def _split_heads(self, x: Tensor) -> Tensor:  # (B, T, heads·E) → (B, T, heads, E)
+        return x.unflatten(-1, (-1, self.head_dim))
 
     def _join_heads(self, x: Tensor) -> Tensor:  # (B, heads, T, E) → (B, T, heads·E)
         return x.transpose(1, 2).flatten(2)
@@ -282,8 +288,8 @@ class DecoderLayer(nn.Module):
 
         Args:
             x: (B, T, D).
-            cos: Cosines of the rotary angles, (T, E).
-            sin: Sines of the rotary angles, (T, E).
+            cos: Cosines of the rotary angles, (T, H, E) or (T, 1, E).
+            sin: Sines of the rotary angles, alike.
             lengths: (B,), to compute ``for_last_token`` instead. It is called from here, so that
                 hooks, checkpointing and ``torch.compile`` on the layer apply to it.
 
@@ -351,8 +357,10 @@ class Llama(nn.Module):
         x = self.embed_tokens(ids)  # (B, T, D)
         positions = torch.arange(ids.size(1), device=ids.device)
         angles = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
-        cos = angles.cos().to(x.dtype)  # (T, E)
-        sin = angles.sin().to(x.dtype)  # (T, E)
+        # Stored once for each head: a CPU takes twice as long to multiply by a broadcast table.
+        heads = self.config.num_attention_heads
+        cos = angles.cos().to(x.dtype)[:, None].repeat(1, heads, 1)  # (T, H, E)
+        sin = angles.sin().to(x.dtype)[:, None].repeat(1, heads, 1)  # (T, H, E)
         *layers, last_layer = self.layers
         for layer in layers:
             x = self._run(layer, x, cos, sin)

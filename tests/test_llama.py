@@ -459,15 +459,14 @@ def test_rotation_is_multiplication_by_complex_numbers(theta):
 def test_angles_of_a_hand_computed_head():
     angles = rotary_angles(torch.tensor([0, 1, 300]), 4, 10_000.0)
     assert angles.dtype == torch.float32
-    expected = torch.tensor([[0.0, 0.0] * 2, [1.0, 0.01] * 2, [300.0, 3.0] * 2])
+    expected = torch.tensor([[0.0] * 4, [-1.0, -0.01, 1.0, 0.01], [-300.0, -3.0, 300.0, 3.0]])
     assert torch.allclose(angles, expected, rtol=1e-6)
 
 
 def test_rotated_product_depends_on_the_distance_alone():
     q, k = torch.randn(2, 16, dtype=torch.float64)
-    angles = torch.arange(64, dtype=torch.float64)[:, None] * torch.logspace(
-        0, -3, 8
-    ).double().repeat(2)
+    frequencies = torch.logspace(0, -3, 8, dtype=torch.float64)
+    angles = torch.arange(64)[:, None] * torch.cat((-frequencies, frequencies))
     cos, sin = angles.cos(), angles.sin()
     products = rotate(q.expand(64, -1), cos, sin) @ rotate(k.expand(64, -1), cos, sin).T
     for distance in (-40, -1, 0, 3, 17):
@@ -477,7 +476,8 @@ def test_rotated_product_depends_on_the_distance_alone():
 
 def test_rotation_keeps_lengths():
     x = torch.randn(5, 8, dtype=torch.float64)
-    angles = torch.randn(5, 4, dtype=torch.float64).repeat(1, 2)
+    half = torch.randn(5, 4, dtype=torch.float64)
+    angles = torch.cat((-half, half), -1)
     assert torch.allclose(rotate(x, angles.cos(), angles.sin()).norm(dim=-1), x.norm(dim=-1))
 
 
