@@ -1,6 +1,6 @@
 """A training step on batches without padding: share of the matmul rate, and peak memory.
 
-    python -m benchmarks.tinyllama_shape FOLDER      # once: 2.2 GB of random weights
+    python -m benchmarks.shape tinyllama FOLDER      # once: 2.2 GB of random weights
     python -m benchmarks.step FOLDER [--layers 4] [--memory]
 
 "alone" computes only the products of our step's linear layers, in the same run: its rate is the

@@ -21,7 +21,7 @@ from clinora.lora import apply_lora
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = ("job", "lengths", "inference", "start", "scaling", "step", "tinyllama_shape")
+SCRIPTS = ("job", "lengths", "inference", "start", "scaling", "shape", "step")
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

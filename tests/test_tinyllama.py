@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from benchmarks.tinyllama_shape import write_base
+from benchmarks.shape import write_base
 from clinora.device import choose_dtype
 
 pytestmark = pytest.mark.slow
@@ -20,7 +20,7 @@ GIB = 2**30
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tinyllama")
-    write_base(folder)
+    write_base("tinyllama", folder)
     yield folder
     (folder / "model.safetensors").unlink()  # pytest would keep it for three sessions
 
