@@ -31,6 +31,7 @@ from clinora.notes import Note
 
 # What decides how fast a CPU multiplies matrices, as /proc/cpuinfo names it.
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+CPU = torch.device("cpu")
 LORA = clinora.LoRAConfig(rank=8, alpha=16, dropout=0.05, targets=("q_proj", "v_proj"))
 
 
@@ -80,15 +81,15 @@ def _cpu() -> str:
     return f"{name} ({' '.join(found) or 'no AVX2'})"
 
 
-def compute_dtype() -> torch.dtype:
+def compute_dtype(device: torch.device = CPU) -> torch.dtype:
     """Choose the dtype that both sides compute in, as train.py does."""
-    return choose_dtype(torch.device("cpu"))
+    return choose_dtype(device)
 
 
-def autocast() -> torch.autocast:
+def autocast(device: torch.device = CPU) -> torch.autocast:
     """Give the context of a forward pass, as train.py and the Trainer with bf16 have it."""
-    dtype = compute_dtype()
-    return torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16)
+    dtype = compute_dtype(device)
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
@@ -137,9 +138,16 @@ def spread(numbers: Sequence[float]) -> str:
 # --- the two sides ------------------------------------------------------------------------------
 
 
-def our_model(base: str, labels: int, layers: int | None = None, adapt: bool = True) -> nn.Module:
+def our_model(
+    base: str,
+    labels: int,
+    layers: int | None = None,
+    adapt: bool = True,
+    device: torch.device = CPU,
+) -> nn.Module:
     """Load a base as train.py does, with its first layers only and a new head."""
-    model = clinora.load_model(base, num_labels=labels, dtype=compute_dtype())
+    dtype = compute_dtype(device)
+    model = clinora.load_model(base, num_labels=labels, dtype=dtype).to(device)
     if layers is not None:
         del model.model.layers[layers:]
     if adapt:
@@ -148,7 +156,13 @@ def our_model(base: str, labels: int, layers: int | None = None, adapt: bool = T
     return model
 
 
-def their_model(base: str, labels: int, layers: int | None = None, adapt: bool = True) -> nn.Module:
+def their_model(
+    base: str,
+    labels: int,
+    layers: int | None = None,
+    adapt: bool = True,
+    device: torch.device = CPU,
+) -> nn.Module:
     """Load the same model with Transformers, and wrap it with PEFT."""
     import peft
     import transformers
@@ -159,10 +173,10 @@ def their_model(base: str, labels: int, layers: int | None = None, adapt: bool =
     model = transformers.AutoModelForSequenceClassification.from_pretrained(
         find_base(base).folder,
         num_labels=labels,
-        dtype=compute_dtype(),
+        dtype=compute_dtype(device),
         pad_token_id=0,  # "<unk>", which occurs in no note
         **changes,
-    )
+    ).to(device)
     if not adapt:
         return model
     torch.manual_seed(0)
@@ -187,7 +201,7 @@ def our_step(model: nn.Module) -> Callable[..., None]:
 
     def step(*batches: Batch) -> None:
         for ids, lengths in batches:
-            with autocast():
+            with autocast(ids.device):
                 logits = model(ids, lengths)
             _compute_gradient(logits)
         _update(trained, optimizer)
@@ -203,8 +217,9 @@ def their_step(model: nn.Module) -> Callable[..., None]:
 
     def step(*batches: Batch) -> None:
         for ids, lengths in batches:
-            mask = (torch.arange(ids.size(1)) < lengths[:, None]).long()
-            with autocast():
+            positions = torch.arange(ids.size(1), device=ids.device)
+            mask = (positions < lengths[:, None]).long()
+            with autocast(ids.device):
                 logits = model(input_ids=ids, attention_mask=mask).logits
             _compute_gradient(logits)
         _update(trained, optimizer)
@@ -213,7 +228,7 @@ def their_step(model: nn.Module) -> Callable[..., None]:
 
 
 def _compute_gradient(logits: Tensor) -> None:
-    labels = torch.zeros(len(logits), dtype=torch.long)
+    labels = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
     F.cross_entropy(logits.float(), labels, reduction="sum").backward()
 
 
@@ -260,10 +275,10 @@ def their_batches(notes: Sequence[Sequence[int]]) -> list[Batch]:
     return [pad(notes, torch.device("cpu"))]
 
 
-def equal_batch(notes: int, tokens: int, vocabulary: int) -> Batch:
+def equal_batch(notes: int, tokens: int, vocabulary: int, device: torch.device = CPU) -> Batch:
     """Draw a batch of random ids without padding."""
     ids = torch.randint(3, vocabulary, (notes, tokens), generator=torch.Generator().manual_seed(0))
-    return ids, torch.full((notes,), tokens)
+    return ids.to(device), torch.full((notes,), tokens, device=device)
 
 
 # --- matrix products ----------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from clinora.lora import apply_lora
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = ("job", "lengths", "inference", "start", "scaling", "shape", "step")
+SCRIPTS = ("gpu", "job", "lengths", "inference", "start", "scaling", "shape", "step")
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -144,6 +144,21 @@ def test_a_benchmark_runs_at_a_small_size(words, capsys, monkeypatch):
     module = importlib.import_module(f"benchmarks.{words[0]}")
     assert module.main([*words[1:], "--repetitions", "1", "--threads", "1"]) == 0
     assert "theirs" in capsys.readouterr().out or words[0] == "scaling"
+
+
+@pytest.mark.slow
+def test_the_gpu_benchmark_measures_each_side_plain_and_compiled(capsys, monkeypatch):
+    """On the CPU, with the backend that runs the traced graph as it is: Inductor takes a minute."""
+    plain = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(plain, backend="eager"))
+    torch.compiler.reset()
+    gpu = importlib.import_module("benchmarks.gpu")
+    sizes = ["--batch", "2", "--tokens", "8", "--product", "64", "--repetitions", "1"]
+    assert gpu.main(["--device", "cpu", "--bases", "bundled", *sizes, "--threads", "1"]) == 0
+    out = capsys.readouterr().out
+    for side in ("ours ", "theirs ", "ours compiled ", "theirs compiled "):
+        rows = [line for line in out.splitlines() if line.startswith(side)]
+        assert len(rows) >= 2  # training and inference
 
 
 @pytest.mark.slow
