@@ -181,8 +181,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Args:
         x: (..., E).
-        cos: Cosines of ``rotary_angles``, in the dtype of x: the shape of x, or one that broadcasts.
-        sin: Their sines, alike. In the first half of E they are −sin a.
+        cos: Cosines of ``rotary_angles``, in the dtype of x; the shape of x, or one to broadcast.
+        sin: Their sines, in the same form. In the first half of E they are −sin a.
 
     Returns:
         The shape of x.

@@ -37,6 +37,16 @@ TEXT_COLUMN = "transcription"
 LABEL_COLUMN = "medical_specialty"
 SPLITS = ("texts", "rows")
 SIDES = ("training", "validation", "test")
+# How the column of the splits may name them, in lower case.
+SIDE_OF_NAME = {
+    "training": "training",
+    "train": "training",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "test": "test",
+}
 SHORT = 50  # characters; shorter texts rarely allow a prediction
 LONGEST_CLASS_NAME = 100  # characters; a longer one is a note, not a class
 
@@ -262,6 +272,8 @@ def read_notes(
     label_column: str = LABEL_COLUMN,
     classes: Sequence[str] | int | str | None = None,
     split: str = "texts",
+    split_column: str | None = None,
+    may_lack_classes: bool = False,
 ) -> Notes:
     """Read notes from a CSV file.
 
@@ -275,26 +287,41 @@ def read_notes(
         split: "texts": equal texts are one note, and its hash decides its split. "rows": each row
             is a note with its own label, a random tenth of them test and another tenth validation,
             as published; equal texts may be in several splits.
+        split_column: Name of a column that gives the split of each row, instead of the hash:
+            training, validation or test (or train, valid, val, dev).
+        may_lack_classes: Whether some of the named ``classes`` need not be in the file.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file is not a CSV file with these columns, or fewer than two classes are
-            left. No message contains the text of a note.
+        ValueError: The file is not a CSV file with these columns, fewer than two classes are left,
+            or the column of the splits puts equal texts into different splits. No message contains
+            the text of a note.
     """
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}: expected one of {', '.join(SPLITS)}")
     if text_column == label_column:
         raise ValueError(f"column {text_column!r} cannot hold both the notes and their classes")
+    if split_column in (text_column, label_column):
+        raise ValueError(f"column {split_column!r} cannot hold the splits, too")
+    if split_column is not None and split == "rows":
+        raise ValueError(f"column {split_column!r} gives the splits: leave out split 'rows'")
     path = find_notes(source)
     filed = defaultdict(list)  # by text, (row, class) of each row that holds it
+    given_sides = {}  # by text, with a column of the splits
     rows = 0
     without_text = 0
-    for row, text, label in _read_rows(path, text_column, label_column):
+    for row, text, label, side in _read_rows(path, text_column, label_column, split_column):
         rows += 1
-        if label and has_visible(text):
-            filed[text].append((row, label))
-        else:
+        if not label or not has_visible(text):
             without_text += 1
+            continue
+        if given_sides.setdefault(text, side) != side:
+            first, _ = filed[text][0]
+            raise ValueError(
+                f"rows {first} and {row} of {path} hold the same text in different splits "
+                f"({given_sides[text]} and {side}): keep each text in one split"
+            )
+        filed[text].append((row, label))
     if source == "mtsamples" and rows != MTSAMPLES["rows"]:
         raise ValueError(
             f"the Hub's mtsamples.csv has {rows} rows, expected {MTSAMPLES['rows']}: "
@@ -310,7 +337,7 @@ def read_notes(
             f"{path} has {len(counts):,} classes for {len(filed):,} texts: is {text_column!r} the "
             f"column of the notes, and {label_column!r} that of their classes?"
         )
-    chosen = _select_classes(counts, classes, path)
+    chosen = _select_classes(counts, classes, path, may_lack_classes)
     index_of = {name: index for index, name in enumerate(chosen)}
     notes = []
     row_of_note = []  # with split "rows"
@@ -325,6 +352,8 @@ def read_notes(
     if split == "rows":
         notes = [notes[i] for i in np.argsort(row_of_note)]
         sides = row_sides(len(notes))
+    elif split_column is not None:
+        sides = [given_sides[note.text] for note in notes]
     else:
         sides = [side_of(note.text) for note in notes]
     return Notes(
@@ -394,11 +423,20 @@ def find_notes(source: str | Path) -> Path:
     return Path(path)
 
 
-def _read_rows(path: Path, text_column: str, label_column: str) -> Iterator[tuple[int, str, str]]:
-    """Yield number (from 1, the header not counted), clean text and label of each row."""
+def _read_rows(
+    path: Path, text_column: str, label_column: str, split_column: str | None
+) -> Iterator[tuple[int, str, str, str | None]]:
+    """Read the rows of a file.
+
+    Yields:
+        The row's number (from 1, the header not counted), its clean text, its label, and its split
+        if there is a column of the splits.
+    """
     if path.is_dir():
         raise ValueError(f"{path} is a folder: expected a CSV file")
-    columns = (text_column, label_column)
+    columns = [text_column, label_column]
+    if split_column is not None:
+        columns.append(split_column)
     try:
         with path.open("rb") as file:
             table = read_table(file, columns)
@@ -411,9 +449,22 @@ def _read_rows(path: Path, text_column: str, label_column: str) -> Iterator[tupl
                 label = cells[1].strip()
                 if label:
                     _check_row_label(label, row, path, label_column)
-                yield row, text, label
+                side = None
+                if split_column is not None:
+                    side = _read_side(cells[2], row, path, split_column)
+                yield row, text, label, side
     except TableError as error:
         raise ValueError(f"{path} {error}") from None
+
+
+def _read_side(name: str, row: int, path: Path, split_column: str) -> str:
+    side = SIDE_OF_NAME.get(name.strip().lower())
+    if side is None:
+        raise ValueError(
+            f"row {row} of {path} has no split in the column {split_column!r}: expected "
+            f"{', '.join(SIDES)}"
+        )
+    return side
 
 
 def _check_row_label(label: str, row: int, path: Path, label_column: str) -> None:
@@ -427,7 +478,7 @@ def _check_row_label(label: str, row: int, path: Path, label_column: str) -> Non
 
 
 def _select_classes(
-    counts: Counter, classes: Sequence[str] | int | str | None, path: Path
+    counts: Counter, classes: Sequence[str] | int | str | None, path: Path, may_lack: bool
 ) -> tuple[str, ...]:
     """Select the classes to keep; ``counts`` has the number of rows of each class in the file."""
     if not counts:
@@ -438,7 +489,8 @@ def _select_classes(
         chosen = list(counts)
     elif classes is not None:
         chosen = list(dict.fromkeys(classes))
-        _check_chosen(chosen, counts, path)
+        if not may_lack or not any(name in counts for name in chosen):
+            _check_chosen(chosen, counts, path)
     elif all(name in counts for name in PUBLISHED_CLASSES):
         chosen = list(PUBLISHED_CLASSES)
     else:

@@ -104,6 +104,7 @@ class DataRecord:
         text_column: The file's column of the texts.
         label_column: The file's column of the classes.
         split: "texts" or "rows".
+        split_column: The file's column of the splits, if it decided them.
         fingerprint: ``Notes.fingerprint`` of the file.
         split_fingerprint: ``Notes.split_fingerprint`` of the file.
     """
@@ -113,6 +114,7 @@ class DataRecord:
     text_column: str | None = None
     label_column: str | None = None
     split: str | None = None
+    split_column: str | None = None
     fingerprint: str | None = None
     split_fingerprint: str | None = None
 
@@ -249,6 +251,7 @@ def _read_data(values: dict | None, path: Path) -> DataRecord | None:
         text_column=values.get("text_column"),
         label_column=values.get("label_column"),
         split=values.get("split"),
+        split_column=values.get("split_column"),
         fingerprint=fingerprints.get("notes"),
         split_fingerprint=fingerprints.get("split"),
     )
@@ -257,7 +260,7 @@ def _read_data(values: dict | None, path: Path) -> DataRecord | None:
 def _data_as_json(data: DataRecord) -> dict[str, Any]:
     """Give the recorded values, in the order in which they are written."""
     values = {}
-    for name in ("source", "text_column", "label_column", "split"):
+    for name in ("source", "text_column", "label_column", "split", "split_column"):
         value = getattr(data, name)
         if value is not None:
             values[name] = value

@@ -289,6 +289,63 @@ def test_a_split_of_another_name_is_refused(write):
 # --- fingerprints ---------------------------------------------------------------------------------
 
 
+SPLIT_HEADER = ("transcription", "medical_specialty", "split")
+
+
+def test_a_column_of_the_file_decides_the_splits(write):
+    names = ("training", "validation", "test", "train", "valid", "Val", "DEV", " Test ")
+    rows = [(f"note {i}", "AB"[i % 2], name) for i, name in enumerate(names)]
+    notes = read_notes(write(rows, SPLIT_HEADER), split_column="split")
+    numbers = {
+        side: [int(note.text.split()[1]) for note in notes.on(side)]
+        for side in ("training", "validation", "test")
+    }
+    assert numbers == {"training": [0, 3], "validation": [1, 4, 5, 6], "test": [2, 7]}
+
+
+def test_equal_texts_in_one_split_are_one_note(write):
+    rows = [("a", "A", "test"), ("b", "B", "train"), ("a", "B", "test")]
+    notes = read_notes(write(rows, SPLIT_HEADER), split_column="split")
+    assert [note.labels for note in notes.on("test")] == [(0, 1)]
+
+
+def test_equal_texts_in_different_splits_are_refused_by_their_rows(write):
+    rows = [("secret", "A", "test"), ("b", "B", "train"), (" secret ", "A", "train")]
+    with pytest.raises(ValueError, match="rows 1 and 3 ") as caught:
+        read_notes(write(rows, SPLIT_HEADER), split_column="split")
+    assert "secret" not in str(caught.value)
+
+
+def test_a_cell_that_names_no_split_is_refused_without_quoting_it(write):
+    rows = [("a", "A", "test"), ("b", "B", "secret")]
+    with pytest.raises(ValueError, match="row 2 ") as caught:
+        read_notes(write(rows, SPLIT_HEADER), split_column="split")
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"split_column": "transcription"},
+        {"split_column": "medical_specialty"},
+        {"split_column": "split", "split": "rows"},
+    ],
+    ids=str,
+)
+def test_a_column_of_splits_that_contradicts_another_option_is_refused(write, options):
+    path = write([("a", "A", "test"), ("b", "B", "train")], SPLIT_HEADER)
+    with pytest.raises(ValueError, match="split"):
+        read_notes(path, **options)
+
+
+def test_a_file_may_lack_classes_where_that_is_allowed_but_not_all(write):
+    path = write([("a", "A"), ("b", "B"), ("c", "C")])
+    notes = read_notes(path, classes=("B", "C", "D"), may_lack_classes=True)
+    assert (notes.classes, len(notes.notes), notes.other_classes) == (("B", "C", "D"), 2, 1)
+    with pytest.raises(ValueError, match="no notes of class 'D', 'E'"):
+        read_notes(path, classes=("D", "E"), may_lack_classes=True)
+
+
 def test_fingerprint_ignores_the_order_of_rows_and_sees_a_label(write):
     rows = [("a", "A"), ("b", "B"), ("c", "A")]
     one = read_notes(write(rows)).fingerprint

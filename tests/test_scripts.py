@@ -107,6 +107,28 @@ def test_peft_reads_what_train_wrote(notes, tmp_path):
 
 
 @pytest.mark.slow
+def test_own_splits_are_trained_on_and_a_second_file_is_measured(tmp_path, capsys):
+    sides = ["train"] * 8 + ["dev"] * 3 + ["test"] * 4
+    rows = [
+        f"visit {i}: {word},{label},{side}"
+        for i, side in enumerate(sides)
+        for label, word in WORDS.items()
+    ]
+    own = tmp_path / "own.csv"
+    own.write_text("transcription,medical_specialty,part\n" + "\n".join(rows) + "\n")
+    run = tmp_path / "run"
+    assert train("--notes", own, "--split-column", "part", "--run", run, "--steps", "1") == 0
+    assert "16 training, 6 validation, 8 test" in capsys.readouterr().out
+    assert eval_command.main(["--run", str(run)]) == 0
+    assert "\n8 notes in 8 rows\n" in capsys.readouterr().out
+
+    second = tmp_path / "second.csv"  # it lacks a class, and the column of the splits
+    second.write_text("transcription,medical_specialty\na new note,Heart\nanother,Heart\n")
+    assert eval_command.main(["--run", str(run), "--notes", str(second)]) == 0
+    assert "\n2 notes in 2 rows\n" in capsys.readouterr().out
+
+
+@pytest.mark.slow
 def test_notes_that_the_run_has_seen_are_not_measured(notes, tmp_path, capsys):
     run = tmp_path / "run"
     assert train("--notes", notes, "--run", run, "--steps", "1") == 0

@@ -87,6 +87,8 @@ def evaluate_run(args: argparse.Namespace, prog: str) -> None:
         label_column=args.label_column or data.label_column or LABEL_COLUMN,
         classes=classifier.labels,
         split=data.split or "texts",
+        split_column=None if args.notes else data.split_column,
+        may_lack_classes=True,
     )
 
     own_split = data.is_split_of(notes)

@@ -67,6 +67,11 @@ def build_parser(prog: str = "clinora train") -> argparse.ArgumentParser:
         help="texts: equal texts are in the same split; rows: the published split, for comparison "
         "(default: %(default)s)",
     )
+    add(
+        "--split-column",
+        help="column that gives the split of each row: training, validation or test (default: the "
+        "hash of the text decides)",
+    )
     add("--run", type=Path, help="output folder (default: a new one in runs/)")
     add(
         "--resume",
@@ -193,6 +198,7 @@ def train_and_report(args: argparse.Namespace, prog: str) -> None:
         label_column=args.label_column,
         classes=choose_classes(args.classes),
         split=args.split,
+        split_column=args.split_column,
     )
     training = notes.on("training")
     validation = notes.on("validation")
@@ -243,6 +249,7 @@ def train_and_report(args: argparse.Namespace, prog: str) -> None:
         text_column=args.text_column,
         label_column=args.label_column,
         split=args.split,
+        split_column=args.split_column,
         fingerprint=notes.fingerprint,
         split_fingerprint=notes.split_fingerprint,
     )
