@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from clinora.baselines import TF_IDF, Predictions, train_baselines
 from clinora.calibration import (
     FEWEST_VALIDATION,
     PROMISE,
@@ -169,11 +170,13 @@ class Baseline:
 
     Attributes:
         name: Such as "majority class".
+        settings: Its settings, in words, chosen on the validation notes; empty if it has none.
         any_label_accuracy: Accuracy over notes.
         accuracy: Accuracy over rows.
     """
 
     name: str
+    settings: str
     any_label_accuracy: Estimate
     accuracy: Estimate
 
@@ -196,7 +199,7 @@ class Results:
         before: The base under random heads.
         after: The trained run.
         baselines: Simpler classifiers; empty if the training split is not available.
-        against: Any-label accuracy of the run minus that of the better TF-IDF baseline, paired.
+        against: Any-label accuracy of the run minus that of the TF-IDF baseline, paired.
     """
 
     labels: tuple[str, ...]
@@ -631,45 +634,6 @@ def ceiling(notes: Sequence[Note]) -> float:
     return correct / rows
 
 
-def baselines(training: Sequence[Note], test: Sequence[Note]) -> dict[str, np.ndarray]:
-    """Train simpler classifiers on the rows of the training notes; give their predictions.
-
-    They are the majority class and two linear models on TF-IDF of words and pairs of words. If the
-    notes have only one class, or no two notes share a word, there is only the majority class.
-
-    Returns:
-        For each classifier, by name, the predicted class of each test note: (N,).
-    """
-    # Importing scikit-learn takes a second or two, and only this function uses it.
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.svm import LinearSVC
-
-    rows = []  # for each row, the position of its note
-    labels = []
-    for i, note in enumerate(training):
-        for label in note.filed:
-            rows.append(i)
-            labels.append(label)
-    majority, _ = Counter(labels).most_common(1)[0]
-    predicted = {"majority class": np.full(len(test), majority)}
-    words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=2)
-    try:
-        features = words.fit_transform(note.text for note in training)
-    except ValueError:  # no two notes share a word
-        return predicted
-    if len(set(labels)) < 2:
-        return predicted
-    linear = {
-        "TF-IDF + logistic regression": LogisticRegression(class_weight="balanced", max_iter=1000),
-        "TF-IDF + linear SVM": LinearSVC(random_state=0),
-    }
-    test_features = words.transform(note.text for note in test)
-    for name, model in linear.items():
-        predicted[name] = model.fit(features[rows], labels).predict(test_features)
-    return predicted
-
-
 def assess(
     classifier: Classifier,
     notes: Notes,
@@ -695,16 +659,13 @@ def assess(
     answers = classify(classifier, measured)
     training = notes.on("training") if own_split else []
     texts = {note.text for note in training}
-    predictions = baselines(training, measured) if training else {}
-    simpler = [
-        _measure_baseline(name, predicted, measured, len(notes.classes))
-        for name, predicted in predictions.items()
-    ]
-    linear = [baseline for baseline in simpler if "TF-IDF" in baseline.name]
+    simpler = []
     against = None
-    if linear:
-        better = max(linear, key=lambda baseline: baseline.any_label_accuracy.value)
-        against = _gain(answers, predictions[better.name], measured)
+    if training:
+        for baseline in train_baselines(training, notes.on("validation"), measured):
+            simpler.append(_measure_baseline(baseline, measured, len(notes.classes)))
+            if baseline.name == TF_IDF:
+                against = _gain(answers, baseline.predicted, measured)
     results = Results(
         labels=notes.classes,
         split=notes.split,
@@ -722,18 +683,17 @@ def assess(
     return results, answers
 
 
-def _measure_baseline(
-    name: str, predicted: np.ndarray, notes: Sequence[Note], classes: int
-) -> Baseline:
-    rows = _by_row(predicted, notes, classes)
+def _measure_baseline(baseline: Predictions, notes: Sequence[Note], classes: int) -> Baseline:
+    rows = _by_row(baseline.predicted, notes, classes)
 
     def accuracy_over_rows(weights: np.ndarray) -> np.ndarray:
         return np.array([_accuracy(rows.confusion(weights))])
 
     (accuracy,) = bootstrap(accuracy_over_rows, notes)
-    any_label_accuracy = bootstrap_mean(are_correct(notes, predicted), notes)
+    any_label_accuracy = bootstrap_mean(are_correct(notes, baseline.predicted), notes)
     return Baseline(
-        name=name,
+        name=baseline.name,
+        settings=baseline.settings,
         any_label_accuracy=share_of(any_label_accuracy, len(notes)),
         accuracy=share_of(accuracy, len(notes)),
     )

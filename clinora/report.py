@@ -80,9 +80,12 @@ def results_table(results: Results) -> str:
     if results.against is not None:
         gain = results.against
         lines.append(
-            f"Against the better TF-IDF baseline: {_points(gain.value)} points of the notes "
+            f"Against the TF-IDF baseline: {_points(gain.value)} points of the notes "
             f"correct [{_points(gain.low)}, {_points(gain.high)}]."
         )
+    for baseline in results.baselines:
+        if baseline.settings:
+            lines.append(f"{baseline.name}: {baseline.settings}, chosen on the validation notes.")
     lines += ["", *_confidence_lines(results), "", *class_table(results.after.by_note)]
     return "\n".join(lines)
 

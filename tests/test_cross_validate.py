@@ -35,14 +35,19 @@ def test_every_note_is_measured_once_by_a_run_that_was_not_trained_on_it(
         assert others == texts - set(fold)
     # The pooled share is the folds' shares, weighed by their notes.
     printed = capsys.readouterr().out
-    folds = re.findall(r"fold \d: ([\d.]+)% of (\d) notes", printed)
-    right = sum(round(float(share) * int(n) / 100) for share, n in folds)
-    assert f"| LoRA | {right / 22:.1%} |" in printed
+    folds = re.findall(r"fold \d, (\d) notes: LoRA ([\d.]+)%, (.*) ([\d.]+)%", printed)
+    assert len(folds) == 4
+    correct = sum(round(float(share) * int(n) / 100) for n, share, _, _ in folds)
+    assert f"| LoRA | {correct / 22:.1%} |" in printed
+    by_linear = sum(round(float(share) * int(n) / 100) for n, _, _, share in folds)
+    (_, _, name, _), *_ = folds
+    assert f"| {name} | {by_linear / 22:.1%} |" in printed
+    assert f"paired: {100 * (correct - by_linear) / 22:+.1f} points" in printed
 
 
-@pytest.mark.parametrize("folds", [1, 23])
+@pytest.mark.parametrize("folds", [2, 23])
 def test_folds_that_cannot_be_are_an_error(tmp_path, capsys, folds):
     path = write_notes(tmp_path / "notes.csv", texts=22)
     with pytest.raises(SystemExit, match="2"):
         tool.main(["--notes", str(path), "--folds", str(folds)])
-    assert f"{folds} folds of 22 notes: expected 2 to 22" in capsys.readouterr().err
+    assert f"{folds} folds of 22 notes: expected 3 to 22" in capsys.readouterr().err

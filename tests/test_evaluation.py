@@ -5,7 +5,7 @@ import itertools
 import os
 import subprocess
 import sys
-from collections import Counter, defaultdict
+from collections import defaultdict
 from fractions import Fraction
 from pathlib import Path
 
@@ -21,18 +21,14 @@ import transformers
 from hypothesis import strategies
 from sklearn import metrics
 from sklearn.calibration import calibration_curve
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.svm import LinearSVC
 
 import clinora
+from clinora.baselines import TF_IDF, Predictions
 from clinora.calibration import Calibration, fit_calibration
 from clinora.checkpoint import BUNDLED
 from clinora.evaluation import (
     Answers,
     assess,
-    baselines,
     bootstrap,
     calibrate,
     ceiling,
@@ -417,46 +413,6 @@ def words_of(label, i):
     )
 
 
-def random_words(draw, label):
-    """Thirty words, of which a class prefers some a little."""
-    weights = np.ones(40)
-    weights[label * 5 : label * 5 + 5] = 2.5
-    return " ".join(f"w{w}" for w in draw.choice(40, 30, p=weights / weights.sum()))
-
-
-def test_baselines_are_a_scikit_learn_pipeline_on_the_rows():
-    """Classes of unequal size that are hard to tell apart: every setting changes an answer."""
-    draw, training = np.random.default_rng(0), []
-    for label in [0] * 90 + [1] * 30 + [2] * 15:
-        filed = (label, *((label + 1) % 3,) * int(draw.integers(0, 2)))
-        training.append(Note(random_words(draw, label), filed))
-    test = [Note(random_words(draw, i % 3), (i % 3,)) for i in range(300)]
-    named = baselines(training, test)
-    rows = [(note.text, label) for note in training for label in note.filed]
-    x, y = zip(*rows, strict=True)
-    # The vocabulary counts each text once, so it is fitted on the texts.
-    words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=2)
-    words.fit([note.text for note in training])
-    for name, model in {
-        "TF-IDF + logistic regression": LogisticRegression(class_weight="balanced", max_iter=1000),
-        "TF-IDF + linear SVM": LinearSVC(random_state=0),
-    }.items():
-        pipeline = make_pipeline(model).fit(words.transform(x), y)
-        expected = pipeline.predict(words.transform([note.text for note in test]))
-        assert named[name].tolist() == expected.tolist()
-        assert len(set(expected)) > 1
-    assert set(named["majority class"]) == {Counter(y).most_common(1)[0][0]}
-
-
-@pytest.mark.parametrize(
-    "training",
-    [[Note("one", (0,)), Note("two", (1,))], [Note("same words", (1,)), Note("same words", (1,))]],
-    ids=["no word twice", "one class"],
-)
-def test_baselines_that_cannot_be_fitted_are_left_out(training):
-    assert baselines(training, NOTES).keys() == {"majority class"}
-
-
 def notes_file(folder, classes):
     rows = [f"visit {i}: {words_of(i % 3, i)},{classes[i % 3]}" for i in range(120)]
     path = folder / "notes.csv"
@@ -464,7 +420,7 @@ def notes_file(folder, classes):
     return path
 
 
-def test_lora_is_compared_pairwise_with_the_better_baseline(tmp_path, classifier, monkeypatch):
+def test_lora_is_compared_pairwise_with_the_linear_model(tmp_path, classifier, monkeypatch):
     """The difference is drawn note by note: a second implementation, note by note."""
     path = notes_file(tmp_path, clinora.PUBLISHED_CLASSES)
     rows = path.read_text().splitlines()
@@ -472,11 +428,12 @@ def test_lora_is_compared_pairwise_with_the_better_baseline(tmp_path, classifier
     notes = read_notes(path)
     test = notes.on("test")
     filed = np.array([note.filed[0] for note in test])
-    named = {"majority class": filed, "TF-IDF + a": filed.copy(), "TF-IDF + b": (filed + 1) % 5}
-    named["TF-IDF + a"][::3] = (filed[::3] + 1) % 5
-    monkeypatch.setattr("clinora.evaluation.baselines", lambda *_: named)
+    predicted = filed.copy()
+    predicted[::3] = (filed[::3] + 1) % 5
+    made = [Predictions("majority class", "", filed), Predictions(TF_IDF, "words", predicted)]
+    monkeypatch.setattr("clinora.evaluation.train_baselines", lambda *_: made)
     results, answers = assess(classifier, notes, test)
-    gain = answers.correct.astype(int) - (np.arange(len(test)) % 3 > 0)  # against the better, a
+    gain = answers.correct.astype(int) - (np.arange(len(test)) % 3 > 0)
     assert results.against.value == pytest.approx(gain.mean())
     theirs = scipy.stats.bootstrap(
         (gain,), np.mean, n_resamples=4000, method="percentile", rng=np.random.default_rng(1)
@@ -494,8 +451,8 @@ def test_a_run_that_agrees_with_its_baseline_on_few_notes_may_yet_differ(
         file.write("spare a,Radiology\nspare b,Surgery\n")
     notes = read_notes(path)
     test = notes.on("test")[:12]
-    named = classify(classifier, test).predicted
-    monkeypatch.setattr("clinora.evaluation.baselines", lambda *_: {"TF-IDF": named})
+    made = [Predictions(TF_IDF, "words", classify(classifier, test).predicted)]
+    monkeypatch.setattr("clinora.evaluation.train_baselines", lambda *_: made)
     results, _ = assess(classifier, notes, test)
     none = scipy.stats.binomtest(0, 12).proportion_ci(method="wilson").high
     assert results.against == pytest.approx((0, -none, none), abs=1e-4)

@@ -60,8 +60,8 @@ def make(n=60, calibrated=True, confidence=None, labels=LABELS, **changes):
             "in_training": 0, "ceiling": 0.5, "test_ceiling": 0.625, "after": after,
             "before": RandomHeads(heads=20, any_label_accuracy=(0.3, 0.1), accuracy=(0.2, 0.05),
                                   macro_f1=(0.2, 0.1), log_loss=(1.7, 0.1)),
-            "baselines": (Baseline(name="TF-IDF + linear SVM", any_label_accuracy=some,
-                                   accuracy=some),),
+            "baselines": (Baseline(name="TF-IDF + linear model", settings="linear SVM, C = 1",
+                                   any_label_accuracy=some, accuracy=some),),
             "against": Estimate(-0.049, -0.076, -0.022),
         } | changes
     )  # fmt: skip
@@ -121,7 +121,7 @@ def test_metrics_have_the_keys_that_readers_rely_on(report):
     assert metrics["before"].keys() == {
         "heads", "any_label_accuracy", "accuracy", "macro_f1", "log_loss",
     }  # fmt: skip
-    assert metrics["baselines"][0].keys() == {"name", "any_label_accuracy", "accuracy"}
+    assert metrics["baselines"][0].keys() == {"name", "settings", "any_label_accuracy", "accuracy"}
     assert metrics["mistakes"][0].keys() == {
         "sha256", "named", "filed", "confidence", "probability", "tokens",
     }  # fmt: skip

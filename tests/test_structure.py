@@ -16,7 +16,7 @@ ORDER = [
     ["lora", "llama"],
     ["budget", "testing", "files", "checkpoint", "adapter", "tokenizer", "notes", "device"],
     ["calibration", "run", "classifier"],
-    ["explain", "evaluation"],
+    ["explain", "baselines", "evaluation"],
     ["resume", "training"],
     ["figures", "report"],
     ["serving"],

@@ -5,7 +5,8 @@
 Each training runs in its own process, so that its peak memory can be measured. A stopped training
 resumes from its checkpoint, finished trainings are not repeated, and the table shows all results in
 the folder. LoRA's alpha is twice the rank, so that the scaling is the same at every rank. The last
-column compares each method with the better linear model on TF-IDF of the same training texts.
+column compares each method with a linear model on TF-IDF of the same training texts, whose
+settings are chosen on the validation notes.
 """
 
 import argparse
@@ -26,10 +27,11 @@ from matplotlib.ticker import PercentFormatter
 from torch import nn
 
 import clinora
+from clinora.baselines import TF_IDF, train_baselines
 from clinora.checkpoint import find_base, write_atomically
 from clinora.classifier import TOKEN_LIMIT
 from clinora.device import choose_device, choose_dtype, keep_freed_memory
-from clinora.evaluation import baselines, bootstrap_mean, classify, share_of
+from clinora.evaluation import bootstrap_mean, classify, share_of
 from clinora.figures import BLACK
 from clinora.notes import SPLITS, are_correct, choose_classes
 from clinora.report import png, read_steps
@@ -379,14 +381,12 @@ def compare(args: argparse.Namespace, points: Sequence[Point]) -> int:
     results = [json.loads(path.read_text()) for path in out.glob("*-seed*.json")]
     results.sort(key=lambda result: (TUNES.index(result["tune"]), result["rank"], result["seed"]))
     test = notes.on("test")
-    simpler = {}
-    for name, predicted in baselines(notes.on("training"), test).items():
-        if "TF-IDF" in name:
-            simpler[name] = are_correct(test, predicted).astype(float)
-    better = max(simpler, key=lambda name: simpler[name].mean(), default=None)
-    rows = summarise(results, test, simpler.get(better))
-    if better:
-        print(f"{better}: {simpler[better].mean():.1%}")
+    tf_idf = None
+    for baseline in train_baselines(notes.on("training"), notes.on("validation"), test):
+        if baseline.name == TF_IDF:
+            tf_idf = are_correct(test, baseline.predicted).astype(float)
+            print(f"{baseline.name} ({baseline.settings}): {tf_idf.mean():.1%}")
+    rows = summarise(results, test, tf_idf)
     write_atomically(out / "results.json", (json.dumps(rows, indent=2) + "\n").encode())
     write_atomically(out / "table.md", (table(rows) + "\n").encode())
     write_atomically(out / "rank.png", png(rank_figure(rows)))

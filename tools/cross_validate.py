@@ -4,26 +4,24 @@
 
 The different texts, in the order of their hashes, are divided among the folds in turn. For each
 fold a new classifier is trained on the other folds, as ``train.py`` does without validation notes.
+The settings of the linear model on TF-IDF are chosen on one of the other folds, and then it is
+trained on all of them.
 """
 
 import argparse
 import sys
 import tempfile
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
 import clinora
+from clinora.baselines import TF_IDF, LinearModel, choose_settings
 from clinora.classifier import TOKEN_LIMIT
 from clinora.device import keep_freed_memory
-from clinora.evaluation import (
-    baselines,
-    bootstrap_mean,
-    classify,
-    evaluate_random_heads,
-    share_of,
-)
+from clinora.evaluation import bootstrap_mean, classify, evaluate_random_heads, share_of
 from clinora.notes import are_correct
 from clinora.training import InterruptedTraining, TrainingConfig, train
 
@@ -32,10 +30,11 @@ def split_into_folds(notes: Sequence[clinora.Note], folds: int) -> list[list[cli
     """Divide notes among folds, in the order of their hashes.
 
     Raises:
-        ValueError: There are fewer than two folds, or fewer notes than folds.
+        ValueError: There are fewer notes than folds, or fewer than three folds: one to measure, one
+            to choose the settings of the linear model, and one for it to learn from.
     """
-    if not 2 <= folds <= len(notes):
-        raise ValueError(f"{folds} folds of {len(notes)} notes: expected 2 to {len(notes)} folds")
+    if not 3 <= folds <= len(notes):
+        raise ValueError(f"{folds} folds of {len(notes)} notes: expected 3 to {len(notes)} folds")
     order = sorted(notes, key=lambda note: note.sha256)
     return [order[fold::folds] for fold in range(folds)]
 
@@ -58,25 +57,35 @@ def train_fold(
     return classifier
 
 
+def predict_tf_idf(
+    others: Sequence[Sequence[clinora.Note]], measured: Sequence[clinora.Note]
+) -> np.ndarray:
+    """Tune a linear model on TF-IDF on the other folds, and classify the measured notes."""
+    validation, *rest = others
+    settings = choose_settings(list(chain(*rest)), validation)
+    return LinearModel(list(chain(*others)), settings).predict(measured)
+
+
 def cross_validate(args: argparse.Namespace) -> None:
     """Train and measure every fold, then print the table."""
     notes = clinora.read_notes(args.notes)
     folds = split_into_folds(notes.notes, args.folds)
-    correct: dict[str, list[np.ndarray]] = {}  # by classifier, one array for each fold
+    correct: dict[str, list[np.ndarray]] = {"LoRA": [], TF_IDF: []}  # one array for each fold
     before = []
     for number, measured in enumerate(folds, 1):
-        training = []
-        for fold in folds:
-            if fold is not measured:
-                training += fold
-        classifier = train_fold(args, notes.classes, training)
+        others = [fold for fold in folds if fold is not measured]
+        classifier = train_fold(args, notes.classes, list(chain(*others)))
         mean, _ = evaluate_random_heads(classifier, measured).any_label_accuracy
         before.append(mean)
-        lora = classify(classifier, measured)
-        correct.setdefault("LoRA", []).append(lora.correct)
-        for name, predicted in baselines(training, measured).items():
-            correct.setdefault(name, []).append(are_correct(measured, predicted))
-        print(f"fold {number}: {lora.correct.mean():.1%} of {len(measured)} notes", flush=True)
+        lora = classify(classifier, measured).correct
+        tf_idf = are_correct(measured, predict_tf_idf(others, measured))
+        correct["LoRA"].append(lora)
+        correct[TF_IDF].append(tf_idf)
+        print(
+            f"fold {number}, {len(measured)} notes: LoRA {lora.mean():.1%}, {TF_IDF} "
+            f"{tf_idf.mean():.1%}",
+            flush=True,
+        )
     order = [note for fold in folds for note in fold]
     weights = [len(fold) for fold in folds]
     print(f"\n| {len(order)} notes, {len(folds)} folds | notes correct | 95% interval |")
@@ -85,6 +94,12 @@ def cross_validate(args: argparse.Namespace) -> None:
     for name, of_folds in correct.items():
         share = share_of(bootstrap_mean(np.concatenate(of_folds), order), len(order))
         print(f"| {name} | {share.value:.1%} | {share.low:.1%} to {share.high:.1%} |")
+    differences = np.concatenate(correct["LoRA"]).astype(float) - np.concatenate(correct[TF_IDF])
+    gain = bootstrap_mean(differences, order)
+    print(
+        f"\nLoRA minus {TF_IDF}, paired: {100 * gain.value:+.1f} points "
+        f"[{100 * gain.low:+.1f}, {100 * gain.high:+.1f}]"
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -20,6 +20,7 @@ from matplotlib.patches import Polygon
 from matplotlib.ticker import PercentFormatter
 
 import clinora
+from clinora.baselines import TF_IDF
 from clinora.checkpoint import BUNDLED, write_atomically
 from clinora.figures import BLACK, BLUE, GREY, LIGHT
 from clinora.report import png
@@ -71,7 +72,7 @@ def results_figure(metrics: dict) -> Figure:
     before = metrics["before"]
     after = metrics["after"]
     baselines = {baseline["name"]: baseline for baseline in metrics["baselines"]}
-    tf_idf = baselines["TF-IDF + logistic regression"]
+    tf_idf = baselines[TF_IDF]
     notes = [
         _mean_and_spread(before["any_label_accuracy"]),
         _value_and_interval(after["by_note"]["accuracy"]),
@@ -88,7 +89,7 @@ def results_figure(metrics: dict) -> Figure:
     names = [
         f"before training\n({before['heads']} random heads)",
         "LoRA, r = 8",
-        "TF-IDF +\nlogistic regression",
+        "TF-IDF +\nlinear model",
         "best possible",
     ]
     figure = Figure(figsize=(8.2, 3), layout="constrained")
