@@ -9,6 +9,7 @@ is fast, and Ctrl-C is handled from the start.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from typing import NoReturn
 
 FAILED = 2  # exit status after an error, the same as argparse's
 STOPPED = 130  # exit status after Ctrl-C: 128 + SIGINT
+PIPE_CLOSED = 141  # exit status when the reader of the output has gone: 128 + SIGPIPE
 
 
 def new_parser(prog: str, description: str) -> argparse.ArgumentParser:
@@ -65,6 +67,11 @@ def one_line_errors(prog: str) -> Iterator[None]:
     """Turn expected errors and Ctrl-C into one line on standard error and an exit status."""
     try:
         yield
+        sys.stdout.flush()  # now, because an error at exit would be a traceback
+    except BrokenPipeError:
+        # The reader, such as `head`, has read enough. What is still buffered goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(PIPE_CLOSED)
     except (OSError, ValueError) as error:
         end_with(prog, str(error), FAILED)
     except KeyboardInterrupt:
