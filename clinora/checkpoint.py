@@ -245,6 +245,7 @@ def _with_standard_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
+    # torch.equal raises an error for an 8-bit float beside another dtype.
     return one.dtype == other.dtype and torch.equal(one, other)
 
 

@@ -156,7 +156,9 @@ def test_an_untied_lm_head_does_not_take_the_place_of_the_embedding(reference):
 
 
 @pytest.mark.parametrize(
-    "other", [torch.zeros(97, 64), torch.zeros(97, 64).half(), torch.zeros(3)], ids=repr
+    "other",
+    [torch.zeros(97, 64), torch.zeros(97, 64).to(torch.float8_e4m3fn), torch.zeros(3)],
+    ids=["values", "dtype", "shape"],
 )
 def test_weights_that_are_called_tied_but_differ_are_refused(reference, other):
     """Transformers 5 does not tie them; without the error we would give other logits."""
