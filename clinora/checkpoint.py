@@ -28,6 +28,8 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 TOKENIZER = "tokenizer.model"
 
+EMBEDDING = "model.embed_tokens.weight"
+
 # The dtypes that weights may have. 8-bit floats need a scale, which these files do not hold.
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -193,13 +195,14 @@ def load_model(
             model = LlamaForCausalLM(config)
         else:
             model = LlamaForSequenceClassification(config, num_labels)
-    tensors = _read_weights(found.folder)
-    for name in list(tensors):
-        if name.endswith(".rotary_emb.inv_freq"):  # in old files; the model computes it
-            del tensors[name]
+    tensors = _with_standard_names(_read_weights(found.folder))
     # A tied language-model head is the embedding, and a classifier has no language-model head.
+    lm_head = None
     if num_labels is not None or config.tie_word_embeddings:
-        tensors.pop("lm_head.weight", None)
+        lm_head = tensors.pop("lm_head.weight", None)
+    if config.tie_word_embeddings and lm_head is not None:
+        # Of two tied weights, Transformers 4 could save this one alone.
+        tensors.setdefault(EMBEDDING, lm_head)
     if num_labels is not None:
         if "score.weight" in tensors:
             model.head_trained = True
@@ -207,14 +210,43 @@ def load_model(
             head = torch.empty(num_labels, config.hidden_size)
             tensors["score.weight"] = nn.init.normal_(head, std=config.initializer_range)
     check_tensors(tensors, model.state_dict(), f"the weights in {found.folder}")
+    if num_labels is None and lm_head is not None and not _equal(lm_head, tensors[EMBEDDING]):
+        raise CheckpointError(
+            f"the weights in {found.folder} do not fit the model; lm_head.weight differs from "
+            f"{EMBEDDING}, but config.json says that they are tied: set tie_word_embeddings to "
+            "false there"
+        )
     if dtype is None:
-        dtype = tensors["model.embed_tokens.weight"].dtype
+        dtype = tensors[EMBEDDING].dtype
     for name, tensor in tensors.items():
         is_head = name == "score.weight"
         tensors[name] = tensor.to(device, torch.float32 if is_head else dtype)
     model.load_state_dict(tensors, assign=True)
     model.source = found
     return model
+
+
+def _with_standard_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Name a base's tensors as ``LlamaForCausalLM`` does, which not all public files do.
+
+    A decoder that was saved without a head has names without ``model.``. Old files also hold the
+    rotary frequencies, which are left out: the model computes them.
+    """
+    renamed = {}
+    for name, tensor in tensors.items():
+        if name.endswith(".rotary_emb.inv_freq"):
+            continue
+        full_name = f"model.{name}"
+        # If the file holds both, the shorter name stays, and is refused as unexpected.
+        if name.startswith(("embed_tokens.", "layers.", "norm.")) and full_name not in tensors:
+            name = full_name
+        renamed[name] = tensor
+    return renamed
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    # torch.equal raises an error for an 8-bit float beside another dtype.
+    return one.dtype == other.dtype and torch.equal(one, other)
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
@@ -241,7 +273,11 @@ def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
         return {folder / WEIGHTS: None}
     if not (folder / INDEX).is_file():
         raise CheckpointError(
-            f"{folder} holds neither {WEIGHTS} nor {INDEX}: expected weights in safetensors files"
+            f"{folder} holds neither {WEIGHTS} nor {INDEX}: expected weights in safetensors files. "
+            "Weights in pytorch_model.bin are not read, because a pickle can run code; if you "
+            "trust them, convert them with Transformers: "
+            "AutoModelForCausalLM.from_pretrained(BASE).save_pretrained(FOLDER), and copy the "
+            "tokenizer's files into FOLDER"
         )
     file_of = read_json(folder / INDEX).get("weight_map")
     if not _is_weight_map(file_of):

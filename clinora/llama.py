@@ -14,14 +14,15 @@ A batch of notes is ``ids (B, T)``, padded on the right, and ``lengths (B,)``. N
 to a later one, so no real token ever attends to padding, and no attention mask is needed.
 
 Sources: Llama, Touvron et al. 2023, section 2.2; RMSNorm, Zhang & Sennrich 2019, equation 4; RoPE,
-Su et al. 2021, section 3.2.2; grouped-query attention, Ainslie et al. 2023, section 2.2; the gated
-MLP, Shazeer 2020, equation 6.
+Su et al. 2021, section 3.2.2, and its scaling, ``apply_scaling`` in Meta's llama-models;
+grouped-query attention, Ainslie et al. 2023, section 2.2; the gated MLP, Shazeer 2020, equation 6.
 """
 
 import json
 import math
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,32 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from clinora.kernels import causal_attention, gated_silu, last_token_attention, rms_normalize
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RopeScaling:
+    """The rope type "llama3": rotary positions for texts longer than those first trained on.
+
+    ``scale_frequencies`` is its formula. The names are those of the Hub's ``config.json``.
+
+    Raises:
+        ValueError: A value is of another type or out of its range.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+    def __post_init__(self) -> None:
+        _check_values(self)
+        if self.factor < 1:
+            raise ValueError(f"factor is {self.factor}: expected at least 1")
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(
+                f"high_freq_factor is {self.high_freq_factor}: expected more than low_freq_factor, "
+                f"which is {self.low_freq_factor}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,28 +79,14 @@ class LlamaConfig:
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
     attention_bias: bool = False
     mlp_bias: bool = False
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if value is None and field.default is None:
-                continue  # it is filled in below
-            if field.type is bool:
-                expected = "true or false"
-                fits = type(value) is bool
-            elif field.type is float:
-                expected = "a positive number"
-                # JSON may write 10000.0 as 10000
-                fits = type(value) in (int, float) and 0 < value < math.inf
-            else:
-                expected = "a whole number of at least 1"
-                fits = type(value) is int and value >= 1
-            if not fits:
-                raise ValueError(f"{field.name} is {value!r}: expected {expected}")
+        _check_values(self)
         width = self.hidden_size
         heads = self.num_attention_heads
         if self.num_key_value_heads is None:
@@ -110,35 +123,94 @@ class LlamaConfig:
         if hub.get("model_type") != "llama":
             raise ValueError(f"{path}: model_type is {hub.get('model_type')!r}, expected 'llama'")
 
-        # Before Transformers 5, rope_theta was a key of its own, beside rope_scaling. Where a file
-        # has both rope_scaling and rope_parameters, Transformers uses rope_scaling.
-        rope = hub.get("rope_scaling") or hub.get("rope_parameters") or {}
-        if not isinstance(rope, dict):
-            raise ValueError(f"{path}: rope type {rope!r} is not supported, only 'default'")
-        theta = rope.get("rope_theta", hub.get("rope_theta"))
-        other_rope = {key: rope[key] for key in rope.keys() - {"rope_type", "type", "rope_theta"}}
         # Each line: what it is, the file's value, the only value that is supported.
         requirements = [
             ("quantization_config", hub.get("quantization_config"), None),
             ("hidden_act", hub.get("hidden_act", "silu"), "silu"),
             ("attention_dropout", hub.get("attention_dropout") or 0.0, 0.0),
-            ("rope type", rope.get("rope_type", rope.get("type", "default")), "default"),
-            ("rope parameters", other_rope, {}),
         ]
         for what, found, supported in requirements:
             if found != supported:
                 raise ValueError(f"{path}: {what} {found!r} is not supported, only {supported!r}")
 
-        values = {field.name: hub.get(field.name) for field in fields(cls)}
-        values["rope_theta"] = theta
-        known = {name: value for name, value in values.items() if value is not None}
-        required = {field.name for field in fields(cls) if field.default is MISSING}
-        if missing := required - known.keys():
-            raise ValueError(f"{path} lacks {', '.join(sorted(missing))}")
-        try:
-            return cls(**known)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+        theta, scaling = _read_rope(hub, path)
+        return _from_json(cls, hub | {"rope_theta": theta, "rope_scaling": scaling}, str(path))
+
+
+def _read_rope(hub: dict, path: str | Path) -> tuple[object, RopeScaling | None]:
+    """Give the θ of a ``config.json``, None if it has none, and its scaling.
+
+    Raises:
+        ValueError: The rope type or one of its parameters is not supported, or one is missing.
+    """
+    # Before Transformers 5, rope_theta was a key of its own, beside rope_scaling. Where a file has
+    # both rope_scaling and rope_parameters, Transformers uses rope_scaling.
+    rope = hub.get("rope_scaling") or hub.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"{path}: rope parameters {rope!r} are not a JSON object")
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type not in ("default", "llama3"):
+        raise ValueError(
+            f"{path}: rope type {rope_type!r} is not supported, only 'default' and 'llama3'"
+        )
+    known = {"rope_type", "type", "rope_theta"}
+    scaling = None
+    if rope_type == "llama3":
+        scaling = _from_json(RopeScaling, rope, f"{path}: rope type 'llama3'")
+        known |= {field.name for field in fields(RopeScaling)}
+    other = {key: rope[key] for key in rope.keys() - known}
+    if other:
+        raise ValueError(f"{path}: rope parameters {other!r} are not supported")
+    return rope.get("rope_theta", hub.get("rope_theta")), scaling
+
+
+def _from_json(cls: type, values: dict, where: str) -> Any:
+    """Make a ``cls`` from the values of its fields in a JSON object; null means absent.
+
+    Raises:
+        ValueError: A value is missing or does not fit.
+    """
+    given = {}
+    missing = []
+    for field in fields(cls):
+        value = values.get(field.name)
+        if value is not None:
+            given[field.name] = value
+        elif field.default is MISSING:
+            missing.append(field.name)
+    if missing:
+        raise ValueError(f"{where} lacks {', '.join(sorted(missing))}")
+    try:
+        return cls(**given)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _check_values(config: LlamaConfig | RopeScaling) -> None:
+    """Check the type and range of each field's value. None fits where it is the default.
+
+    Raises:
+        ValueError: One does not fit.
+    """
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if value is None and field.default is None:
+            continue
+        if field.type is bool:
+            expected = "true or false"
+            fits = type(value) is bool
+        elif field.type is float:
+            expected = "a positive number"
+            # JSON may write 10000.0 as 10000
+            fits = type(value) in (int, float) and 0 < value < math.inf
+        elif field.type == RopeScaling | None:
+            expected = "a RopeScaling"
+            fits = isinstance(value, RopeScaling)
+        else:
+            expected = "a whole number of at least 1"
+            fits = type(value) is int and value >= 1
+        if not fits:
+            raise ValueError(f"{field.name} is {value!r}: expected {expected}")
 
 
 class RMSNorm(nn.Module):
@@ -156,21 +228,50 @@ class RMSNorm(nn.Module):
         return f"{self.weight.numel()}, eps={self.eps:g}"
 
 
-def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> Tensor:
+def rotary_angles(
+    positions: Tensor, head_dim: int, theta: float, scaling: RopeScaling | None = None
+) -> Tensor:
     """Compute RoPE's angles: the entries i and i + E/2 rotate by position · θ^(−2i/E) radians.
 
     Args:
         positions: (T,) token positions, from 0.
         head_dim: E, even.
         theta: The base θ. The slowest pair makes one turn in about 2πθ tokens.
+        scaling: How to lower the frequencies θ^(−2i/E), if at all.
 
     Returns:
         (T, E), in float32: −angle for the first entry of each pair and +angle for the second, as
         ``rotate`` needs them. bfloat16 cannot tell positions above 256 apart.
     """
     exponents = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim
-    angles = positions.float()[:, None] * (1.0 / theta**exponents)  # (T, E/2)
+    frequencies = 1.0 / theta**exponents  # (E/2,), in radians per token
+    if scaling is not None:
+        frequencies = scale_frequencies(frequencies, scaling)
+    angles = positions.float()[:, None] * frequencies  # (T, E/2)
     return torch.cat((-angles, angles), -1)
+
+
+def scale_frequencies(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
+    """Divide RoPE's low frequencies by ``factor``, as Llama 3.1 does for long texts.
+
+    A pair that makes at most ``low_freq_factor`` turns within the original context length is
+    slowed down by ``factor``: the positions of a text ``factor`` times as long then give angles
+    that the first training has seen. A pair that makes at least ``high_freq_factor`` turns keeps
+    its frequency, which tells neighbours apart. In between, the two are mixed in proportion.
+
+    Args:
+        frequencies: (E/2,), in radians per token.
+        scaling: The original context length and the three factors.
+
+    Returns:
+        (E/2,).
+    """
+    wavelengths = 2 * math.pi / frequencies  # tokens per turn
+    turns = scaling.original_max_position_embeddings / wavelengths
+    low = scaling.low_freq_factor
+    high = scaling.high_freq_factor
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 - kept) * frequencies / scaling.factor + kept * frequencies
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -356,9 +457,10 @@ class Llama(nn.Module):
             )
         x = self.embed_tokens(ids)  # (B, T, D)
         positions = torch.arange(ids.size(1), device=ids.device)
-        angles = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
+        config = self.config
+        angles = rotary_angles(positions, config.head_dim, config.rope_theta, config.rope_scaling)
         # Stored once for each head: a CPU takes twice as long to multiply by a broadcast table.
-        heads = self.config.num_attention_heads
+        heads = config.num_attention_heads
         cos = angles.cos().to(x.dtype)[:, None].repeat(1, heads, 1)  # (T, H, E)
         sin = angles.sin().to(x.dtype)[:, None].repeat(1, heads, 1)  # (T, H, E)
         *layers, last_layer = self.layers

@@ -85,7 +85,10 @@ def base_hashes(source: Source) -> dict[str, str]:
     tokenizer = find_tokenizer(source.folder).read_bytes()  # before the weights, which take long
     weights = weights_sha256(source.folder)
     config = LlamaConfig.from_json(source.folder / "config.json")
-    values = json.dumps(dataclasses.asdict(config), sort_keys=True).encode()
+    values = dataclasses.asdict(config)
+    if config.rope_scaling is None:
+        del values["rope_scaling"]  # runs that are older than this field do not have it in the hash
+    values = json.dumps(values, sort_keys=True).encode()
     return {
         "sha256": weights,
         "tokenizer_sha256": hashlib.sha256(tokenizer).hexdigest(),

@@ -164,6 +164,45 @@ def test_lora_parameters_are_those_counted(config, target):
     assert lora_targets(config, 3, (target,))[0].lora == count_parameters(model).lora
 
 
+def shape(width, mlp, layers, heads, key_heads, vocabulary, **other):
+    return {
+        "model_type": "llama",
+        "hidden_size": width,
+        "intermediate_size": mlp,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": key_heads,
+        "vocab_size": vocabulary,
+    } | other
+
+
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}  # fmt: skip
+TIED = {"tie_word_embeddings": True}
+
+
+@pytest.mark.parametrize(
+    ("hub", "parameters", "trained"),
+    [
+        (shape(4096, 11008, 32, 32, 32, 32_000), 6_738_415_616, 4_194_304 + 5 * 4096),
+        (shape(2048, 8192, 16, 32, 8, 128_256, head_dim=64, rope_theta=5e5, rope_scaling=LLAMA3,
+               **TIED), 1_235_814_400, 851_968 + 5 * 2048),
+        (shape(576, 1536, 30, 9, 3, 49_152, **TIED), 134_515_008, 460_800 + 5 * 576),
+        (shape(960, 2560, 32, 15, 5, 49_152, **TIED), 361_821_120, 819_200 + 5 * 960),
+    ],
+    ids=["Llama-2-7B", "Llama-3.2-1B", "SmolLM2-135M", "SmolLM2-360M"],
+)  # fmt: skip
+def test_the_family_has_the_published_sizes(tmp_path, capsys, hub, parameters, trained):
+    """A folder with config.json alone is enough, whatever the weights' layout."""
+    (tmp_path / "config.json").write_text(json.dumps(hub))
+    config = LlamaConfig.from_json(tmp_path / "config.json")
+    assert base_parameters(config, num_labels=None) == parameters
+    assert main([str(tmp_path), "--rank", "8", "--targets", "q_proj", "v_proj"]) == 0
+    assert cells(capsys.readouterr().out, table=2)["lora"][0] == f"{trained:,}"
+
+
 def test_a_70b_llama_is_counted_in_seconds():
     start = time.perf_counter()
     with torch.device("meta"):

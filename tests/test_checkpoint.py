@@ -4,6 +4,8 @@ import fnmatch
 import gzip
 import json
 import os
+import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +14,8 @@ import types
 import huggingface_hub
 import pytest
 import torch
+import transformers
+from safetensors.torch import load_file, save_file
 
 import clinora
 from clinora import checkpoint
@@ -51,6 +55,161 @@ def test_sharded_weights_give_the_same_model(reference, tmp_path):
     shards = clinora.load_model(tmp_path / "shards", num_labels=5).state_dict()
     assert whole.keys() == shards.keys()
     assert all(torch.equal(whole[name], shards[name]) for name in whole)
+
+
+def keep_lm_head_alone(tensors):
+    """As Transformers 4 could save tied weights."""
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+
+
+def add_lm_head(tensors):
+    """As converters save tied weights that they do not recognise as one."""
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+
+def drop_prefix(tensors):
+    for name in [name for name in tensors if name.startswith("model.")]:
+        tensors[name.removeprefix("model.")] = tensors.pop(name)
+
+
+LAYOUTS = {
+    "embedding alone": [],
+    "lm_head alone": [keep_lm_head_alone],
+    "both": [add_lm_head],
+    "no prefix": [drop_prefix],
+    "no prefix, both": [add_lm_head, drop_prefix],
+    "no prefix, lm_head alone": [keep_lm_head_alone, drop_prefix],
+}
+
+
+@pytest.fixture(params=["one file", "shards"])
+def write_layout(request, reference):
+    """Write a causal LM's weights after some edits, in one file or two; give it and its folder."""
+
+    def write(edits, tied):
+        theirs, folder = reference(num_labels=None, tie_word_embeddings=tied)
+        path = folder / "model.safetensors"
+        for edit in edits:
+            edit_tensors(path, edit)
+        if request.param == "shards":
+            tensors = load_file(path)
+            path.unlink()
+            weight_map = {}
+            for number, names in enumerate((sorted(tensors)[::2], sorted(tensors)[1::2]), start=1):
+                file = f"model-0000{number}-of-00002.safetensors"
+                save_file({n: tensors[n] for n in names}, folder / file, {"format": "pt"})
+                weight_map |= dict.fromkeys(names, file)
+            index = folder / "model.safetensors.index.json"
+            index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        return theirs, folder
+
+    return write
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_each_layout_of_tied_weights_gives_the_same_model(write_layout, layout):
+    theirs, folder = write_layout(LAYOUTS[layout], tied=True)
+    model = clinora.load_model(folder).eval()
+    with torch.no_grad():
+        assert torch.equal(model(IDS), theirs(IDS).logits)
+    classifier = clinora.load_model(folder, num_labels=5).state_dict()
+    expected = theirs.model.state_dict()
+    assert classifier.keys() == {f"model.{name}" for name in expected} | {"score.weight"}
+    assert all(torch.equal(classifier[f"model.{name}"], expected[name]) for name in expected)
+
+
+def test_untied_weights_without_the_prefix_give_the_same_model(write_layout):
+    theirs, folder = write_layout([drop_prefix], tied=False)
+    with torch.no_grad():
+        assert torch.equal(clinora.load_model(folder).eval()(IDS), theirs(IDS).logits)
+
+
+def test_a_decoder_that_transformers_saved_without_a_head_is_loaded(reference, tmp_path):
+    theirs, _ = reference(num_labels=None)
+    theirs.model.save_pretrained(tmp_path / "decoder")
+    assert "norm.weight" in load_file(tmp_path / "decoder" / "model.safetensors")
+    classifier = clinora.load_model(tmp_path / "decoder", num_labels=5)
+    with torch.no_grad():
+        assert torch.equal(classifier.model(IDS), theirs.model(IDS).last_hidden_state)
+    with pytest.raises(CheckpointError, match=r"missing: lm_head\.weight$"):
+        clinora.load_model(tmp_path / "decoder")
+
+
+def test_a_tensor_with_and_without_the_prefix_is_refused(reference):
+    _, folder = reference()
+    edit_tensors(
+        folder / "model.safetensors",
+        lambda tensors: tensors.update({"norm.weight": torch.zeros(64)}),
+    )
+    with pytest.raises(CheckpointError, match=r"unexpected: norm\.weight"):
+        clinora.load_model(folder, num_labels=5)
+
+
+def test_an_untied_lm_head_does_not_take_the_place_of_the_embedding(reference):
+    _, folder = reference(num_labels=None)
+    edit_tensors(
+        folder / "model.safetensors", lambda tensors: tensors.pop("model.embed_tokens.weight")
+    )
+    for num_labels in (None, 5):
+        with pytest.raises(CheckpointError, match=r"missing: model\.embed_tokens\.weight"):
+            clinora.load_model(folder, num_labels=num_labels)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [torch.zeros(97, 64), torch.zeros(97, 64).to(torch.float8_e4m3fn), torch.zeros(3)],
+    ids=["values", "dtype", "shape"],
+)
+def test_weights_that_are_called_tied_but_differ_are_refused(reference, other):
+    """Transformers 5 does not tie them; without the error we would give other logits."""
+    _, folder = reference(num_labels=None, tie_word_embeddings=True)
+    edit_tensors(
+        folder / "model.safetensors", lambda tensors: tensors.update({"lm_head.weight": other})
+    )
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight differs.*tie_word_embeddings"):
+        clinora.load_model(folder)
+    clinora.load_model(folder, num_labels=5)  # a classifier does not use it
+
+
+class Unpickled:
+    """Makes a pickle that creates a file when it is read."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin"])
+def test_a_pickle_of_weights_is_refused_unread(reference, tmp_path, name):
+    _, folder = reference()
+    (folder / "model.safetensors").unlink()
+    (folder / name).write_bytes(pickle.dumps(Unpickled(tmp_path / "read")))
+    (folder / "tokenizer.model").write_bytes(b"pieces")
+    for read in (
+        lambda: clinora.load_model(folder, num_labels=5),
+        lambda: clinora.Classifier.new(folder, ["A", "B"], device="cpu"),
+        lambda: weights_sha256(folder),
+    ):
+        with pytest.raises(CheckpointError, match=r"pytorch_model\.bin.*pickle.*save_pretrained"):
+            read()
+    assert not (tmp_path / "read").exists()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_conversion_that_the_refusal_of_a_pickle_names_works(reference, tmp_path, tied):
+    theirs, folder = reference(num_labels=None, tie_word_embeddings=tied)
+    (folder / "model.safetensors").unlink()
+    torch.save(theirs.state_dict(), folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError) as caught:
+        clinora.load_model(folder)
+    command = re.search(r"AutoModelForCausalLM\S+\)", str(caught.value))[0]
+    names = {"AutoModelForCausalLM": transformers.AutoModelForCausalLM}
+    eval(command, names | {"BASE": folder, "FOLDER": tmp_path / "converted"})
+    with torch.no_grad():
+        model = clinora.load_model(tmp_path / "converted").eval()
+        assert torch.equal(model(IDS), theirs(IDS).logits)
 
 
 def test_base_without_a_head_gets_a_new_untrained_one(reference):
@@ -371,6 +530,16 @@ def test_hub_id_without_a_tokenizer_is_refused_before_its_weights_are_downloaded
     with pytest.raises(CheckpointError, match=r"tokenizer\.model.*SentencePiece"):
         clinora.Classifier.new("someone/a-base", ["A", "B"], device="cpu")
     assert len(hub.asked) == 1
+
+
+def test_pickles_on_the_hub_are_refused_with_the_way_to_convert_them(shards, hub):
+    folder, _ = shards
+    for file in folder.glob("model*"):
+        file.unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"pickle")
+    hub.publish(folder)
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin.*pickle.*save_pretrained"):
+        clinora.load_model("someone/a-base", num_labels=5)
 
 
 def test_hub_id_without_a_config_is_refused(tmp_path, hub):

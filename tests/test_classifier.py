@@ -35,6 +35,10 @@ CALIBRATION = {
     "weights": [1.0, 0.5], "bias": 0.0, "promise": 0.9, "threshold": 0.5, "notes": 50,
     "coverage": 1.0, "accuracy": 1.0,
 }  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 512,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -283,7 +287,11 @@ def test_another_tokenizer_is_refused(run, small_run, tmp_path):
 
 @pytest.mark.parametrize(
     ("change", "same"),
-    [({"rope_theta": 500.0, "rope_parameters": None}, False), ({"dtype": "float32"}, True)],
+    [
+        ({"rope_theta": 500.0, "rope_parameters": None}, False),
+        ({"rope_scaling": LLAMA3}, False),
+        ({"dtype": "float32"}, True),
+    ],
 )
 def test_another_configuration_is_refused_but_not_another_spelling(run, tmp_path, change, same):
     shutil.copytree(BUNDLED / "base", tmp_path / "base")

@@ -1,5 +1,6 @@
 """The decoder against Transformers, float64 formulas and its own promises."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -20,20 +21,63 @@ from clinora.llama import (
     LlamaForCausalLM,
     LlamaForSequenceClassification,
     RMSNorm,
+    RopeScaling,
     last_token,
     rotary_angles,
     rotate,
+    scale_frequencies,
 )
 from clinora.lora import LoRAConfig, apply_lora
 
+LLAMA3 = {  # a config's values for θ = 500 and heads of 8: one pair is kept, one mixed, two slowed
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 0.5,
+    "high_freq_factor": 2.0,
+    "original_max_position_embeddings": 24,
+}
 SHAPES = {
     "grouped": {},
     "ungrouped": {"num_attention_heads": 4, "num_key_value_heads": 4},
     "head_dim": {"head_dim": 24},
     "biases": {"attention_bias": True, "mlp_bias": True},
     "theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0}},
+    "llama3": {"rope_parameters": LLAMA3},
     "one layer": {"num_hidden_layers": 1},
 }
+# An eighth of each width, a 32nd of the positions, a 64th of the vocabulary, fewer layers.
+FAMILY = {
+    "TinyLlama-1.1B": {
+        "hidden_size": 256, "intermediate_size": 704, "vocab_size": 500,
+        "num_attention_heads": 32, "num_key_value_heads": 4, "max_position_embeddings": 64,
+    },
+    "Llama-2-7B": {
+        "hidden_size": 512, "intermediate_size": 1376, "vocab_size": 500,
+        "num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 128,
+    },
+    "Llama-3.2-1B": {
+        "hidden_size": 256, "intermediate_size": 1024, "vocab_size": 2004, "head_dim": 8,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 4096,
+        "tie_word_embeddings": True,
+        "rope_parameters": {
+            "rope_type": "llama3", "rope_theta": 5e5, "factor": 32.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 256,
+        },
+    },
+    "SmolLM2-135M": {
+        "hidden_size": 72, "intermediate_size": 192, "vocab_size": 768,
+        "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 256,
+        "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e5},
+    },
+    "SmolLM2-360M": {
+        "hidden_size": 120, "intermediate_size": 320, "vocab_size": 768,
+        "num_attention_heads": 15, "num_key_value_heads": 5, "max_position_embeddings": 256,
+        "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e5},
+    },
+}  # fmt: skip
 LENGTHS = (13, 1, 29, 7)  # odd ones, a single token, a row without padding
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -59,7 +103,7 @@ def exact_hidden_states(
 ) -> torch.Tensor:
     """Llama's equations, each in float64: RoPE by complex numbers, attention with a full mask."""
     width, heads = config.head_dim, config.num_attention_heads
-    theta = config.rope_parameters["rope_theta"]
+    rope = config.rope_parameters
 
     def norm(x: torch.Tensor, name: str) -> torch.Tensor:
         rms = (x.square().mean(-1, keepdim=True) + config.rms_norm_eps).sqrt()
@@ -76,7 +120,7 @@ def exact_hidden_states(
     for i in range(config.num_hidden_layers):
         h, attn = norm(x, f"layers.{i}.input_layernorm"), f"layers.{i}.self_attn"
         q, k, v = (split(linear(h, f"{attn}.{name}_proj")) for name in "qkv")
-        out = exact_attention(turn(q, theta), turn(k, theta), v).transpose(1, 2).flatten(2)
+        out = exact_attention(turn(q, rope), turn(k, rope), v).transpose(1, 2).flatten(2)
         x = x + linear(out, f"{attn}.o_proj")
         h, mlp = norm(x, f"layers.{i}.post_attention_layernorm"), f"layers.{i}.mlp"
         gate = linear(h, f"{mlp}.gate_proj")
@@ -90,10 +134,28 @@ def in_float64(theirs: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     return exact_hidden_states(weights, theirs.config, ids)
 
 
-def turn(x: torch.Tensor, theta: float) -> torch.Tensor:
+def exact_frequencies(width: int, rope: dict) -> torch.Tensor:
+    """Radians per token of each pair, in float64; the cases of "llama3" one by one."""
+    frequencies = []
+    for i in range(0, width, 2):
+        f = rope["rope_theta"] ** (-i / width)
+        if rope["rope_type"] == "llama3":
+            wavelength = 2 * math.pi / f
+            original = rope["original_max_position_embeddings"]
+            low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+            if wavelength > original / low:
+                f = f / rope["factor"]
+            elif wavelength >= original / high:
+                s = (original / wavelength - low) / (high - low)
+                f = f * ((1 - s) / rope["factor"] + s)
+        frequencies.append(f)
+    return torch.tensor(frequencies, dtype=torch.float64)
+
+
+def turn(x: torch.Tensor, rope: dict) -> torch.Tensor:
     """Multiply each pair, as a complex number, by e^{i m θ_j} (Su et al. 2021, equation 12)."""
     half = x.size(-1) // 2
-    frequency = theta ** (-torch.arange(half, dtype=torch.float64) / half)
+    frequency = exact_frequencies(x.size(-1), rope)
     angle = torch.arange(x.size(-2), dtype=torch.float64)[:, None] * frequency
     z = torch.complex(x[..., :half], x[..., half:]) * torch.exp(1j * angle)
     return torch.cat((z.real, z.imag), -1)
@@ -133,6 +195,18 @@ def test_language_model_logits_equal_transformers_to_the_bit(twins, notes, shape
     ours, theirs = twins(num_labels=None, tie_word_embeddings=tied, **shape)
     ids, _ = notes((17, 17))
     with torch.no_grad():
+        assert torch.equal(ours(ids), theirs(ids).logits)
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_each_model_of_the_family_equals_transformers_to_the_bit(twins, notes, name):
+    shape = FAMILY[name]
+    rope = shape.get("rope_parameters", {})
+    tokens = rope.get("original_max_position_embeddings", 0) + 70
+    ours, theirs = twins(num_labels=None, **shape)
+    ids, _ = notes((tokens, tokens), vocab_size=shape["vocab_size"])
+    with torch.no_grad():
+        assert torch.equal(ours.model(ids), theirs.model(ids).last_hidden_state)
         assert torch.equal(ours(ids), theirs(ids).logits)
 
 
@@ -453,7 +527,8 @@ def test_a_lora_step_compiles_to_machine_code(adapted, notes, difference):
 def test_rotation_is_multiplication_by_complex_numbers(theta):
     x = torch.randn(2, 3, 50, 16, dtype=torch.float64)
     angles = rotary_angles(torch.arange(50), 16, theta).double()
-    assert torch.allclose(rotate(x, angles.cos(), angles.sin()), turn(x, theta), atol=2e-5)
+    turned = turn(x, {"rope_type": "default", "rope_theta": theta})
+    assert torch.allclose(rotate(x, angles.cos(), angles.sin()), turned, atol=2e-5)
 
 
 def test_angles_of_a_hand_computed_head():
@@ -461,6 +536,66 @@ def test_angles_of_a_hand_computed_head():
     assert angles.dtype == torch.float32
     expected = torch.tensor([[0.0] * 4, [-1.0, -0.01, 1.0, 0.01], [-300.0, -3.0, 300.0, 3.0]])
     assert torch.allclose(angles, expected, rtol=1e-6)
+
+
+# Head width, factor, low_freq_factor, high_freq_factor, original positions.
+LLAMA3_SCALINGS = {
+    "Llama-3.1-8B": (128, 8.0, 1.0, 4.0, 8192),
+    "Llama-3.2-1B": (64, 32.0, 1.0, 4.0, 8192),
+    "another": (32, 1.5, 0.3, 10, 100),
+}
+any_scaling = pytest.mark.parametrize(
+    "width, factor, low, high, original", LLAMA3_SCALINGS.values(), ids=LLAMA3_SCALINGS
+)
+
+
+@any_scaling
+def test_scaled_frequencies_are_those_of_the_three_cases(width, factor, low, high, original):
+    scaling = RopeScaling(
+        factor=factor,
+        low_freq_factor=low,
+        high_freq_factor=high,
+        original_max_position_embeddings=original,
+    )
+    rope = {"rope_type": "llama3", "rope_theta": 5e5} | dataclasses.asdict(scaling)
+    exact = exact_frequencies(width, rope)
+    plain = exact_frequencies(width, {"rope_type": "default", "rope_theta": 5e5})
+    kept = exact == plain
+    slowed = exact == plain / factor
+    assert kept.any() and slowed.any() and not (kept | slowed).all()  # each case occurs
+    scaled = scale_frequencies(plain.float(), scaling).double()
+    assert torch.allclose(scaled, exact, rtol=1e-6, atol=0)
+
+
+@any_scaling
+def test_scaled_angles_equal_transformers_to_the_bit(width, factor, low, high, original):
+    scaling = RopeScaling(
+        factor=factor,
+        low_freq_factor=low,
+        high_freq_factor=high,
+        original_max_position_embeddings=original,
+    )
+    theirs = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(
+        transformers.LlamaConfig(
+            head_dim=width,
+            max_position_embeddings=131_072,
+            rope_parameters={"rope_type": "llama3", "rope_theta": 5e5}
+            | dataclasses.asdict(scaling),
+        )
+    )
+    positions = torch.arange(0, 131_072, 7)
+    cos, sin = theirs(torch.zeros(1), positions[None])
+    angles = rotary_angles(positions, width, 5e5, scaling)
+    half = width // 2
+    assert torch.equal(angles.cos(), cos[0])
+    assert torch.equal(angles.sin()[:, half:], sin[0, :, half:])
+    assert torch.equal(-angles.sin()[:, :half], sin[0, :, :half])
+
+
+@pytest.mark.parametrize("scaling", [LLAMA3, "llama3"])
+def test_a_scaling_of_another_type_is_refused(scaling):
+    with pytest.raises(ValueError, match=r"rope_scaling is .*: expected a RopeScaling"):
+        small(rope_scaling=scaling)
 
 
 def test_rotated_product_depends_on_the_distance_alone():
@@ -640,14 +775,22 @@ def config_file(tmp_path):
          "rope_parameters": {"rope_theta": 30000.0, "rope_type": "default"}},
         {"rope_scaling": {"type": "default"},
          "rope_parameters": {"rope_theta": 30000.0, "rope_type": "default"}},
+        {"rope_scaling": {key: LLAMA3[key] for key in LLAMA3 if key != "rope_theta"}},
+        {"rope_scaling": ..., "rope_theta": ..., "rope_parameters": LLAMA3},
+        {"rope_interleaved": False, "is_llama_config": True},
     ],
-    ids=["old", "absent", "null", "all", "scaling named default", "new", "both"],
+    ids=["old", "absent", "null", "all", "scaling named default", "new", "both", "old llama3",
+         "new llama3", "keys of SmolLM2"],
 )  # fmt: skip
 def test_config_reads_what_transformers_reads(config_file, changes):
     path = config_file(**changes)
     ours, theirs = LlamaConfig.from_json(path), transformers.LlamaConfig.from_pretrained(path)
     assert [getattr(ours, name) for name in SIZES] == [getattr(theirs, name) for name in SIZES]
-    assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+    rope = {"rope_theta": ours.rope_theta, "rope_type": "default"}
+    if ours.rope_scaling is not None:
+        rope |= dataclasses.asdict(ours.rope_scaling) | {"rope_type": "llama3"}
+    assert rope == {key: theirs.rope_parameters[key] for key in rope}
+    assert theirs.rope_parameters.keys() <= rope.keys() | {"type"}
 
 
 def test_config_reads_what_transformers_writes(tmp_path):
@@ -669,7 +812,19 @@ def test_config_reads_what_transformers_writes(tmp_path):
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope type 'linear'"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope type 'yarn'"),
         ({"rope_scaling": {"rope_type": "dynamic", "type": "dynamic"}}, "rope type 'dynamic'"),
-        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope type 'llama3'"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}},
+         "rope type 'llama3' lacks high_freq_factor, low_freq_factor, original_max_position_emb"),
+        ({"rope_scaling": LLAMA3 | {"original_max_position_embeddings": None}},
+         "rope type 'llama3' lacks original_max_position_embeddings"),
+        ({"rope_scaling": LLAMA3 | {"factor": "8"}}, "factor is '8': expected a positive number"),
+        ({"rope_scaling": LLAMA3 | {"factor": 0.5}}, "factor is 0.5: expected at least 1"),
+        ({"rope_scaling": LLAMA3 | {"low_freq_factor": 0}}, "low_freq_factor is 0: expected a pos"),
+        ({"rope_scaling": LLAMA3 | {"high_freq_factor": 0.5}},
+         "high_freq_factor is 0.5: expected more than low_freq_factor, which is 0.5"),
+        ({"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 24.0}},
+         "original_max_position_embeddings is 24.0: expected a whole number"),
+        ({"rope_scaling": LLAMA3 | {"attention_factor": 2.0}},
+         r"rope parameters \{'attention_factor': 2.0\} are not supported"),
         ({"rope_parameters": {"rope_theta": 1e4}, "rope_scaling": {"type": "linear"}},
          "rope type 'linear'"),
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
@@ -694,8 +849,8 @@ def test_config_reads_what_transformers_writes(tmp_path):
         ({"rope_parameters": {"rope_theta": {}}}, "rope_theta is {}: expected a positive number"),
         ({"attention_bias": "false"}, "attention_bias is 'false': expected true or false"),
         ({"mlp_bias": 1}, "mlp_bias is 1: expected true or false"),
-        ({"rope_parameters": "linear"}, "rope type 'linear' is not supported"),
-        ({"rope_scaling": ["linear", 2]}, r"rope type \['linear', 2\] is not supported"),
+        ({"rope_parameters": "linear"}, "rope parameters 'linear' are not a JSON object"),
+        ({"rope_scaling": ["linear", 2]}, r"rope parameters \['linear', 2\] are not a JSON object"),
     ],
 )  # fmt: skip
 def test_config_refuses_by_name_what_the_decoder_does_not_do(config_file, changes, message):

@@ -11,10 +11,11 @@ import pytest
 import sentencepiece
 import torch
 import torch.nn.functional as F
+import transformers
 
 import clinora
 from clinora.checkpoint import CheckpointError
-from clinora.llama import LlamaConfig, LlamaForCausalLM
+from clinora.llama import LlamaConfig, LlamaForCausalLM, RopeScaling
 from tools import pretrain_base as tool
 from tools.pretraining import card, corpus, loop, tokenizer
 
@@ -200,6 +201,19 @@ def test_a_killed_tool_goes_on_to_the_same_files(small, folders, tmp_path, monke
     assert tool.main(command(folder, notes, out, "--resume")) == 0
     for name in ("model.safetensors", "tokenizer.model", "config.json", "notes_sha256.txt"):
         assert (out / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_the_written_config_carries_a_scaling_of_rope(small, folders, tmp_path, monkeypatch):
+    folder, notes, _ = folders
+    scaling = RopeScaling(
+        factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32
+    )
+    shape = dataclasses.replace(SHAPE, rope_theta=5e5, rope_scaling=scaling)
+    monkeypatch.setattr(tool, "SHAPE", shape)
+    assert tool.main(command(folder, notes, tmp_path / "base")) == 0
+    assert LlamaConfig.from_json(tmp_path / "base" / "config.json") == shape
+    theirs = transformers.LlamaConfig.from_pretrained(tmp_path / "base").rope_parameters
+    assert theirs == dataclasses.asdict(scaling) | {"rope_type": "llama3", "rope_theta": 5e5}
 
 
 def test_a_note_is_followed_by_what_the_file_says_of_it_but_never_by_its_specialty(tmp_path):

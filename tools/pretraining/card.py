@@ -167,6 +167,9 @@ def write_base(
     folder.mkdir(parents=True, exist_ok=True)
     config = dataclasses.asdict(model.model.config)
     rope = {"rope_type": "default", "rope_theta": config["rope_theta"]}
+    scaling = config.pop("rope_scaling")
+    if scaling is not None:
+        rope |= {"rope_type": "llama3"} | scaling
     config |= {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
