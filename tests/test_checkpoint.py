@@ -388,12 +388,19 @@ def test_find_tokenizer_downloads_no_other_file(reference, hub):
     assert hub.asked == ["v2"]
 
 
-def test_tokenizer_json_is_downloaded_from_the_hub_if_it_is_the_only_one(reference, hub):
+def test_a_base_is_downloaded_with_its_tokenizer_json(reference, hub):
     _, folder = reference()
     (folder / "tokenizer.json").write_text("{}")
     hub.publish(folder)
-    assert find_tokenizer("someone/a-base").name == "tokenizer.json"
     assert find_tokenizer(find_base("someone/a-base").folder).read_text() == "{}"
+
+
+def test_find_tokenizer_finds_tokenizer_json_on_the_hub(reference, hub):
+    _, folder = reference()
+    (folder / "tokenizer.json").write_text("{}")
+    hub.publish(folder)
+    path = find_tokenizer("someone/a-base")
+    assert [file.name for file in path.parent.iterdir()] == ["tokenizer.json"]
 
 
 def test_hub_id_without_a_tokenizer_is_refused_before_its_weights_are_downloaded(
