@@ -24,6 +24,7 @@ import torch
 
 import clinora
 from benchmarks import common
+from clinora.checkpoint import find_tokenizer
 from clinora.device import keep_freed_memory
 from clinora.notes import Note, are_correct
 
@@ -97,7 +98,7 @@ def measure_side(args: argparse.Namespace) -> dict:
     training = notes.on("training")[: args.sample]
     test = notes.on("test")
     labels = len(notes.classes)
-    tokenizer = clinora.Tokenizer(common.find_base(args.base).folder / "tokenizer.model")
+    tokenizer = clinora.Tokenizer(find_tokenizer(args.base))
     ids = [tokenizer.encode(note.text, args.token_limit) for note in training]
     steps = args.epochs * math.ceil(len(training) / args.batch)
     if args.side == "ours":

@@ -14,13 +14,14 @@ import torch
 
 import clinora
 from benchmarks import common
+from clinora.checkpoint import find_tokenizer
 
 
 def measure(args: argparse.Namespace) -> None:
     """Time a pass of each side over the same notes."""
     tokenizer_file = args.tokenizer
     if tokenizer_file is None:
-        tokenizer_file = common.find_base(args.base).folder / "tokenizer.model"
+        tokenizer_file = find_tokenizer(args.base)
     tokenizer = clinora.Tokenizer(tokenizer_file)
     notes = clinora.read_notes(args.notes).on("training")
     chosen = torch.randperm(len(notes), generator=torch.Generator().manual_seed(0))[: args.sample]
@@ -62,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = common.parser(__doc__)
     parser.add_argument("base", help="a folder, or bundled")
     parser.add_argument("--notes", default="bundled", help="bundled, mtsamples or a CSV file")
-    parser.add_argument("--tokenizer", help="a tokenizer.model (default: the base's)")
+    parser.add_argument("--tokenizer", help="a tokenizer file (default: the base's)")
     parser.add_argument("--layers", type=int, help="layers of the base to keep (default: all)")
     parser.add_argument("--batch", type=int, default=16, help="notes that a step learns from")
     parser.add_argument("--sample", type=int, default=64, help="notes to train on")

@@ -68,11 +68,11 @@ SHAPES = {
 
 
 def write_base(shape: str, folder: Path, tokenizer: Path | None = None, seed: int = 0) -> None:
-    """Write config.json, model.safetensors and a copy of tokenizer.model, if one is given."""
+    """Write config.json, model.safetensors and a copy of the tokenizer's file, if one is given."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(SHAPES[shape], indent=2) + "\n")
     if tokenizer is not None:
-        shutil.copyfile(tokenizer, folder / "tokenizer.model")
+        shutil.copyfile(tokenizer, folder / f"tokenizer{tokenizer.suffix}")
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig.from_json(folder / "config.json"))
     draw = torch.Generator().manual_seed(seed)
@@ -92,7 +92,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("shape", choices=SHAPES, help="the model whose shape to write")
     parser.add_argument("folder", type=Path, help="folder to write to")
-    parser.add_argument("--tokenizer", type=Path, help="a tokenizer.model to copy there")
+    parser.add_argument(
+        "--tokenizer", type=Path, help="a tokenizer.model or tokenizer.json to copy there"
+    )
     args = parser.parse_args(argv)
     write_base(args.shape, args.folder, args.tokenizer)
     return 0

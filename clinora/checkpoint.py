@@ -26,7 +26,7 @@ BUNDLED = Path(__file__).parent / "bundled"
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-TOKENIZER = "tokenizer.model"
+TOKENIZERS = ("tokenizer.model", "tokenizer.json")  # a base with both is read with the first
 
 EMBEDDING = "model.embed_tokens.weight"
 
@@ -67,7 +67,7 @@ def find_base(source: str | Path, revision: str | None = None) -> Source:
         return Source("bundled", None, BUNDLED / "base")
     if Path(source).is_dir():
         return Source(str(Path(source).resolve()), None, Path(source))
-    patterns = ["config.json", TOKENIZER, WEIGHTS, INDEX, "model-*.safetensors"]
+    patterns = ["config.json", *TOKENIZERS, WEIGHTS, INDEX, "model-*.safetensors"]
     folder = Path(_from_hub(source, revision, patterns))
     return Source(str(source), folder.name, folder)  # the cache names the folder by its commit
 
@@ -89,7 +89,10 @@ def find_config(source: str | Path, revision: str | None = None) -> Path:
 
 
 def find_tokenizer(source: str | Path, revision: str | None = None) -> Path:
-    """Find a base's ``tokenizer.model`` without its weights, which may take long to load.
+    """Find a base's tokenizer file without its weights, which may take long to load.
+
+    It is ``tokenizer.model``, or ``tokenizer.json`` if there is no such file. Bases that have both,
+    such as Llama 2, have the same ids in both.
 
     Args:
         source: "bundled", a folder or a Hub id; of the Hub's files only this one is downloaded.
@@ -99,19 +102,20 @@ def find_tokenizer(source: str | Path, revision: str | None = None) -> Path:
         CheckpointError: There is no such file, or another file stands in its place.
     """
     folder = BUNDLED / "base" if str(source) == "bundled" else Path(source)
-    if folder.is_dir():
+    is_local = folder.is_dir()
+    if is_local:
         _weight_files(folder)  # a folder without weights is not a base
-    else:
-        folder = Path(_from_hub(source, revision, [TOKENIZER]))
-    path = folder / TOKENIZER
-    if not path.is_file():
-        raise CheckpointError(
-            f"{folder} holds no {TOKENIZER}: expected a base with a SentencePiece tokenizer, such "
-            "as Llama 2 or TinyLlama; bases that have tokenizer.json alone, such as Llama 3 and "
-            "SmolLM, are not supported"
-        )
-    _check_kind(path)
-    return path
+    for name in TOKENIZERS:
+        if not is_local:
+            folder = Path(_from_hub(source, revision, [name]))
+        if (folder / name).is_file():
+            _check_kind(folder / name)
+            return folder / name
+    raise CheckpointError(
+        f"{source} holds neither {' nor '.join(TOKENIZERS)}: expected a base with its tokenizer in "
+        "one of these files; Transformers writes tokenizer.json from other files with "
+        "AutoTokenizer.from_pretrained(BASE).save_pretrained(FOLDER)"
+    )
 
 
 def _from_hub(source: str | Path, revision: str | None, patterns: list[str]) -> str:

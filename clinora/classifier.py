@@ -184,7 +184,7 @@ class Classifier:
             precision: "auto", "bf16", "fp16" or "fp32".
 
         Raises:
-            CheckpointError: The base is missing or damaged, or has no ``tokenizer.model``.
+            CheckpointError: The base is missing or damaged, or has no tokenizer.
             ValueError: This machine has no such device, or the parts do not fit together.
         """
         torch.manual_seed(seed)
@@ -229,11 +229,14 @@ class Classifier:
                 f"there is no run {folder}: train one with clinora train --run {folder}"
             )
         record = RunRecord.read(folder)
+        revision = None
         if base is None:
-            source = find_base(record.base.source, record.base.revision)
-        else:
-            source = find_base(base)
+            base = record.base.source
+            revision = record.base.revision
+        find_tokenizer(base, revision)  # before the weights, which may take long to download
+        source = find_base(base, revision)
         record.base.check(source, folder)
+        tokenizer = Tokenizer(find_tokenizer(source.folder))
         chosen_device = choose_device(device)
         model = load_model(
             source.folder,
@@ -243,7 +246,6 @@ class Classifier:
         )
         model.source = source
         load_adapter(model, folder)
-        tokenizer = Tokenizer(source.folder / "tokenizer.model")
         classifier = cls(model, tokenizer, record.labels, record.token_limit, record.calibration)
         classifier.data = record.data
         classifier.training_options = record.training_options

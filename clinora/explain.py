@@ -56,7 +56,8 @@ def explain(classifier: Classifier, text: str) -> list[Sentence]:
 
     Returns:
         The sentences of the cleaned note, in their order. The text beyond the token limit is one
-        last sentence without a contribution.
+        last sentence without a contribution; it begins exactly where the last token ends, which may
+        be inside a sentence.
 
     Raises:
         ValueError: The note is empty.
@@ -67,21 +68,19 @@ def explain(classifier: Classifier, text: str) -> list[Sentence]:
     ids = classifier.tokenizer.encode(text, classifier.token_limit)
     places = classifier.tokenizer.places(text, classifier.token_limit)
     scores = token_contributions(classifier, ids)
-    sentences = split_sentences(text)
+    _, read = places[-1]  # characters
+    sentences = split_sentences(text[:read])
     ends = list(itertools.accumulate(len(sentence) for sentence in sentences))
-    sums: dict[int, float] = {}  # by position of the sentence, the sum over its tokens
-    for score, (begin, end) in zip(scores[1:], places[1:], strict=True):  # without the bos
+    sums = [0.0] * len(sentences)
+    in_front = len(classifier.tokenizer.first)  # tokens that are no part of the note
+    for score, (begin, end) in zip(scores[in_front:], places[in_front:], strict=True):
         # A token may begin with the space after the sentence before: its last character decides.
         last_character = max(begin, end - 1)
-        position = bisect.bisect(ends, last_character)
-        sums[position] = sums.get(position, 0.0) + score
-    read = max(sums, default=-1) + 1  # sentences
-    explained = []
-    for position, sentence in enumerate(sentences[:read]):
-        explained.append(Sentence(sentence, sums.get(position)))
-    unread = "".join(sentences[read:])
-    if unread:
-        explained.append(Sentence(unread, None))
+        if last_character < read:  # else it is of a character whose other tokens were not read
+            sums[bisect.bisect(ends, last_character)] += score
+    explained = [Sentence(*pair) for pair in zip(sentences, sums, strict=True)]
+    if read < len(text):
+        explained.append(Sentence(text[read:], None))
     return explained
 
 

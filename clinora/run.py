@@ -37,7 +37,7 @@ class BaseRecord:
         source: "bundled", a folder or a Hub id.
         revision: The Hub's commit; None for a folder.
         sha256: Of the weights.
-        tokenizer_sha256: Of ``tokenizer.model``.
+        tokenizer_sha256: Of the tokenizer's file, ``tokenizer.model`` or ``tokenizer.json``.
         config_sha256: Of the values in ``config.json``.
     """
 
@@ -61,7 +61,7 @@ class BaseRecord:
         found = base_hashes(source)
         files = {
             "sha256": "weights",
-            "tokenizer_sha256": "tokenizer.model",
+            "tokenizer_sha256": find_tokenizer(source.folder).name,
             "config_sha256": "config.json",
         }
         for name, file in files.items():

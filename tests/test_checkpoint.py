@@ -22,6 +22,7 @@ from clinora import checkpoint
 from clinora.checkpoint import (
     BUNDLED,
     CheckpointError,
+    find_base,
     find_config,
     find_tokenizer,
     weights_sha256,
@@ -405,25 +406,48 @@ def load_twice(base):
     yield lambda: clinora.Classifier.load("bundled", base=base, device="cpu")
 
 
-def test_a_base_with_tokenizer_json_alone_is_refused_before_its_weights_are_read(
+def test_a_base_without_a_tokenizer_is_refused_before_its_weights_are_read(
     tmp_path, no_weights_read
 ):
     folder = tmp_path / "base"
     shutil.copytree(BUNDLED / "base", folder)
-    (folder / "tokenizer.model").rename(folder / "tokenizer.json")
+    (folder / "tokenizer.model").rename(folder / "vocab.json")
     for load in load_twice(folder):
-        with pytest.raises(CheckpointError, match=r"tokenizer\.model.*SentencePiece"):
+        with pytest.raises(CheckpointError, match=r"neither tokenizer\.model nor tokenizer\.json"):
             load()
 
 
-@pytest.mark.parametrize("kind", IN_PLACE_OF_A_FILE)
-def test_another_file_in_the_place_of_the_tokenizer_is_recognised(tmp_path, kind, no_weights_read):
+def test_a_folder_has_its_tokenizer_model_read_and_without_it_its_tokenizer_json(tmp_path):
     folder = tmp_path / "base"
     shutil.copytree(BUNDLED / "base", folder)
-    (folder / "tokenizer.model").write_bytes(IN_PLACE_OF_A_FILE[kind])
+    (folder / "tokenizer.json").write_text("{}")
+    assert find_tokenizer(folder) == folder / "tokenizer.model"
+    (folder / "tokenizer.model").unlink()
+    assert find_tokenizer(folder) == folder / "tokenizer.json"
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json"])
+@pytest.mark.parametrize("kind", IN_PLACE_OF_A_FILE)
+def test_another_file_in_the_place_of_the_tokenizer_is_recognised(
+    tmp_path, kind, name, no_weights_read
+):
+    folder = tmp_path / "base"
+    shutil.copytree(BUNDLED / "base", folder)
+    (folder / "tokenizer.model").unlink()
+    (folder / name).write_bytes(IN_PLACE_OF_A_FILE[kind])
     for load in load_twice(folder):
-        with pytest.raises(CheckpointError, match=rf"tokenizer\.model .*{kind}"):
+        with pytest.raises(CheckpointError, match=rf"{name} .*{kind}"):
             load()
+
+
+def test_a_damaged_tokenizer_json_is_refused_before_its_weights_are_loaded(tmp_path, monkeypatch):
+    folder = tmp_path / "base"
+    shutil.copytree(BUNDLED / "base", folder)
+    (folder / "tokenizer.model").unlink()
+    (folder / "tokenizer.json").write_text("{}")
+    monkeypatch.setattr(checkpoint, "read_tensors", lambda path: pytest.fail("weights were read"))
+    with pytest.raises(ValueError, match=r"tokenizer\.json .*damaged"):
+        clinora.Classifier.new(folder, ["A", "B"], device="cpu")
 
 
 def test_a_folder_without_weights_is_refused_as_one_even_if_it_has_no_tokenizer(tmp_path):
@@ -523,13 +547,30 @@ def test_find_tokenizer_downloads_no_other_file(reference, hub):
     assert hub.asked == ["v2"]
 
 
-def test_hub_id_without_a_tokenizer_is_refused_before_its_weights_are_downloaded(reference, hub):
+def test_a_base_is_downloaded_with_its_tokenizer_json(reference, hub):
     _, folder = reference()
     (folder / "tokenizer.json").write_text("{}")
     hub.publish(folder)
-    with pytest.raises(CheckpointError, match=r"tokenizer\.model.*SentencePiece"):
-        clinora.Classifier.new("someone/a-base", ["A", "B"], device="cpu")
-    assert len(hub.asked) == 1
+    assert find_tokenizer(find_base("someone/a-base").folder).read_text() == "{}"
+
+
+def test_find_tokenizer_finds_tokenizer_json_on_the_hub(reference, hub):
+    _, folder = reference()
+    (folder / "tokenizer.json").write_text("{}")
+    hub.publish(folder)
+    path = find_tokenizer("someone/a-base")
+    assert [file.name for file in path.parent.iterdir()] == ["tokenizer.json"]
+
+
+def test_hub_id_without_a_tokenizer_is_refused_before_its_weights_are_downloaded(
+    reference, hub, tmp_path
+):
+    _, folder = reference()
+    hub.publish(folder)
+    for load in load_twice("someone/a-base"):
+        with pytest.raises(CheckpointError, match=r"a-base holds neither tokenizer\.model nor"):
+            load()
+    assert not [*(tmp_path / "cache").rglob("*.safetensors")]
 
 
 def test_pickles_on_the_hub_are_refused_with_the_way_to_convert_them(shards, hub):
