@@ -102,7 +102,7 @@ def read_gguf(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         reader = gguf.GGUFReader(file)
         values = {key: field.contents() for key, field in reader.fields.items()}
     except Exception as error:  # of many kinds: the reader does not check where the file ends
-        unknown = re.match(r"(\d+) is not a valid GGMLQuantizationType", str(error))
+        unknown = re.search(r"(\d+)\)? is not a valid GGMLQuantizationType", str(error))
         if unknown:
             raise CheckpointError(
                 f"{file} has a tensor of quantisation type {unknown[1]}, which is unknown"
@@ -202,7 +202,7 @@ def config_json(
     }
     for name in ("bos_token_id", "eos_token_id"):
         content[name] = values.get(f"tokenizer.ggml.{name}")
-    return (json.dumps(content, indent=2) + "\n").encode()
+    return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
 
 
 def recover_scaling(tensors: dict[str, Any], config: LlamaConfig, file: Path) -> dict | None:

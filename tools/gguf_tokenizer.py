@@ -50,9 +50,9 @@ def tokenizer_files(values: dict[str, Any], vocab_size: int, file: Path) -> dict
     Raises:
         CheckpointError: A value is missing or damaged, or the tokenizer is of another kind.
     """
-    kind = take(values, "model", file)
-    tokens = take(values, "tokens", file)
-    types = take(values, "token_type", file)
+    kind = take(values, "model", str, file)
+    tokens = take(values, "tokens", list, file)
+    types = take(values, "token_type", list, file)
     if len(types) != len(tokens) or len(set(tokens)) != len(tokens):
         raise CheckpointError(f"{file}: expected different tokens, each with a type")
     if len(tokens) > vocab_size:
@@ -64,18 +64,18 @@ def tokenizer_files(values: dict[str, Any], vocab_size: int, file: Path) -> dict
     raise CheckpointError(f"{file} has a tokenizer {kind!r}: expected 'gpt2' or 'llama'")
 
 
-def take(values: dict[str, Any], name: str, file: Path) -> Any:
-    """Give a value of the tokenizer's metadata that must exist."""
+def take(values: dict[str, Any], name: str, kind: type, file: Path) -> Any:
+    """Give a value of the tokenizer's metadata that must exist and have the type ``kind``."""
     key = f"tokenizer.ggml.{name}"
-    if key not in values:
-        raise CheckpointError(f"{file} lacks {key}")
+    if not isinstance(values.get(key), kind):
+        raise CheckpointError(f"{file}: {key} is missing or has the wrong type")
     return values[key]
 
 
 def token_of(values: dict[str, Any], name: str, file: Path) -> str:
     """Give the token whose id the metadata holds, such as ``bos_token_id``."""
-    tokens = take(values, "tokens", file)
-    index = take(values, name, file)
+    tokens = take(values, "tokens", list, file)
+    index = take(values, name, int, file)
     if index >= len(tokens):
         raise CheckpointError(f"{file}: {name} is {index}, and there are {len(tokens)} tokens")
     return tokens[index]
@@ -95,8 +95,8 @@ def byte_level_files(values: dict[str, Any], file: Path) -> dict[str, bytes]:
         raise CheckpointError(
             f"{file} has the pre-tokenizer {name!r}: expected one of {', '.join(DIVISIONS)}"
         )
-    tokens = take(values, "tokens", file)
-    types = take(values, "token_type", file)
+    tokens = take(values, "tokens", list, file)
+    types = take(values, "token_type", list, file)
     added = []
     for index, (token, kind) in enumerate(zip(tokens, types, strict=True)):
         if kind in (CONTROL, USER_DEFINED):
@@ -134,7 +134,7 @@ def byte_level_files(values: dict[str, Any], file: Path) -> dict[str, bytes]:
             "byte_fallback": False,
             "ignore_merges": name == "llama-bpe",
             "vocab": {token: index for index, token in enumerate(tokens)},
-            "merges": take(values, "merges", file),
+            "merges": take(values, "merges", list, file),
         },
     }
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
@@ -157,7 +157,7 @@ def first_token_template(values: dict[str, Any], file: Path) -> dict[str, Any] |
 
     As in llama.cpp, a tokenizer of Llama 3 puts its bos token there if the file does not say.
     """
-    tokens = take(values, "tokens", file)
+    tokens = take(values, "tokens", list, file)
     if values["tokenizer.ggml.pre"] == "smollm":
         first = SMOLLM_SEPARATOR
         if first not in tokens:
@@ -193,17 +193,17 @@ def sentencepiece_model(values: dict[str, Any], file: Path) -> bytes:
             f"{file} has a SentencePiece tokenizer that puts no bos token first: expected one that "
             "does, as Llama's"
         )
-    tokens = take(values, "tokens", file)
-    scores = take(values, "scores", file)
-    types = take(values, "token_type", file)
+    tokens = take(values, "tokens", list, file)
+    scores = take(values, "scores", list, file)
+    types = take(values, "token_type", list, file)
     if len(scores) != len(tokens):
         raise CheckpointError(f"{file} has {len(tokens)} tokens and {len(scores)} scores")
     pieces = []
     for token, score, kind in zip(tokens, scores, types, strict=True):
         pieces.append((1, message((1, token.encode()), (2, float(score)), (3, kind))))
-    unknown = take(values, "unknown_token_id", file)
-    bos = take(values, "bos_token_id", file)
-    eos = take(values, "eos_token_id", file)
+    unknown = take(values, "unknown_token_id", int, file)
+    bos = take(values, "bos_token_id", int, file)
+    eos = take(values, "eos_token_id", int, file)
     trainer = message(
         (3, 2),  # model_type: BPE
         (4, len(tokens)),
@@ -247,7 +247,7 @@ def message(*fields: tuple[int, bool | int | float | bytes]) -> bytes:
 
 
 def integer(value: int) -> bytes:
-    """Encode an integer of at least 0, 7 bits a byte; the eighth bit says that more bytes follow."""
+    """Encode an integer of at least 0: 7 bits a byte; the eighth says that more bytes follow."""
     encoded = bytearray()
     while value >= 128:
         encoded.append(value % 128 + 128)
