@@ -258,6 +258,8 @@ def test_a_sentencepiece_model_encodes_as_the_original_and_as_transformers(refer
     path = converted(file) / "tokenizer.model"
     found = sentencepiece.SentencePieceProcessor(model_file=str(path))
     expected = sentencepiece.SentencePieceProcessor(model_file=str(original))
+    for name in ("unk_id", "bos_id", "eos_id", "pad_id"):
+        assert getattr(found, name)() == getattr(expected, name)()
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file=file.name)
     for text in [*TEXTS, "<s> and </s> <unk> <0x0A>", "  around  "]:
         assert found.encode(text) == expected.encode(text)
@@ -341,6 +343,7 @@ def test_llama_bpe_ids_are_those_of_transformers_reading(reference, tmp_path, ll
         assert ids == theirs(text).input_ids == again(text).input_ids
         assert ids == [metadata["bos_token_id"], *oracle.encode(text).ids]
         assert found.decode(ids) == text
+    assert (again.bos_token, again.eos_token) == (CONTROLS[0], CONTROLS[1])
 
 
 def test_smollm_ids_are_those_of_its_published_pre_tokenizer(reference, tmp_path, smollm):
@@ -350,6 +353,16 @@ def test_smollm_ids_are_those_of_its_published_pre_tokenizer(reference, tmp_path
     for text in TEXTS:
         ids = [0, *oracle.encode(text).ids]
         assert found.encode(text).ids == again(text).input_ids == ids
+
+
+def test_smollm_never_joins_digits(reference, tmp_path, smollm):
+    metadata, _ = smollm
+    changes = {
+        "tokens": [*metadata["tokens"], "20"],
+        "token_type": [*metadata["token_type"], 1],
+        "merges": ["2 0", *metadata["merges"]],
+    }
+    found = read_tokenizer(reference, tmp_path, metadata | changes)
     assert found.encode("2024").tokens[1:] == ["2", "0", "2", "4"]
 
 

@@ -142,7 +142,7 @@ def byte_level_files(values: dict[str, Any], file: Path) -> dict[str, bytes]:
         Tokenizer.from_str(text)
     except Exception as error:  # the library raises Exception itself
         raise CheckpointError(f"{file} has a damaged tokenizer: {error}") from None
-    # Without it Transformers takes the tokenizer of any Llama for a SentencePiece one.
+    # tokenizer.json does not say which tokens are bos and eos; Transformers reads it from here.
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": token_of(values, "bos_token_id", file),
