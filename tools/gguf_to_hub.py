@@ -4,8 +4,9 @@
 
 The folder gets config.json, model.safetensors and tokenizer.json or tokenizer.model. Quantised
 weights are dequantised. The weights have the narrowest dtype that holds all of them exactly, so
-the conversion loses nothing: for a quantised file that is float32, because a scale of 11 bits times
-a number of 4 bits does not fit into 16 bits. ``--bfloat16`` halves such a folder and rounds.
+the conversion loses nothing. For a quantised file that is float32: a float16 scale, of 11
+significant bits, times an integer needs more bits than float16 or bfloat16 have. ``--bfloat16``
+rounds, and halves such a folder.
 """
 
 import argparse
