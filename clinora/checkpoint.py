@@ -23,6 +23,7 @@ from clinora.files import START_BYTES, recognise
 from clinora.llama import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 BUNDLED = Path(__file__).parent / "bundled"
+NAMED_BASES = ("bundled", "smollm2")
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -43,7 +44,7 @@ class Source:
     """Where a model came from.
 
     Attributes:
-        name: "bundled", a folder or a Hub id.
+        name: "bundled", "smollm2", a folder or a Hub id.
         revision: The Hub's revision; None for a folder.
         folder: The folder with its files on this machine.
     """
@@ -57,19 +58,47 @@ def find_base(source: str | Path, revision: str | None = None) -> Source:
     """Find a base model; download it from the Hub if ``source`` is not a folder.
 
     Args:
-        source: "bundled", a folder, or a Hub id such as "TinyLlama/TinyLlama-1.1B-Chat-v1.0".
+        source: "bundled", "smollm2", a folder, or a Hub id such as
+            "TinyLlama/TinyLlama-1.1B-Chat-v1.0".
         revision: A commit, branch or tag on the Hub; None: the main branch.
 
     Raises:
-        CheckpointError: ``source`` is not a folder and cannot be downloaded from the Hub.
+        CheckpointError: ``source`` is not a folder and cannot be downloaded from the Hub, or it is
+            "smollm2", which was not made.
     """
-    if str(source) == "bundled":
-        return Source("bundled", None, BUNDLED / "base")
-    if Path(source).is_dir():
-        return Source(str(Path(source).resolve()), None, Path(source))
+    folder = local_folder(source)
+    if str(source) in NAMED_BASES:
+        return Source(str(source), None, folder)
+    if folder.is_dir():
+        return Source(str(folder.resolve()), None, folder)
     patterns = ["config.json", *TOKENIZERS, WEIGHTS, INDEX, "model-*.safetensors"]
     folder = Path(_from_hub(source, revision, patterns))
     return Source(str(source), folder.name, folder)  # the cache names the folder by its commit
+
+
+def local_folder(source: str | Path) -> Path:
+    """Give the folder of a base that has a name, or else ``source`` itself as a path.
+
+    Raises:
+        CheckpointError: ``source`` is "smollm2", which was not made.
+    """
+    if str(source) == "bundled":
+        return BUNDLED / "base"
+    if str(source) != "smollm2":
+        return Path(source)
+    folder = smollm2_folder()
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"there is no {folder}: to make the base smollm2, run python -m tools.smollm2 in a "
+            "clone of Clinora"
+        )
+    return folder
+
+
+def smollm2_folder() -> Path:
+    """Give the folder for the base smollm2, in the user's cache; it may not exist."""
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(cache).expanduser() / "clinora" / "smollm2"
 
 
 def find_config(source: str | Path, revision: str | None = None) -> Path:
@@ -78,7 +107,7 @@ def find_config(source: str | Path, revision: str | None = None) -> Path:
     Raises:
         CheckpointError: There is no such file.
     """
-    path = BUNDLED / "base" if str(source) == "bundled" else Path(source)
+    path = local_folder(source)
     if not path.exists():
         path = Path(_from_hub(source, revision, ["config.json"]))
     if path.is_dir():
@@ -95,13 +124,14 @@ def find_tokenizer(source: str | Path, revision: str | None = None) -> Path:
     such as Llama 2, have the same ids in both.
 
     Args:
-        source: "bundled", a folder or a Hub id; of the Hub's files only this one is downloaded.
+        source: "bundled", "smollm2", a folder or a Hub id; of the Hub's files only this one is
+            downloaded.
         revision: A commit, branch or tag on the Hub; None: the main branch.
 
     Raises:
         CheckpointError: There is no such file, or another file stands in its place.
     """
-    folder = BUNDLED / "base" if str(source) == "bundled" else Path(source)
+    folder = local_folder(source)
     is_local = folder.is_dir()
     if is_local:
         _weight_files(folder)  # a folder without weights is not a base
@@ -176,7 +206,7 @@ def load_model(
     If the file has none, it is new and random, and ``head_trained`` is False.
 
     Args:
-        source: "bundled", a folder, or a Hub id, which is downloaded.
+        source: "bundled", "smollm2", a folder, or a Hub id, which is downloaded.
         num_labels: C, the number of classes.
         revision: A commit, branch or tag on the Hub.
         dtype: Dtype of the weights; None: the file's.

@@ -174,7 +174,7 @@ class Classifier:
         """Assemble an untrained classifier, ready to train.
 
         Args:
-            base: "bundled", a folder or a Hub id.
+            base: "bundled", "smollm2", a folder or a Hub id.
             labels: Names of the classes.
             lora: How to adapt the model; None adapts nothing, so that the whole model trains.
             seed: Seed of PyTorch's generators, which draw the head and LoRA's A.
@@ -215,7 +215,8 @@ class Classifier:
 
         Args:
             folder: The run's folder, or "bundled" for the adapter in the package.
-            base: The base, if it is not where the run recorded it: "bundled", a folder or a Hub id.
+            base: The base, if it is not where the run recorded it: "bundled", "smollm2", a folder
+                or a Hub id.
             device: "auto", "cpu", "cuda" or "mps".
             precision: "auto", "bf16", "fp16" or "fp32".
 

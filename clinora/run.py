@@ -34,7 +34,7 @@ class BaseRecord:
     """The base that a run was trained on.
 
     Attributes:
-        source: "bundled", a folder or a Hub id.
+        source: "bundled", "smollm2", a folder or a Hub id.
         revision: The Hub's commit; None for a folder.
         sha256: Of the weights.
         tokenizer_sha256: Of the tokenizer's file, ``tokenizer.model`` or ``tokenizer.json``.

@@ -311,7 +311,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--ranks", nargs="+", type=int, default=(1, 4, 8, 16, 64), help="ranks of LoRA")
     add("--seeds", nargs="+", type=int, default=(0, 1, 2), help="seeds, with one training each")
     add("--targets", nargs="+", default=clinora.LoRAConfig().targets, help="layers to adapt")
-    add("--base", default="bundled", help="bundled, a folder or a Hub id")
+    add("--base", default="bundled", help="bundled, smollm2, a folder or a Hub id")
     add("--notes", default="bundled", help="bundled, mtsamples or a CSV file")
     add("--text-column", default="transcription", help="column of the notes")
     add("--label-column", default="medical_specialty", help="column of the classes")

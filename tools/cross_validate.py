@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
     defaults = TrainingConfig()
     add = parser.add_argument
     add("--notes", default="bundled", help="bundled, mtsamples or a CSV file")
-    add("--base", default="bundled", help="bundled, a folder or a Hub id")
+    add("--base", default="bundled", help="bundled, smollm2, a folder or a Hub id")
     add("--folds", type=int, default=5, help="number of folds")
     add("--steps", type=int, default=defaults.steps, help="optimiser steps of each training")
     add("--learning-rate", type=float, default=defaults.learning_rate, help="peak learning rate")

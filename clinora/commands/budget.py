@@ -21,7 +21,7 @@ def build_parser(prog: str = "clinora budget") -> argparse.ArgumentParser:
     lora = LoRAConfig()
     parser = new_parser(prog, __doc__.format(prog=prog))
     add = parser.add_argument
-    add("source", help="bundled, a config.json, a folder that has one, or a Hub id")
+    add("source", help="bundled, smollm2, a config.json, a folder that has one, or a Hub id")
     add("--revision", help="commit, branch or tag on the Hub (default: the Hub's main branch)")
     add(
         "--rank",

@@ -45,7 +45,11 @@ def build_parser(prog: str = "clinora train") -> argparse.ArgumentParser:
     )
     parser = new_parser(prog, description)
     add = parser.add_argument
-    add("--base", default="bundled", help="bundled, a folder or a Hub id (default: %(default)s)")
+    add(
+        "--base",
+        default="bundled",
+        help="bundled, smollm2, a folder or a Hub id (default: %(default)s)",
+    )
     add("--revision", help="commit, branch or tag on the Hub (default: the Hub's main branch)")
     add(
         "--notes",
