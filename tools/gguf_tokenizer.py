@@ -13,7 +13,7 @@ from typing import Any
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
 
-from clinora.checkpoint import TOKENIZER, CheckpointError
+from clinora.checkpoint import CheckpointError
 
 # Types of tokens, the same numbers in GGUF and in SentencePiece.
 CONTROL = 3
@@ -60,7 +60,7 @@ def tokenizer_files(values: dict[str, Any], vocab_size: int, file: Path) -> dict
     if kind == "gpt2":
         return byte_level_files(values, file)
     if kind == "llama":
-        return {TOKENIZER: sentencepiece_model(values, file)}
+        return {"tokenizer.model": sentencepiece_model(values, file)}
     raise CheckpointError(f"{file} has a tokenizer {kind!r}: expected 'gpt2' or 'llama'")
 
 
