@@ -74,7 +74,8 @@ class LinearModel:
         features = self.words.fit_transform(note.text for note in training)
         weights = "balanced" if settings.balanced else None
         if settings.svm:
-            self.model = LinearSVC(C=settings.C, class_weight=weights, random_state=0)
+            # The primal problem: with a large C, the dual one does not converge.
+            self.model = LinearSVC(C=settings.C, class_weight=weights, dual=False)
         else:
             self.model = LogisticRegression(C=settings.C, class_weight=weights, max_iter=1000)
         self.model.fit(features[rows], labels)

@@ -50,7 +50,7 @@ def pipeline(training, test, settings):
     options = {"C": settings.C, "class_weight": "balanced" if settings.balanced else None}
     model = LogisticRegression(max_iter=1000, **options)
     if settings.svm:
-        model = LinearSVC(random_state=0, **options)
+        model = LinearSVC(dual=False, **options)
     model.fit(words.transform(x), y)
     return model.predict(words.transform([note.text for note in test])).tolist()
 
