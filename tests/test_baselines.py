@@ -55,7 +55,7 @@ def pipeline(training, test, settings):
     return model.predict(words.transform([note.text for note in test])).tolist()
 
 
-@pytest.mark.parametrize("pairs, balanced, svm", product([False, True], repeat=3))
+@pytest.mark.parametrize("pairs, balanced, svm", list(product([False, True], repeat=3)))
 def test_the_linear_model_is_a_scikit_learn_pipeline_on_the_rows(notes, pairs, balanced, svm):
     training, _, test = notes
     settings = Settings(C=2.0, pairs=pairs, balanced=balanced, svm=svm)
