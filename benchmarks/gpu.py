@@ -101,6 +101,7 @@ def measure(base: str, training: bool, args: argparse.Namespace, rate: float) ->
     seconds = {}
     rows = []
     for side in args.sides:
+        torch.compiler.reset()  # else a later side could exceed the limit of compilations
         if args.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(args.device)
@@ -152,6 +153,7 @@ def main(argv: list[str] | None = None) -> int:
             if name in SHAPES:
                 base = str(Path(temporary, name))
                 write_base(name, Path(base))
+                name = f"{name}'s shape with random weights"
             for training in (True, False):
                 what = "a training step" if training else "inference"
                 print(f"\n{name}, {what}, {args.batch} × {args.tokens} tokens")

@@ -26,20 +26,24 @@ def their_pipeline(run: str, classifier: clinora.Classifier, batch: int) -> obje
     """Make a pipeline from the run's base and adapter, merged by PEFT."""
     import peft
     import transformers
-    from tokenizers import processors
+    from tokenizers import Tokenizer, processors
 
-    from clinora.checkpoint import BUNDLED
+    from clinora.checkpoint import BUNDLED, find_tokenizer
     from tools.make_token_ids import build
 
     folder = BUNDLED / "adapter" if run == "bundled" else run
     base = classifier.model.source.folder
     model = common.their_model(str(base), len(classifier.labels), adapt=False)
     model = peft.PeftModel.from_pretrained(model, folder).merge_and_unload()
-    tokens = build(base / "tokenizer.model")
-    bos = ("<s>", tokens.token_to_id("<s>"))
-    tokens.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[bos])
+    file = find_tokenizer(base)
+    if file.suffix == ".json":
+        tokens = Tokenizer.from_file(str(file))
+    else:
+        tokens = build(file)
+        bos = ("<s>", tokens.token_to_id("<s>"))
+        tokens.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[bos])
     tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokens, pad_token="<unk>", padding_side="right"
+        tokenizer_object=tokens, pad_token=tokens.id_to_token(0), padding_side="right"
     )
     limits = {"truncation": True, "max_length": classifier.token_limit}
     pipe = transformers.pipeline(

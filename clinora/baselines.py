@@ -50,11 +50,15 @@ ALTERNATIVES = (
 )
 
 
+class NothingToLearnError(ValueError):
+    """No two training notes share a word, or they have only one class."""
+
+
 class LinearModel:
     """A linear model on TF-IDF, trained on the rows of some notes.
 
     Raises:
-        ValueError: No two notes share a word, or the notes have only one class.
+        NothingToLearnError: No two notes share a word, or the notes have only one class.
     """
 
     def __init__(self, training: Sequence[Note], settings: Settings) -> None:
@@ -69,9 +73,14 @@ class LinearModel:
             for label in note.filed:
                 rows.append(i)
                 labels.append(label)
+        if len(set(labels)) < 2:
+            raise NothingToLearnError("the training notes have only one class")
         longest = 2 if settings.pairs else 1  # words of a feature
         self.words = TfidfVectorizer(ngram_range=(1, longest), sublinear_tf=True, min_df=2)
-        features = self.words.fit_transform(note.text for note in training)
+        try:
+            features = self.words.fit_transform(note.text for note in training)
+        except ValueError:
+            raise NothingToLearnError("no two training notes share a word") from None
         weights = "balanced" if settings.balanced else None
         if settings.svm:
             # The primal problem: with a large C, the dual one does not converge.
@@ -101,7 +110,8 @@ def choose_settings(training: Sequence[Note], validation: Sequence[Note]) -> Set
 
     highest = accuracy(best)
     for name, values in ALTERNATIVES:
-        for candidate in [replace(best, **{name: value}) for value in values]:
+        for value in values:
+            candidate = replace(best, **{name: value})
             its_accuracy = accuracy(candidate)
             if its_accuracy > highest:
                 highest = its_accuracy
@@ -114,7 +124,7 @@ class Predictions(NamedTuple):
 
     Attributes:
         name: The classifier.
-        settings: Its settings, in words; empty if it has none.
+        settings: Its settings and how they were chosen, in words; empty if it has none.
         predicted: (N,) the predicted class of each note.
     """
 
@@ -137,6 +147,9 @@ def train_baselines(
     try:
         settings = choose_settings(training, validation)
         model = LinearModel(training, settings)
-    except ValueError:  # of scikit-learn: there is nothing to learn from
+    except NothingToLearnError:
         return baselines
-    return [*baselines, Predictions(TF_IDF, str(settings), model.predict(test))]
+    origin = "chosen on the validation notes"
+    if not validation:
+        origin = "the default, as there are no validation notes"
+    return [*baselines, Predictions(TF_IDF, f"{settings} ({origin})", model.predict(test))]

@@ -344,7 +344,7 @@ def _lora_bytes(config: LlamaConfig, tuning: FineTuning, name: str, N: int, live
 
 
 def _rotation_bytes(config: LlamaConfig, tuning: FineTuning, rows: int) -> int:
-    """RoPE, x ⊙ cos + rolled(x) ⊙ sin: the gradient of x needs cos and sin, each (rows, H, E)."""
+    """RoPE, x ⊙ cos + roll(x) ⊙ sin: the gradient of x needs cos and sin, each (rows, H, E)."""
     return 2 * tuning.residual * rows * config.num_attention_heads * config.head_dim
 
 

@@ -64,7 +64,7 @@ def find_base(source: str | Path, revision: str | None = None) -> Source:
 
     Raises:
         CheckpointError: ``source`` is not a folder and cannot be downloaded from the Hub, or it is
-            "smollm2", which was not made.
+            "smollm2", whose folder does not exist.
     """
     folder = local_folder(source)
     if str(source) in NAMED_BASES:
@@ -80,7 +80,7 @@ def local_folder(source: str | Path) -> Path:
     """Give the folder of a base that has a name, or else ``source`` itself as a path.
 
     Raises:
-        CheckpointError: ``source`` is "smollm2", which was not made.
+        CheckpointError: ``source`` is "smollm2", and its folder does not exist.
     """
     if str(source) == "bundled":
         return BUNDLED / "base"
@@ -89,7 +89,7 @@ def local_folder(source: str | Path) -> Path:
     folder = smollm2_folder()
     if not folder.is_dir():
         raise CheckpointError(
-            f"there is no {folder}: to make the base smollm2, run python -m tools.smollm2 in a "
+            f"there is no {folder}: create the base smollm2 with python -m tools.smollm2 in a "
             "clone of Clinora"
         )
     return folder
@@ -120,8 +120,8 @@ def find_config(source: str | Path, revision: str | None = None) -> Path:
 def find_tokenizer(source: str | Path, revision: str | None = None) -> Path:
     """Find a base's tokenizer file without its weights, which may take long to load.
 
-    It is ``tokenizer.model``, or ``tokenizer.json`` if there is no such file. Bases that have both,
-    such as Llama 2, have the same ids in both.
+    It is ``tokenizer.model``, or ``tokenizer.json`` if there is no such file. A base that has both,
+    such as Llama 2, usually has the same tokenizer in both.
 
     Args:
         source: "bundled", "smollm2", a folder or a Hub id; of the Hub's files only this one is

@@ -170,7 +170,7 @@ class Baseline:
 
     Attributes:
         name: Such as "majority class".
-        settings: Its settings, in words, chosen on the validation notes; empty if it has none.
+        settings: Its settings and how they were chosen, in words; empty if it has none.
         any_label_accuracy: Accuracy over notes.
         accuracy: Accuracy over rows.
     """

@@ -65,10 +65,14 @@ def explain(classifier: Classifier, text: str) -> list[Sentence]:
     text = clean_text(text)
     if not has_visible(text):
         raise ValueError("the note is empty: it has no visible text")
-    ids = classifier.tokenizer.encode(text, classifier.token_limit)
+    limit = classifier.token_limit
+    one_more = classifier.tokenizer.encode(text, limit + 1)
+    ids = one_more[:limit]
     places = classifier.tokenizer.places(text, classifier.token_limit)
     scores = token_contributions(classifier, ids)
-    _, read = places[-1]  # characters
+    read = len(text)  # characters
+    if len(one_more) > limit:
+        _, read = places[-1]
     sentences = split_sentences(text[:read])
     ends = list(itertools.accumulate(len(sentence) for sentence in sentences))
     sums = [0.0] * len(sentences)
@@ -78,7 +82,8 @@ def explain(classifier: Classifier, text: str) -> list[Sentence]:
         last_character = max(begin, end - 1)
         if last_character < read:  # else it is of a character whose other tokens were not read
             sums[bisect.bisect(ends, last_character)] += score
-    explained = [Sentence(*pair) for pair in zip(sentences, sums, strict=True)]
+    pairs = zip(sentences, sums, strict=True)
+    explained = [Sentence(sentence, contribution) for sentence, contribution in pairs]
     if read < len(text):
         explained.append(Sentence(text[read:], None))
     return explained

@@ -34,7 +34,7 @@ from clinora.kernels import causal_attention, gated_silu, last_token_attention, 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RopeScaling:
-    """The rope type "llama3": rotary positions for texts longer than those first trained on.
+    """The rope type "llama3": rotary positions for texts longer than those of pretraining.
 
     ``scale_frequencies`` is its formula. The names are those of the Hub's ``config.json``.
 
@@ -256,7 +256,7 @@ def scale_frequencies(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
 
     A pair that makes at most ``low_freq_factor`` turns within the original context length is
     slowed down by ``factor``: the positions of a text ``factor`` times as long then give angles
-    that the first training has seen. A pair that makes at least ``high_freq_factor`` turns keeps
+    that pretraining has seen. A pair that makes at least ``high_freq_factor`` turns keeps
     its frequency, which tells neighbours apart. In between, the two are mixed in proportion.
 
     Args:
@@ -282,8 +282,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Args:
         x: (..., E).
-        cos: Cosines of ``rotary_angles``, in the dtype of x; the shape of x, or one to broadcast.
-        sin: Their sines, in the same form. In the first half of E they are −sin a.
+        cos: Cosines of ``rotary_angles``, in the dtype of x; they broadcast to its shape.
+        sin: Their sines, of the same shape. In the first half of E they are −sin a.
 
     Returns:
         The shape of x.
@@ -323,7 +323,7 @@ class Attention(nn.Module):
         Args:
             x: (B, T, D).
             cos: Cosines of the rotary angles, (T, H, E) or (T, 1, E).
-            sin: Sines of the rotary angles, alike.
+            sin: Sines of the rotary angles, of the same shape.
             lengths: (B,), to compute ``for_last_token`` instead.
 
         Returns:
@@ -348,8 +348,8 @@ class Attention(nn.Module):
     def _keys_and_values(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         k = self._split_heads(self.k_proj(x))  # (B, T, K, E)
         v = self._split_heads(self.v_proj(x))  # (B, T, K, E)
-        key_heads = slice(k.size(2))  # cos and sin are the same for all heads
-        k = rotate(k, cos[:, key_heads], sin[:, key_heads])
+        heads = k.size(2)  # cos and sin are the same for all heads
+        k = rotate(k, cos[:, :heads], sin[:, :heads])
         return k.transpose(1, 2), v.transpose(1, 2)
 
     def _split_heads(self, x: Tensor) -> Tensor:  # (B, T, heads·E) → (B, T, heads, E)
@@ -390,7 +390,7 @@ class DecoderLayer(nn.Module):
         Args:
             x: (B, T, D).
             cos: Cosines of the rotary angles, (T, H, E) or (T, 1, E).
-            sin: Sines of the rotary angles, alike.
+            sin: Sines of the rotary angles, of the same shape.
             lengths: (B,), to compute ``for_last_token`` instead. It is called from here, so that
                 hooks, checkpointing and ``torch.compile`` on the layer apply to it.
 

@@ -294,8 +294,8 @@ def read_notes(
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: The file is not a CSV file with these columns, fewer than two classes are left,
-            or the column of the splits puts equal texts into different splits. No message contains
-            the text of a note.
+            or the column of the splits names no split in a row or puts equal texts into different
+            splits. No message contains the text of a note.
     """
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}: expected one of {', '.join(SPLITS)}")
@@ -430,7 +430,7 @@ def _read_rows(
 
     Yields:
         The row's number (from 1, the header not counted), its clean text, its label, and its split
-        if there is a column of the splits.
+        if there is a column of the splits and the row has text and label.
     """
     if path.is_dir():
         raise ValueError(f"{path} is a folder: expected a CSV file")
@@ -450,7 +450,7 @@ def _read_rows(
                 if label:
                     _check_row_label(label, row, path, label_column)
                 side = None
-                if split_column is not None:
+                if split_column is not None and label and has_visible(text):
                     side = _read_side(cells[2], row, path, split_column)
                 yield row, text, label, side
     except TableError as error:
@@ -489,8 +489,7 @@ def _select_classes(
         chosen = list(counts)
     elif classes is not None:
         chosen = list(dict.fromkeys(classes))
-        if not may_lack or not any(name in counts for name in chosen):
-            _check_chosen(chosen, counts, path)
+        _check_chosen(chosen, counts, path, may_lack)
     elif all(name in counts for name in PUBLISHED_CLASSES):
         chosen = list(PUBLISHED_CLASSES)
     else:
@@ -510,8 +509,10 @@ def _most_frequent(counts: Counter, k: int) -> list[str]:
     return by_frequency[:k]
 
 
-def _check_chosen(chosen: Sequence[str], counts: Counter, path: Path) -> None:
+def _check_chosen(chosen: Sequence[str], counts: Counter, path: Path, may_lack: bool) -> None:
     """Check that a file has the chosen classes.
+
+    If it may lack some, it needs one of them, and no class whose name is similar to a missing one.
 
     The error shows similar classes of the file but no others, because they may be notes in the
     wrong column.
@@ -523,6 +524,8 @@ def _check_chosen(chosen: Sequence[str], counts: Counter, path: Path) -> None:
     for name in sorted(counts):
         if name not in chosen and any(is_similar(name, wanted) for wanted in unknown):
             similar.append(repr(name))
+    if may_lack and not similar and len(unknown) < len(chosen):
+        return
     if similar:
         hint = f"similar classes of the file: {', '.join(similar)[:500]}"
     else:

@@ -85,7 +85,7 @@ def results_table(results: Results) -> str:
         )
     for baseline in results.baselines:
         if baseline.settings:
-            lines.append(f"{baseline.name}: {baseline.settings}, chosen on the validation notes.")
+            lines.append(f"{baseline.name}: {baseline.settings}.")
     lines += ["", *_confidence_lines(results), "", *class_table(results.after.by_note)]
     return "\n".join(lines)
 

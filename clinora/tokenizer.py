@@ -23,8 +23,9 @@ class Tokenizer:
     ``tokenizer.json`` (the ``tokenizers`` library), if the file's name ends so.
 
     Control strings inside a note, such as ``</s>`` or ``<|endoftext|>``, are encoded as ordinary
-    text, so no note can contain a control token. In ``tokenizer.json`` these are all added tokens,
-    special or not, except white space and single characters, which are text.
+    text, so no note can contain a control token. In ``tokenizer.json`` every added token counts as
+    a control string, whether or not it is marked special. Exceptions are runs of white space and
+    single characters, which stay tokens.
 
     No end-of-sentence token is added, not even where the template of ``tokenizer.json`` has one:
     the classifier reads the state of the last token, and that is the last token of the note,
@@ -57,7 +58,8 @@ class Tokenizer:
     def encode(self, text: str, limit: int | None = None) -> list[int]:
         """Give the first ``limit`` ids of a note (None: all), ``first`` in front.
 
-        With a limit, perhaps only the beginning of the text is tokenised; the ids are the same.
+        With a limit, a SentencePiece tokenizer may read only the beginning of the text. The ids
+        are the same.
         """
         ids = [*self.first, *self._file.ids(text.strip(), limit)]
         return ids[:limit]
@@ -68,8 +70,9 @@ class Tokenizer:
         The ids in front cover no character. If a character is encoded as several tokens, only the
         last of them covers it: the first n ids stand for the text up to the end of the nth place.
 
-        A byte that the vocabulary of ``tokenizer.json`` lacks has no token, such as that of six
-        control characters in SmolLM2's. After one, places are inexact up to the end of its word.
+        Bytes that are missing in the vocabulary of ``tokenizer.json`` get no token; in SmolLM2
+        these are six control characters. After such a byte, places are inexact up to the end of the
+        word.
         """
         places = [*[(0, 0)] * len(self.first), *self._file.places(text.strip(), limit)]
         return places[:limit]
@@ -163,15 +166,16 @@ class _JSONFile:
             description["padding"] = None
             description["model"].pop("dropout", None)  # it makes ids random, for pretraining
             self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(description))
+            self._tokenizer.encode_special_tokens = True
+            with_template = self._tokenizer.encode("a")
+            # The template is not needed any more, and post-processors remove spaces from places.
+            self._tokenizer.post_processor = None
+            self.ids(VISIBLE + RARE)  # a model may lack the token for unknown words that it names
         except Exception as error:  # the library's errors have no class of their own
             raise ValueError(
                 f"{path} is not a tokenizer of the tokenizers library or is damaged ({error}): "
                 "expected the base's tokenizer.json"
             ) from None
-        self._tokenizer.encode_special_tokens = True
-        with_template = self._tokenizer.encode("a")
-        # The template is not needed any more, and post-processors remove spaces from the places.
-        self._tokenizer.post_processor = None
         self._check(path, added)
         front = itertools.takewhile(lambda sequence: sequence is None, with_template.sequence_ids)
         self.first = tuple(with_template.ids[: len(list(front))])
@@ -195,10 +199,10 @@ class _JSONFile:
         return self._tokenizer.decode(ids)
 
     def _check(self, path: Path, added: list[dict]) -> None:
-        """Check that every text has tokens, that ids are the file's, and that no text is control.
+        """Check that every text has tokens, that ids are the file's, and that notes are all text.
 
         Raises:
-            ValueError: One of these is not so.
+            ValueError: One of these checks fails.
         """
         for character in VISIBLE:
             if not self.ids(character):
@@ -215,6 +219,7 @@ class _JSONFile:
                     f"{path} lists {content!r} with the id {token['id']}, but the tokenizers "
                     f"library numbers it {given}: copy the file again"
                 )
+            # A token for unknown characters, such as <unk>, may stand for any text.
             if not token["special"] or given in unknown:
                 continue
             for text in (content, f"a{content}a", f"a {content} a"):

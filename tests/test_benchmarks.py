@@ -6,6 +6,7 @@ import importlib
 import io
 import itertools
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -155,10 +156,9 @@ def test_the_gpu_benchmark_measures_each_side_plain_and_compiled(capsys, monkeyp
     gpu = importlib.import_module("benchmarks.gpu")
     sizes = ["--batch", "2", "--tokens", "8", "--product", "64", "--repetitions", "1"]
     assert gpu.main(["--device", "cpu", "--bases", "bundled", *sizes, "--threads", "1"]) == 0
-    out = capsys.readouterr().out
-    for side in ("ours ", "theirs ", "ours compiled ", "theirs compiled "):
-        rows = [line for line in out.splitlines() if line.startswith(side)]
-        assert len(rows) >= 2  # training and inference
+    names = [re.split(r" {2,}", line)[0] for line in capsys.readouterr().out.splitlines()]
+    for side in ("ours", "theirs", "ours compiled", "theirs compiled"):
+        assert names.count(side) == 2  # training and inference
 
 
 @pytest.mark.slow

@@ -324,18 +324,30 @@ def test_a_cell_that_names_no_split_is_refused_without_quoting_it(write):
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "message"),
     [
-        {"split_column": "transcription"},
-        {"split_column": "medical_specialty"},
-        {"split_column": "split", "split": "rows"},
+        ({"split_column": "transcription"}, "cannot hold the splits"),
+        ({"split_column": "medical_specialty"}, "cannot hold the splits"),
+        ({"split_column": "split", "split": "rows"}, "leave out split 'rows'"),
     ],
     ids=str,
 )
-def test_a_column_of_splits_that_contradicts_another_option_is_refused(write, options):
+def test_a_column_of_splits_that_contradicts_another_option_is_refused(write, options, message):
     path = write([("a", "A", "test"), ("b", "B", "train")], SPLIT_HEADER)
-    with pytest.raises(ValueError, match="split"):
+    with pytest.raises(ValueError, match=message):
         read_notes(path, **options)
+
+
+def test_a_row_that_is_left_out_needs_no_split(write):
+    rows = [("a", "A", "test"), ("b", "B", "train"), ("", "A", ""), ("c", "", "secret")]
+    notes = read_notes(write(rows, SPLIT_HEADER), split_column="split")
+    assert (len(notes.notes), notes.without_text) == (2, 2)
+
+
+def test_a_class_under_a_similar_name_is_not_taken_for_a_missing_one(write):
+    path = write([("a", "Surgery"), ("b", "radiology")])
+    with pytest.raises(ValueError, match="'radiology'"):
+        read_notes(path, classes=("Radiology", "Surgery"), may_lack_classes=True)
 
 
 def test_a_file_may_lack_classes_where_that_is_allowed_but_not_all(write):

@@ -221,13 +221,16 @@ def test_a_bad_file_is_one_clear_line(tmp_path, capsys, command, kind):
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("lines", [0, 1])
-def test_a_reader_that_has_read_enough_is_no_error(lines):
-    """As in ``clinora budget bundled | head -n 1``."""
-    command = [sys.executable, "-u", "-m", "clinora", "budget", "bundled"]
+@pytest.mark.parametrize(
+    "words",
+    [["-m", "clinora", "budget", "bundled"], ["-u", "-m", "clinora", "budget", "bundled"],
+     ["-m", "clinora", "train", "--help"]],
+    ids=["buffered", "unbuffered", "help"],
+)  # fmt: skip
+def test_a_reader_that_has_read_enough_is_no_error(words):
+    """As in ``clinora budget bundled | head -n 0``."""
+    command = [sys.executable, *words]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        for _ in range(lines):
-            process.stdout.readline()
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode == 141

@@ -280,11 +280,12 @@ def test_both_files_of_one_tokenizer_give_the_same_ids_and_places(tmp_path):
         (b"[1, 2]", "it has no model"),
         (b'{"model": {"type": "BPE", "vocab": {}, "merges": [["a", "b"]]}}', "out of vocabulary"),
         (b'{"model": {"type": "Other"}}', "damaged"),
+        (b'{"model": {"type": "WordLevel", "vocab": {"b": 0}, "unk_token": "[UNK]"}}', "UNK"),
         (b"\0\1\2" * 100, "damaged"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:9e\nsize 4\n", "Git LFS"),
         (b"\n<html><body>Sign in</body></html>", "web page"),
     ],
-    ids=["empty", "object", "list", "merges", "model", "noise", "Git LFS", "web page"],
+    ids=["empty", "object", "list", "merges", "model", "unknown", "noise", "Git LFS", "web page"],
 )  # fmt: skip
 def test_a_file_that_is_no_tokenizer_is_refused(tmp_path, content, why):
     path = tmp_path / "tokenizer.json"

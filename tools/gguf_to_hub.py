@@ -25,13 +25,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from clinora.checkpoint import WEIGHTS, CheckpointError, check_tensors, write_atomically
 from clinora.files import START_BYTES, recognise
-from clinora.llama import LlamaConfig, LlamaForCausalLM
+from clinora.llama import LlamaConfig, LlamaForCausalLM, RopeScaling, scale_frequencies
 from tools.gguf_tokenizer import tokenizer_files
 
 # The names of the modules, in GGUF and on the Hub.
@@ -129,7 +130,9 @@ def check_architecture(values: dict[str, Any], file: Path) -> None:
         ("split.count", (None, 0, 1), "is one part of several: join them first"),
         ("llama.expert_count", (None, 0), "is a mixture of experts, which is not supported"),
         ("llama.rope.scaling.type", (None, "none"), "scales RoPE, which is not supported"),
-        ("llama.rope.scale_linear", (None, 1.0), "scales RoPE, which is not supported"),
+        # Without a type, llama.cpp scales linearly by the factor.
+        ("llama.rope.scaling.factor", (None, 0.0, 1.0), "scales RoPE, which is not supported"),
+        ("llama.rope.scale_linear", (None, 0.0, 1.0), "scales RoPE, which is not supported"),
     ]
     for key, supported, otherwise in requirements:
         if values.get(key) not in supported:
@@ -190,7 +193,7 @@ def hub_shape(tensor: Any) -> tuple[int, ...]:
 
 
 def config_json(
-    config: LlamaConfig, values: dict[str, Any], scaling: dict | None, dtype: torch.dtype
+    config: LlamaConfig, values: dict[str, Any], scaling: RopeScaling | None, dtype: torch.dtype
 ) -> bytes:
     """Give the content of ``config.json``."""
     content = {
@@ -199,14 +202,16 @@ def config_json(
         "torch_dtype": str(dtype).removeprefix("torch."),
         "hidden_act": "silu",
         **dataclasses.asdict(config),
-        "rope_scaling": scaling,
+        "rope_scaling": None,
     }
+    if scaling is not None:
+        content["rope_scaling"] = {"rope_type": "llama3", **dataclasses.asdict(scaling)}
     for name in ("bos_token_id", "eos_token_id"):
         content[name] = values.get(f"tokenizer.ggml.{name}")
     return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
 
 
-def recover_scaling(tensors: dict[str, Any], config: LlamaConfig, file: Path) -> dict | None:
+def recover_scaling(tensors: dict[str, Any], config: LlamaConfig, file: Path) -> RopeScaling | None:
     """Find the ``rope_scaling`` from which a file's factors follow; None if it scales nothing.
 
     Raises:
@@ -214,33 +219,22 @@ def recover_scaling(tensors: dict[str, Any], config: LlamaConfig, file: Path) ->
     """
     if ROPE_FACTORS not in tensors:
         return None
-    factors = tensors[ROPE_FACTORS].data
-    if np.all(factors == 1):
-        return None
-    scaling = {"rope_type": "llama3", "factor": float(factors[-1]), **LLAMA3_SCALING}
-    expected = llama3_factors(scaling, config)
-    if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-4, atol=0):
-        raise CheckpointError(
-            f"{file}: the factors in {ROPE_FACTORS} do not follow from the RoPE scaling of Llama 3 "
-            f"({', '.join(f'{name} {value}' for name, value in LLAMA3_SCALING.items())}); no other "
-            "is supported"
-        )
-    return scaling
-
-
-def llama3_factors(scaling: dict, config: LlamaConfig) -> np.ndarray:
-    """Compute what Llama 3 divides the inverse frequencies by, (E/2,).
-
-    High frequencies stay, low ones are divided by the factor, and those between are divided by
-    something between.
-    """
-    exponents = np.arange(0, config.head_dim, 2) / config.head_dim
-    frequencies = config.rope_theta**-exponents
-    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * np.pi)
-    low = scaling["low_freq_factor"]
-    high = scaling["high_freq_factor"]
-    smooth = np.clip((turns - low) / (high - low), 0, 1)
-    return 1 / ((1 - smooth) / scaling["factor"] + smooth)
+    factors = torch.tensor(tensors[ROPE_FACTORS].data)
+    exponents = torch.arange(0, config.head_dim, 2).double() / config.head_dim
+    frequencies = config.rope_theta**-exponents  # (E/2,)
+    if factors.shape == frequencies.shape:
+        if torch.all(factors == 1):
+            return None
+        if factors[-1] > 1:
+            scaling = RopeScaling(factor=factors[-1].item(), **LLAMA3_SCALING)
+            expected = frequencies / scale_frequencies(frequencies, scaling)
+            if torch.allclose(factors.double(), expected, rtol=1e-4, atol=0):
+                return scaling
+    raise CheckpointError(
+        f"{file}: the factors in {ROPE_FACTORS} do not follow from the RoPE scaling of Llama 3 "
+        f"({', '.join(f'{name} {value}' for name, value in LLAMA3_SCALING.items())}); no other "
+        "is supported"
+    )
 
 
 # --- Weights ------------------------------------------------------------------------------------
@@ -391,7 +385,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with new_folder(args.folder) as folder:
             convert(args.file, folder, torch.bfloat16 if args.bfloat16 else None)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         parser.exit(2, f"gguf_to_hub.py: {error}\n")
     except KeyboardInterrupt:
         parser.exit(130, "gguf_to_hub.py: stopped; nothing was written\n")

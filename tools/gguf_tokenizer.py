@@ -76,7 +76,7 @@ def token_of(values: dict[str, Any], name: str, file: Path) -> str:
     """Give the token whose id the metadata holds, such as ``bos_token_id``."""
     tokens = take(values, "tokens", list, file)
     index = take(values, name, int, file)
-    if index >= len(tokens):
+    if not 0 <= index < len(tokens):
         raise CheckpointError(f"{file}: {name} is {index}, and there are {len(tokens)} tokens")
     return tokens[index]
 

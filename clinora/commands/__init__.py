@@ -66,8 +66,10 @@ def end_with(prog: str, text: str, status: int) -> NoReturn:
 def one_line_errors(prog: str) -> Iterator[None]:
     """Turn expected errors and Ctrl-C into one line on standard error and an exit status."""
     try:
-        yield
-        sys.stdout.flush()  # now, because an error at exit would be a traceback
+        try:
+            yield
+        finally:
+            sys.stdout.flush()  # now, because an error at exit would be a traceback
     except BrokenPipeError:
         # The reader, such as `head`, has read enough. What is still buffered goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

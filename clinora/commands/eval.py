@@ -29,6 +29,7 @@ def build_parser(prog: str = "clinora eval") -> argparse.ArgumentParser:
     add("--notes", help="bundled, mtsamples or a CSV file (default: the run's)")
     add("--text-column", help="column of the texts (default: the run's)")
     add("--label-column", help="column of the labels (default: the run's)")
+    add("--split-column", help="column of the splits (default: the run's, without --notes)")
     add(
         "--include-seen",
         action="store_true",
@@ -81,13 +82,16 @@ def evaluate_run(args: argparse.Namespace, prog: str) -> None:
         source = data.source
     if source is None:
         raise ValueError(f"{args.run} does not record its notes: give a file with --notes")
+    split_column = args.split_column
+    if split_column is None and not args.notes:
+        split_column = data.split_column
     notes = read_notes(
         source,
         text_column=args.text_column or data.text_column or TEXT_COLUMN,
         label_column=args.label_column or data.label_column or LABEL_COLUMN,
         classes=classifier.labels,
         split=data.split or "texts",
-        split_column=None if args.notes else data.split_column,
+        split_column=split_column,
         may_lack_classes=True,
     )
 
