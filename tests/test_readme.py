@@ -154,7 +154,7 @@ def options_of(command, capsys):
     with pytest.raises(SystemExit) as ended:
         importlib.import_module(module).main(arguments)
     assert ended.value.code == 0, command
-    return set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
+    return set(re.findall(r"--[a-z0-9-]+", capsys.readouterr().out))
 
 
 def test_commands_have_the_options_that_they_are_given(capsys):
@@ -166,11 +166,12 @@ def test_commands_have_the_options_that_they_are_given(capsys):
 
 def test_options_between_backquotes_exist(capsys):
     known = {"--extra-index-url"}  # pip's
-    for command in ("clinora train", "clinora serve", "clinora budget", "python -m tools.compare"):
+    tools = ("python -m tools.compare", "python -m tools.gguf_to_hub")
+    for command in ("clinora train", "clinora serve", "clinora budget", *tools):
         known |= options_of(command, capsys)
     for page in PAGES:
         for words in re.findall(r"(?<!`)`(--[^`\n]+)`(?!`)", text_of(page)):
-            assert set(re.findall(r"--[a-z-]+", words)) <= known, (page.name, words)
+            assert set(re.findall(r"--[a-z0-9-]+", words)) <= known, (page.name, words)
 
 
 @pytest.mark.parametrize("marker", ["main", "test"])
