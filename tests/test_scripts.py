@@ -221,15 +221,10 @@ def test_a_bad_file_is_one_clear_line(tmp_path, capsys, command, kind):
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize(
-    "words",
-    [["-m", "clinora", "budget", "bundled"], ["-u", "-m", "clinora", "budget", "bundled"],
-     ["-m", "clinora", "train", "--help"]],
-    ids=["buffered", "unbuffered", "help"],
-)  # fmt: skip
-def test_a_reader_that_has_read_enough_is_no_error(words):
+@pytest.mark.parametrize("options", [[], ["-u"]], ids=["buffered", "unbuffered"])
+def test_a_reader_that_has_read_enough_is_no_error(options):
     """As in ``clinora budget bundled | head -n 0``."""
-    command = [sys.executable, *words]
+    command = [sys.executable, *options, "-m", "clinora", "budget", "bundled"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.close()
         assert process.stderr.read() == b""
