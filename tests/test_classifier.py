@@ -250,11 +250,13 @@ def faults():
     return resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
 
 def job():
+    found = []
     for _ in range(12):  # a few until all have their place
         before = faults()
         tensors = [torch.zeros(n).add_(1) for n in (7_000_000, 6_000_000, 5_000_000)]
         del tensors
-    print(faults() - before)
+        found.append(faults() - before)
+    print(min(found))  # of one round, the kernel may have taken pages back
 
 keep_freed_memory()
 torch.set_num_threads(1)  # all faults are the thread's own
