@@ -250,20 +250,20 @@ def faults():
     return resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
 
 def job():
-    found = []
-    for _ in range(12):  # a few until all have their place
-        before = faults()
-        tensors = [torch.zeros(n).add_(1) for n in (7_000_000, 6_000_000, 5_000_000)]
+    sizes = (7_500_000, 7_500_000, 7_500_000, 4_000_000)  # more than a thread's own heap
+    for round in range(12):
+        if round == 6:  # by then all have their place
+            before = faults()
+        tensors = [torch.zeros(n).add_(1) for n in sizes]
         del tensors
-        found.append(faults() - before)
-    print(min(found))  # of one round, the kernel may have taken pages back
+    print(faults() - before)
 
 keep_freed_memory()
 torch.set_num_threads(1)  # all faults are the thread's own
 threading.Thread(target=job).start()
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
-    assert int(done.stdout) < 100
+    assert int(done.stdout) < 5000  # the six rounds need 156,000 pages; the kernel may take some back
 
 
 def test_a_run_records_no_text(run):
