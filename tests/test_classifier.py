@@ -263,7 +263,8 @@ torch.set_num_threads(1)  # all faults are the thread's own
 threading.Thread(target=job).start()
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
-    assert int(done.stdout) < 5000  # the six rounds need 156,000 pages; the kernel may take some back
+    # The six rounds use 156,000 pages. The kernel may take a few of them back.
+    assert int(done.stdout) < 5000
 
 
 def test_a_run_records_no_text(run):
