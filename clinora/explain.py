@@ -68,7 +68,7 @@ def explain(classifier: Classifier, text: str) -> list[Sentence]:
     limit = classifier.token_limit
     one_more = classifier.tokenizer.encode(text, limit + 1)
     ids = one_more[:limit]
-    places = classifier.tokenizer.places(text, classifier.token_limit)
+    places = classifier.tokenizer.places(text, limit)
     scores = token_contributions(classifier, ids)
     read = len(text)  # characters
     if len(one_more) > limit:

@@ -385,7 +385,7 @@ def compare(args: argparse.Namespace, points: Sequence[Point]) -> int:
     for baseline in train_baselines(notes.on("training"), notes.on("validation"), test):
         if baseline.name == TF_IDF:
             tf_idf = are_correct(test, baseline.predicted).astype(float)
-            print(f"{baseline.name} ({baseline.settings}): {tf_idf.mean():.1%}")
+            print(f"{baseline.name}: {tf_idf.mean():.1%}; {baseline.settings}")
     rows = summarise(results, test, tf_idf)
     write_atomically(out / "results.json", (json.dumps(rows, indent=2) + "\n").encode())
     write_atomically(out / "table.md", (table(rows) + "\n").encode())

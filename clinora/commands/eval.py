@@ -29,7 +29,7 @@ def build_parser(prog: str = "clinora eval") -> argparse.ArgumentParser:
     add("--notes", help="bundled, mtsamples or a CSV file (default: the run's)")
     add("--text-column", help="column of the texts (default: the run's)")
     add("--label-column", help="column of the labels (default: the run's)")
-    add("--split-column", help="column of the splits (default: the run's, without --notes)")
+    add("--split-column", help="column of the splits (default: the run's if --notes is absent)")
     add(
         "--include-seen",
         action="store_true",

@@ -347,7 +347,8 @@ def training_errors(prog: str, run: Path, how_to_resume: str) -> Iterator[None]:
             end_with(prog, f"{text}\n{how_to_resume}", 128 + number)
         sys.exit(128 + number)
     except BrokenPipeError:  # the reader of the output has gone
-        sys.stderr.write(f"{prog}: stopped\n{how_to_resume}\n")
+        if (run / METRICS).is_file():  # training has begun
+            sys.stderr.write(f"{prog}: stopped\n{how_to_resume}\n")
         raise
     except KeyboardInterrupt:
         message = "stopped"
