@@ -179,7 +179,7 @@ def reliability_figure(confidence: np.ndarray, correct: np.ndarray) -> Figure:
     low = max(0, min(claimed.min(), bounds.min()) - 0.05)
     axes.set(xlim=(low, 1.01), ylim=(low, 1.01), xlabel="confidence", ylabel="share correct")
     _percent(axes)
-    axes.set_title("Are 90% of the predictions with a confidence of 90% correct?")
+    axes.set_title("Are 90% of the predictions\nwith a confidence of 90% correct?")
     figure.legend(loc="outside lower center", fontsize=8)
     return figure
 
@@ -215,7 +215,7 @@ def coverage_figure(
     axes.set(xlim=(0, 1), ylim=(0, top))
     axes.set(xlabel="share of the notes answered", ylabel="share incorrect")
     _percent(axes)
-    axes.set_title("Fewer mistakes when the least confident notes are referred to a person")
+    axes.set_title("Fewer mistakes when the least confident notes\nare referred to a person")
     figure.legend(loc="outside lower center", fontsize=8, ncols=2)
     return figure
 
