@@ -218,6 +218,7 @@ class Notes:
         rows: Number of rows in the file.
         without_text: Number of rows without visible text or without a label, which are left out.
         other_classes: Number of rows of other classes, which are left out.
+        repeated: Number of rows that are left out because a split that is measured has their text.
     """
 
     classes: tuple[str, ...]
@@ -227,6 +228,7 @@ class Notes:
     rows: int
     without_text: int
     other_classes: int
+    repeated: int
 
     def on(self, side: str) -> list[Note]:
         """List the notes of one split: "training", "validation" or "test"."""
@@ -257,9 +259,10 @@ class Notes:
             what = "rows, each with its own label,"
             labels = ""
         sizes = ", ".join(f"{counts[side]:,} {side}" for side in SIDES)
+        repeated = f", {self.repeated:,} repeated in other splits" if self.repeated else ""
         return (
             f"{self.rows:,} rows, {self.without_text:,} without text or label, "
-            f"{self.other_classes:,} of other classes; {len(self.notes):,} {what} in "
+            f"{self.other_classes:,} of other classes{repeated}; {len(self.notes):,} {what} in "
             f"{len(self.classes)} classes{labels}, {short:,} shorter than {SHORT} characters; "
             f"{sizes}"
         )
@@ -288,14 +291,15 @@ def read_notes(
             is a note with its own label, a random tenth of them test and another tenth validation,
             as published; equal texts may be in several splits.
         split_column: Name of a column that gives the split of each row, instead of the hash:
-            training, validation or test (or train, valid, val, dev).
+            training, validation or test (or train, valid, val, dev). A text in several splits stays
+            in test, else in validation: its rows in the others are left out.
         may_lack_classes: Whether some of the named ``classes`` need not be in the file.
 
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: The file is not a CSV file with these columns, fewer than two classes are left,
-            or the column of the splits names no split in a row or puts equal texts into different
-            splits. No message contains the text of a note.
+            or the column of the splits names no split in a row. No message contains the text of a
+            note.
     """
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}: expected one of {', '.join(SPLITS)}")
@@ -307,20 +311,24 @@ def read_notes(
         raise ValueError(f"column {split_column!r} gives the splits: leave out split 'rows'")
     path = find_notes(source)
     filed = defaultdict(list)  # by text, (row, class) of each row that holds it
-    given_sides = {}  # by text, with a column of the splits
+    side_in_file = {}  # by text, with a column of the splits
     rows = 0
     without_text = 0
+    repeated = 0
     for row, text, label, side in _read_rows(path, text_column, label_column, split_column):
         rows += 1
         if not label or not has_visible(text):
             without_text += 1
             continue
-        if given_sides.setdefault(text, side) != side:
-            first, _ = filed[text][0]
-            raise ValueError(
-                f"rows {first} and {row} of {path} hold the same text in different splits "
-                f"({given_sides[text]} and {side}): keep each text in one split"
-            )
+        kept_side = side_in_file.setdefault(text, side)
+        if kept_side != side:
+            # What is measured must not be learned from, so the later of SIDES keeps the text.
+            if SIDES.index(side) < SIDES.index(kept_side):
+                repeated += 1
+                continue
+            repeated += len(filed[text])
+            filed[text].clear()
+            side_in_file[text] = side
         filed[text].append((row, label))
     if source == "mtsamples" and rows != MTSAMPLES["rows"]:
         raise ValueError(
@@ -353,7 +361,7 @@ def read_notes(
         notes = [notes[i] for i in np.argsort(row_of_note)]
         sides = row_sides(len(notes))
     elif split_column is not None:
-        sides = [given_sides[note.text] for note in notes]
+        sides = [side_in_file[note.text] for note in notes]
     else:
         sides = [side_of(note.text) for note in notes]
     return Notes(
@@ -364,6 +372,7 @@ def read_notes(
         rows=rows,
         without_text=without_text,
         other_classes=sum(count for name, count in counts.items() if name not in index_of),
+        repeated=repeated,
     )
 
 

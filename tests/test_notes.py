@@ -309,11 +309,22 @@ def test_equal_texts_in_one_split_are_one_note(write):
     assert [note.labels for note in notes.on("test")] == [(0, 1)]
 
 
-def test_equal_texts_in_different_splits_are_refused_by_their_rows(write):
-    rows = [("secret", "A", "test"), ("b", "B", "train"), (" secret ", "A", "train")]
-    with pytest.raises(ValueError, match="rows 1 and 3 ") as caught:
-        read_notes(write(rows, SPLIT_HEADER), split_column="split")
-    assert "secret" not in str(caught.value)
+def test_a_text_in_several_splits_stays_in_the_one_that_is_measured(write):
+    rows = [
+        ("a", "A", "train"), ("b", "B", "val"), ("c", "A", "train"),
+        ("a", "B", "test"), (" b ", "A", "train"), ("a", "A", "val"), ("a", "A", "train"),
+    ]  # fmt: skip
+    notes = read_notes(write(rows, SPLIT_HEADER), split_column="split")
+    texts_and_labels = {
+        side: [(note.text, note.labels) for note in notes.on(side)]
+        for side in ("training", "validation", "test")
+    }
+    assert texts_and_labels == {
+        "training": [("c", (0,))],
+        "validation": [("b", (1,))],
+        "test": [("a", (1,))],  # labels of rows that are left out do not count
+    }
+    assert notes.repeated == 4
 
 
 def test_a_cell_that_names_no_split_is_refused_without_quoting_it(write):

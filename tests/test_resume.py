@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import psutil
@@ -496,6 +497,27 @@ def test_two_processes_train_what_one_does_in_larger_batches(tmp_path):
     assert log.read_text().count("Report: ") == 1  # the first process alone speaks and writes
     tensors = read_checkpoint(max((tmp_path / "two" / "checkpoint").iterdir())).tensors
     assert not torch.equal(tensors["random.0.cpu"], tensors["random.1.cpu"])  # of dropout
+
+
+def test_nothing_of_training_outlives_the_process_group_after_an_error(monkeypatch):
+    """Otherwise the process may wait for itself for ever when it ends (one time in forty)."""
+    environment, _ = kill_and_resume.environments_of_two()
+    for name, value in (environment | {"WORLD_SIZE": "1"}).items():
+        monkeypatch.setenv(name, value)
+    alive = []
+
+    def fail():
+        parallel = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))
+        alive.append(weakref.ref(parallel))
+        try:
+            raise InterruptedTraining
+        except InterruptedTraining:
+            sys.exit(143)
+
+    with pytest.raises(SystemExit) as caught, process_group():
+        fail()
+    assert caught.value.code == 143
+    assert alive[0]() is None
 
 
 @pytest.mark.slow

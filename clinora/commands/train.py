@@ -14,6 +14,7 @@ import gc
 import os
 import shlex
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -316,11 +317,21 @@ def process_group() -> Iterator[None]:
     dist.init_process_group()  # gloo for the CPU, nccl for GPUs
     try:
         yield
+    except BaseException as error:
+        clear_frames(error)
+        raise
     finally:
-        # Objects of training in reference cycles would keep the group's threads alive, and a
-        # thread that is alive at exit aborts the process.
-        gc.collect()
+        # What DistributedDataParallel leaves must not outlive the group: if it held the last
+        # reference, its end would wait for the group's threads, and they for Python's lock.
+        gc.collect()  # objects of training may be in reference cycles
         dist.destroy_process_group()
+
+
+def clear_frames(error: BaseException) -> None:
+    """Let go of the local variables of the calls that ended with this error and its causes."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
 
 
 def new_run() -> Path:
