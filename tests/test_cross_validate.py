@@ -1,6 +1,7 @@
 """Cross-validation: every note once, by a run that has not seen it."""
 
 import re
+import shutil
 
 import pytest
 
@@ -17,9 +18,9 @@ def test_every_note_is_measured_once_by_a_run_that_was_not_trained_on_it(
     trained, measured = [], []
     train, classify = tool.train, tool.classify
 
-    def remember_training(classifier, notes, *rest):
+    def remember_training(classifier, notes, *rest, **options):
         trained.append({note.text for note in notes})
-        train(classifier, notes, *rest)
+        train(classifier, notes, *rest, **options)
 
     def remember_measured(classifier, notes):
         measured.append([note.text for note in notes])
@@ -43,6 +44,21 @@ def test_every_note_is_measured_once_by_a_run_that_was_not_trained_on_it(
     (_, _, name, _), *_ = folds
     assert f"| {name} | {by_linear / 22:.1%} |" in printed
     assert f"paired: {100 * (correct - by_linear) / 22:+.1f} points" in printed
+
+
+def test_what_is_trained_in_a_folder_is_not_trained_again(tmp_path, capsys):
+    path = write_notes(tmp_path / "notes.csv", texts=22)
+    options = ["--notes", path, "--folds", 3, "--steps", 2, "--device", "cpu"]
+    options = [str(option) for option in [*options, "--out", tmp_path / "runs"]]
+    assert tool.main(options) == 0
+    printed = capsys.readouterr().out
+    metrics = sorted(tmp_path.glob("runs/*/metrics.jsonl"))
+    before = [file.read_bytes() for file in metrics]  # with the seconds of every step
+    shutil.rmtree(metrics[1].parent)
+    assert tool.main(options) == 0
+    assert capsys.readouterr().out == printed
+    after = [file.read_bytes() for file in metrics]
+    assert [a == b for a, b in zip(after, before, strict=True)] == [True, False, True]
 
 
 @pytest.mark.parametrize("folds", [2, 23])

@@ -1,11 +1,12 @@
 """Cross-validate training on few notes: each note is classified by a run that has not seen it.
 
-    python -m tools.cross_validate --notes bundled --folds 5
+    python -m tools.cross_validate --notes bundled --folds 5 --out runs/folds
 
 The different texts, in the order of their hashes, are divided among the folds in turn. For each
 fold a new classifier is trained on the other folds, as ``train.py`` does without validation notes.
 The settings of the linear model on TF-IDF are chosen on one of the other folds, and then it is
-trained on all of them.
+trained on all of them. With ``--out``, a stopped training resumes from its checkpoint and finished
+trainings are not repeated.
 """
 
 import argparse
@@ -23,7 +24,8 @@ from clinora.classifier import TOKEN_LIMIT
 from clinora.device import keep_freed_memory
 from clinora.evaluation import bootstrap_mean, classify, evaluate_random_heads, share_of
 from clinora.notes import are_correct
-from clinora.training import InterruptedTraining, TrainingConfig, train
+from clinora.run import base_hashes
+from clinora.training import METRICS, InterruptedTraining, TrainingConfig, train
 
 
 def split_into_folds(notes: Sequence[clinora.Note], folds: int) -> list[list[clinora.Note]]:
@@ -40,9 +42,12 @@ def split_into_folds(notes: Sequence[clinora.Note], folds: int) -> list[list[cli
 
 
 def train_fold(
-    args: argparse.Namespace, labels: Sequence[str], training: Sequence[clinora.Note]
+    args: argparse.Namespace,
+    labels: Sequence[str],
+    training: Sequence[clinora.Note],
+    run: Path,
 ) -> clinora.Classifier:
-    """Train a new classifier on some notes."""
+    """Train a new classifier on some notes, or resume that training in the run's folder."""
     classifier = clinora.Classifier.new(
         args.base,
         labels,
@@ -52,8 +57,15 @@ def train_fold(
         precision=args.precision,
     )
     config = TrainingConfig(steps=args.steps, learning_rate=args.learning_rate, seed=args.seed)
-    with tempfile.TemporaryDirectory() as run:
-        train(classifier, training, [], config, Path(run))
+    identity = {
+        "base": base_hashes(classifier.model.source),
+        "labels": classifier.labels,
+        "token_limit": args.token_limit,
+        "precision": str(classifier.dtype),
+    }
+    run.mkdir(parents=True, exist_ok=True)
+    resume = (run / METRICS).is_file()
+    train(classifier, training, [], config, run, identity=identity, resume=resume)
     return classifier
 
 
@@ -66,15 +78,15 @@ def predict_tf_idf(
     return LinearModel(list(chain(*others)), settings).predict(measured)
 
 
-def cross_validate(args: argparse.Namespace) -> None:
-    """Train and measure every fold, then print the table."""
+def cross_validate(args: argparse.Namespace, out: Path) -> None:
+    """Train and measure every fold, each with its own folder in ``out``, then print the table."""
     notes = clinora.read_notes(args.notes)
     folds = split_into_folds(notes.notes, args.folds)
     correct: dict[str, list[np.ndarray]] = {"LoRA": [], TF_IDF: []}  # one array for each fold
     before = []
     for number, measured in enumerate(folds, 1):
         others = [fold for fold in folds if fold is not measured]
-        classifier = train_fold(args, notes.classes, list(chain(*others)))
+        classifier = train_fold(args, notes.classes, list(chain(*others)), out / f"fold-{number}")
         mean, _ = evaluate_random_heads(classifier, measured).any_label_accuracy
         before.append(mean)
         lora = classify(classifier, measured).correct
@@ -111,6 +123,7 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--notes", default="bundled", help="bundled, mtsamples or a CSV file")
     add("--base", default="bundled", help="bundled, smollm2, a folder or a Hub id")
+    add("--out", type=Path, help="folder that keeps the trainings (default: a temporary one)")
     add("--folds", type=int, default=5, help="number of folds")
     add("--steps", type=int, default=defaults.steps, help="optimiser steps of each training")
     add("--learning-rate", type=float, default=defaults.learning_rate, help="peak learning rate")
@@ -121,11 +134,13 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     keep_freed_memory()
     try:
-        cross_validate(args)
+        with tempfile.TemporaryDirectory() as temporary:
+            cross_validate(args, args.out or Path(temporary))
     except (OSError, ValueError, FloatingPointError) as error:
         parser.exit(2, f"cross_validate.py: {error}\n")
     except (InterruptedTraining, KeyboardInterrupt):
-        parser.exit(130, "cross_validate.py: stopped\n")
+        hint = "the same command resumes" if args.out else "--out would have kept the trainings"
+        parser.exit(130, f"cross_validate.py: stopped; {hint}\n")
     return 0
 
 
