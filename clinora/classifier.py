@@ -309,9 +309,24 @@ class Classifier:
         for i, text in enumerate(texts):
             if not has_visible(text):
                 raise ValueError(f"note {i + 1} of {len(texts)} is empty: it has no visible text")
-        probabilities, tokens = self.probabilities(texts, self.token_limit + 1)
-        confidences = [None] * len(texts)
-        referrals = [None] * len(texts)
+        return self.predict([self.encode(text) for text in texts])
+
+    def encode(self, text: str) -> Tensor:
+        """Clean and tokenise a note for ``predict``: int32 ids, at most one beyond the limit."""
+        ids = self.tokenizer.encode(clean_text(text), self.token_limit + 1)
+        return torch.tensor(ids, dtype=torch.int32)
+
+    def predict(self, ids: Sequence[Tensor]) -> list[Prediction]:
+        """Classify notes from their token ids, as ``encode`` gives them.
+
+        Raises:
+            ValueError: The head was never trained, or a probability is not finite.
+        """
+        if not ids:
+            return []
+        probabilities = self._probabilities(ids)
+        confidences = [None] * len(ids)
+        referrals = [None] * len(ids)
         if self.calibration is not None:
             confidences = self.calibration.confidence(probabilities).tolist()
             referrals = [confidence < self.calibration.threshold for confidence in confidences]
@@ -323,8 +338,8 @@ class Classifier:
                 confidence=confidences[i],
                 probabilities=tuple(probabilities[i].tolist()),
                 refer=referrals[i],
-                tokens=tokens[i],
-                truncated=tokens[i] > self.token_limit,
+                tokens=len(ids[i]),
+                truncated=len(ids[i]) > self.token_limit,
             )
             predictions.append(prediction)
         return predictions
@@ -342,18 +357,22 @@ class Classifier:
         Raises:
             ValueError: The head was never trained, or a probability is not finite.
         """
-        if not self.model.head_trained:
-            raise ValueError("this model's head was never trained: predictions would be random")
         parts = [np.empty((0, len(self.labels)), np.float32)]  # so that no notes give (0, C)
         tokens = []
         for ids in self._encode(texts, most_counted):
-            read = [note[: self.token_limit] for note in ids]
-            parts.append(self.logits(read).softmax(-1).numpy())
+            parts.append(self._probabilities(ids))
             tokens += [len(note) for note in ids]
-        probabilities = np.concatenate(parts)
+        return np.concatenate(parts), tokens
+
+    def _probabilities(self, ids: Sequence[Sequence[int] | Tensor]) -> np.ndarray:
+        """Give the probabilities of notes, of which at most the token limit is read: (N, C)."""
+        if not self.model.head_trained:
+            raise ValueError("this model's head was never trained: predictions would be random")
+        read = [note[: self.token_limit] for note in ids]
+        probabilities = self.logits(read).softmax(-1).numpy()
         if not np.isfinite(probabilities).all():
             raise ValueError("the model's probabilities are not finite: try --precision fp32")
-        return probabilities, tokens
+        return probabilities
 
     def logits(
         self, ids: Sequence[Sequence[int] | Tensor], model: Callable | None = None

@@ -1,4 +1,4 @@
-"""Clinical notes from CSV files: reading, cleaning, label sets and splits.
+"""Clinical notes from files: reading, cleaning, label sets and splits.
 
 Public collections of notes file the same text under several specialties. Here a note is a text with
 all its labels, so that no text is in two splits. The published split, in which each row is an
@@ -16,7 +16,8 @@ from pathlib import Path
 import huggingface_hub
 import numpy as np
 
-from clinora.files import TableError, is_similar, read_table
+from clinora.tables import MissingColumnError, TableError, as_text, open_table
+from clinora.tables.table import is_similar
 
 NAMED_NOTES = ("bundled", "mtsamples")
 
@@ -48,6 +49,7 @@ SIDE_OF_NAME = {
     "test": "test",
 }
 SHORT = 50  # characters; shorter texts rarely allow a prediction
+LONGEST_TEXT_FILE = 4_000_000  # bytes of a note in a folder
 LONGEST_CLASS_NAME = 100  # characters; a longer one is a note, not a class
 
 # What clean_text writes in place of a lone surrogate.
@@ -278,10 +280,11 @@ def read_notes(
     split_column: str | None = None,
     may_lack_classes: bool = False,
 ) -> Notes:
-    """Read notes from a CSV file.
+    """Read notes from a file or folder.
 
     Args:
-        source: A CSV file in UTF-8, with commas, semicolons or tabs; "bundled"; or "mtsamples",
+        source: A CSV file in UTF-8 (with commas, semicolons or tabs), JSON lines, Parquet or Excel;
+            a folder with one sub-folder of text files for each class; "bundled"; or "mtsamples",
             which is downloaded from the Hub.
         text_column: Name of the column with the texts.
         label_column: Name of the column with the class of each row.
@@ -297,7 +300,7 @@ def read_notes(
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file is not a CSV file with these columns, fewer than two classes are left,
+        ValueError: The file is not a table with these columns, fewer than two classes are left,
             or the column of the splits names no split in a row. No message contains the text of a
             note.
     """
@@ -315,7 +318,13 @@ def read_notes(
     rows = 0
     without_text = 0
     repeated = 0
-    for row, text, label, side in _read_rows(path, text_column, label_column, split_column):
+    if path.is_dir():
+        if split_column is not None:
+            raise ValueError(f"{path} is a folder and has no column {split_column!r} of splits")
+        content = _read_folder(path)
+    else:
+        content = _read_rows(path, text_column, label_column, split_column)
+    for row, text, label, side in content:
         rows += 1
         if not label or not has_visible(text):
             without_text += 1
@@ -441,29 +450,69 @@ def _read_rows(
         The row's number (from 1, the header not counted), its clean text, its label, and its split
         if there is a column of the splits and the row has text and label.
     """
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder: expected a CSV file")
-    columns = [text_column, label_column]
+    flags = {text_column: "--text-column", label_column: "--label-column"}
     if split_column is not None:
-        columns.append(split_column)
+        flags[split_column] = "--split-column"
     try:
         with path.open("rb") as file:
-            table = read_table(file, columns)
-            if not table.header:
-                raise TableError("is empty: expected a CSV file with a header")
-            for row, (line, cells, wrong) in enumerate(table.select(), 1):
-                if wrong is not None:
-                    raise ValueError(f"row {row} of {path} (it begins in line {line}) {wrong}")
+            for number, row in enumerate(open_table(file, list(flags)).select(), 1):
+                if row.wrong is not None:
+                    place = "" if row.line is None else f" (it begins in line {row.line})"
+                    raise ValueError(f"row {number} of {path}{place} {row.wrong}")
+                cells = [as_text(cell) for cell in row.cells]
                 text = clean_text(cells[0])
                 label = cells[1].strip()
                 if label:
-                    _check_row_label(label, row, path, label_column)
+                    _check_row_label(label, number, path, label_column)
                 side = None
                 if split_column is not None and label and has_visible(text):
-                    side = _read_side(cells[2], row, path, split_column)
-                yield row, text, label, side
+                    side = _read_side(cells[2], number, path, split_column)
+                yield number, text, label, side
+    except MissingColumnError as error:
+        flag = next(flag for name, flag in flags.items() if name.strip() == error.column)
+        raise ValueError(f"{path} {error}; give the right one with {flag}") from None
     except TableError as error:
         raise ValueError(f"{path} {error}") from None
+
+
+def _read_folder(folder: Path) -> Iterator[tuple[int, str, str, None]]:
+    """Read a folder with one sub-folder for each class, whose text files are the notes.
+
+    Hidden files, whose names begin with a dot, are left out.
+
+    Yields:
+        As ``_read_rows``, in the order of the files' names.
+    """
+    number = 0
+    if not _visible(folder):
+        raise ValueError(f"{folder} is an empty folder: expected one sub-folder for each class")
+    for sub_folder in _visible(folder):
+        if not sub_folder.is_dir():
+            raise ValueError(
+                f"{folder} is a folder with the file {sub_folder.name!r} in it: expected one "
+                "sub-folder for each class, and nothing else"
+            )
+        try:
+            check_class_name(sub_folder.name)
+        except ValueError as error:
+            raise ValueError(f"a sub-folder of {folder} is not named by a class: {error}") from None
+        for file in _visible(sub_folder):
+            if not file.is_file():
+                raise ValueError(f"{file} is not a file: expected text files alone")
+            if file.stat().st_size > LONGEST_TEXT_FILE:
+                raise ValueError(
+                    f"{file} has more than {LONGEST_TEXT_FILE:,} bytes: expected one note"
+                )
+            try:
+                text = file.read_text(encoding="utf-8-sig")
+            except UnicodeDecodeError:
+                raise ValueError(f"{file} is not a text file in UTF-8") from None
+            number += 1
+            yield number, clean_text(text), sub_folder.name.strip(), None
+
+
+def _visible(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
 
 
 def _read_side(name: str, row: int, path: Path, split_column: str) -> str:

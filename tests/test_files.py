@@ -14,9 +14,10 @@ import hypothesis
 import pytest
 from hypothesis import strategies
 
-from clinora.files import read_table, recognise
+from clinora.files import recognise
 from clinora.notes import read_notes
 from clinora.serving.files import FileError, check_table, read_column
+from clinora.tables import TableError, open_table
 
 SECRET = "HIV positive"  # in each bad file; no message may quote it
 HEADER = ("id", "transcription", "medical_specialty")
@@ -36,8 +37,9 @@ def csv_of(rows, header=HEADER, **options):
 
 
 def rows_of(content, *columns):
-    """Give the rows of a file."""
-    return [row for _line, row in read_table(io.BytesIO(content), columns).rows]
+    """Give the rows of a file, with the cells of all columns."""
+    table = open_table(io.BytesIO(content), columns)
+    return [row.cells for row in table.rows(table.header)]
 
 
 def read_transcription(content):
@@ -69,7 +71,7 @@ def messages(folder, content):
 
 
 def workbook():
-    """A zip file with the names that an Excel workbook has."""
+    """A zip file with some of the names that an Excel workbook has."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("[Content_Types].xml", "<Types/>")
@@ -83,15 +85,16 @@ OTHER_KINDS = {
     "Git LFS pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d\n", "Git LFS"),
     "web page": (f"\n<!DOCTYPE html>\n<p>{SECRET}</p>".encode(), "web page"),
     "web page without a doctype": (f"<HTML><p>{SECRET}</p>".encode(), "web page"),
-    "gzip": (gzip.compress(TABLE), "compressed"),
+    "gzip in gzip": (gzip.compress(gzip.compress(TABLE)), "compressed"),
+    "half a gzip file": (gzip.compress(TABLE)[:-20], "damaged or incomplete gzip"),
+    "zip in gzip": (gzip.compress(workbook()), "zip.*gzip"),
     "bzip2": (bz2.compress(TABLE), "compressed"),
     "xz": (lzma.compress(TABLE), "compressed"),
-    "xlsx": (workbook(), "Excel.*CSV"),
+    "zip": (workbook(), "zip file.*unpack"),
     "xls": (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + TABLE, "Excel.*CSV"),
-    "Parquet": (b"PAR1\x15\x04" + TABLE, "Parquet.*CSV"),
-    "JSON lines": (json.dumps(NOTE).encode() + b"\n", "JSON.*CSV"),
-    "JSON of rows": (json.dumps([NOTE], indent=1).encode(), "JSON.*CSV"),
-    "JSON of columns": (json.dumps({"transcription": [SECRET]}).encode(), "JSON.*CSV"),
+    "Parquet": (b"PAR1\x15\x04" + TABLE, "damaged Parquet"),
+    "JSON of rows": (json.dumps([NOTE], indent=1).encode(), "JSON.*lines"),
+    "JSON of columns": (json.dumps(NOTE, indent=1).encode(), "JSON.*lines"),
     "UTF-16": (TABLE.replace(b",", b"\t").decode().encode("utf-16"), "^(?!.*NUL).*UTF-16.*CSV"),
     "UTF-16, big-endian": (b"\xfe\xff" + TABLE.decode().encode("utf-16-be"), "UTF-16.*CSV"),
     "UTF-16 without a mark": (TABLE.decode().encode("utf-16-le"), "UTF-16.*CSV"),
@@ -199,7 +202,8 @@ def test_a_first_line_for_excel_gives_the_delimiter(tmp_path, delimiter, begin, 
     assert len(notes_of(tmp_path, content).notes) == 3
     with pytest.raises(ValueError, match=r"row 5 .*line 8\)"):
         notes_of(tmp_path, content + delimiter.join("abcd").encode())
-    assert rows_of(first_line) == []
+    with pytest.raises(TableError, match="empty"):
+        rows_of(first_line)
 
 
 @pytest.mark.parametrize("last", [" ", " \t ", "\x1a", "\x1a\r\n", " \x1a", "\u00a0"])
@@ -248,7 +252,7 @@ def test_byte_order_marks_are_no_part_of_the_first_column(tmp_path, marks, quoti
     table = csv_of([["a", "A"], ["b", "B"]], header, delimiter=delimiter, quoting=quoting)
     content = b"\xef\xbb\xbf" * marks + table
     assert notes_of(tmp_path, content) == notes_of(tmp_path, table)
-    assert read_table(io.BytesIO(content)).header == list(header)
+    assert open_table(io.BytesIO(content)).header == list(header)
 
 
 def test_a_second_file_appended_with_its_byte_order_mark_repeats_the_header(tmp_path):
@@ -342,6 +346,14 @@ def test_only_near_misses_of_the_wanted_columns_are_shown(tmp_path, header, show
     message = str(caught.value).partition("no column")[2]
     quoted = [text for text in re.findall("'(.*?)'", message) if text not in HEADER[1:2]]
     assert quoted == shown
+
+
+@pytest.mark.parametrize("column", HEADER[1:])
+def test_a_missing_column_is_said_with_the_flag_that_names_it(tmp_path, column):
+    header = [name if name != column else "other" for name in HEADER]
+    flag = {"transcription": "--text-column", "medical_specialty": "--label-column"}[column]
+    with pytest.raises(ValueError, match=f"no column '{column}'.*{flag}$"):
+        notes_of(tmp_path, csv_of(ROWS, header))
 
 
 def test_the_page_shows_near_misses_as_training_does():

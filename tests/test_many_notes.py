@@ -142,14 +142,14 @@ def test_a_label_that_looks_like_a_formula_is_escaped(classifier, tmp_path):
     [
         (table_of([[1, NOTE]], header=("id", "note")), "The file has no column 'transcription'"),
         ("transcription\r\n", "The file has no rows"),
-        ("", "The file has no rows"),
+        ("", "The file is empty"),
         (table_of([[1, "é"]]).encode("latin-1"), "The file is not UTF-8"),
         (table_of([[1, "x"]] * (MOST_ROWS + 1)), "The file has more than 2,000 rows"),
         (table_of([[1, NOTE]], header=("transcription",) * 2), "has 2 columns 'transcription'"),
         (table_of([[1, "a"], [2, "b"]]) + '3,"never closed\r\n4,d\r\n', "begins in line 4 "),
         (table_of([[1, NOTE]]).encode("utf-16"), "UTF-16"),
         (b"PK\x03\x04" + table_of([[1, NOTE]]).encode(), "Excel"),
-        ('{"transcription": "fever"}\n', "JSON"),
+        ('{\n"transcription": "fever"}\n', "JSON"),
     ],
     ids=["column", "rows", "empty", "latin-1", "many", "twice", "quote", "utf-16", "xlsx", "json"],
 )

@@ -500,7 +500,8 @@ BAD_FILES = {
     "no header, a similar word": ("Transcriptions,SECRET PATIENT\nknee,Orthopedic\n",
                                   "no column 'transcription'.* 2 cells.*'Transcriptions'"),
     "no header, commas": ("Pt 74 y, SECRET PATIENT, fell,Surgery\n", "no column 'transcription'"),
-    "JSON lines": ('{"medical_specialty": "Surgery", "transcription": "SECRET PATIENT"}\n', "JSON"),
+    "JSON lines": ('{"medical_specialty": "A", "transcription": "a"}\n{"SECRET PATIENT": "b"}\n',
+                   "row 2 .*line 2.* has no 'transcription'"),
     "doubled column": ("transcription,transcription,medical_specialty\nSECRET PATIENT,b,A\n",
                        "2 columns 'transcription'"),
     "header again": (HEADER + "SECRET PATIENT,A\n" + HEADER + "b,B\n", "row 2 .*repeats the head"),
@@ -568,8 +569,8 @@ def test_a_class_name_of_a_hundred_characters_is_kept(write):
     assert read_notes(write([("a", "x" * 100), ("b", "B")])).classes == ("B", "x" * 100)
 
 
-def test_folder_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="is a folder"):
+def test_an_empty_folder_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"is an empty folder.*sub-folder"):
         read_notes(tmp_path)
 
 

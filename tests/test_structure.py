@@ -14,7 +14,17 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 ORDER = [
     ["kernels", "modules"],
     ["lora", "llama"],
-    ["budget", "testing", "files", "checkpoint", "adapter", "tokenizer", "notes", "device"],
+    [
+        "budget",
+        "testing",
+        "files",
+        "tables",
+        "checkpoint",
+        "adapter",
+        "tokenizer",
+        "notes",
+        "device",
+    ],
     ["calibration", "run", "classifier"],
     ["explain", "baselines", "evaluation"],
     ["resume", "training"],

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from itertools import islice
 from typing import TypeVar
 
-from clinora.files import TableError, read_table
+from clinora.tables import TableError, as_text, open_table
 
 MOST_ROWS = 2_000
 
@@ -20,11 +20,10 @@ def check_table(content: bytes) -> None:
     """Check that a file is a table, before it is known which of its columns is wanted.
 
     Raises:
-        FileError: The file is not UTF-8 or not CSV, or has no rows or more than ``MOST_ROWS``.
+        FileError: The file is not a table, or has no rows or more than ``MOST_ROWS``.
     """
     try:
-        table = read_table(io.BytesIO(content))
-        _at_most(table.rows)
+        _at_most(open_table(io.BytesIO(content)).select())
     except TableError as error:
         raise FileError(f"The file {error}.") from None
 
@@ -40,12 +39,11 @@ def read_column(content: bytes, column: str) -> list[tuple[str, str | None]]:
     """
     rows = []
     try:
-        table = read_table(io.BytesIO(content), [column])
-        for _line, cells, wrong in _at_most(table.select()):
-            if wrong is None:
-                rows.append((cells[0], None))
+        for row in _at_most(open_table(io.BytesIO(content), [column]).select()):
+            if row.wrong is None:
+                rows.append((as_text(row.cells[0]), None))
             else:
-                rows.append(("", f"The row {wrong}."))
+                rows.append(("", f"The row {row.wrong}."))
     except TableError as error:
         raise FileError(f"The file {error}.") from None
     return rows

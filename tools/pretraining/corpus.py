@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import clinora
-from clinora.files import read_table
 from clinora.notes import TEXT_COLUMN, clean_text, find_notes
+from clinora.tables import open_table
 
 # For each source: how often it is read, and the GitHub repositories that it comes from, with their
 # revisions. Texts that resemble notes are read more often than articles and leaflets.
@@ -145,13 +145,13 @@ def read_titles(notes: str) -> dict[str, str]:
     """Read the name and description of each text, but not its specialty, from the notes' file."""
     titles = {}
     with find_notes(notes).open("rb") as file:
-        table = read_table(file, [TEXT_COLUMN])
+        table = open_table(file, [TEXT_COLUMN, "sample_name", "description"])
         if not {"sample_name", "description"} <= set(table.header):
             return {}
-        for _line, cells in table.rows:
-            row = dict(zip(table.header, cells, strict=True))
-            name = re.sub(r" - \d+$", "", clean_text(row["sample_name"])).strip()
-            titles[clean_text(row[TEXT_COLUMN])] = f"{name}: {clean_text(row['description'])}"
+        for row in table.select():
+            text, name, description = map(clean_text, row.cells)
+            name = re.sub(r" - \d+$", "", name).strip()
+            titles[text] = f"{name}: {description}"
     return titles
 
 

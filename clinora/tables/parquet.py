@@ -1,0 +1,65 @@
+"""Read Parquet files in parts, through pyarrow."""
+
+from collections.abc import Iterator, Sequence
+from typing import BinaryIO
+
+from clinora.tables.table import (
+    MOST_ROWS,
+    Row,
+    Table,
+    TableError,
+    check_unpacked,
+    size_of,
+)
+
+ROWS_TOGETHER = 256
+BUFFER_BYTES = 2**20  # read at a time of a column, so that large row groups need little memory
+
+
+def read_parquet(file: BinaryIO, columns: Sequence[str]) -> Table:
+    """Read a table from a Parquet file.
+
+    Raises:
+        TableError: The file is damaged, unpacks to far more than its size or has more than
+            ``MOST_ROWS`` rows, or pyarrow is not installed.
+    """
+    try:
+        import pyarrow
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        raise TableError(
+            "is a Parquet file, for which pyarrow is needed: pip install 'clinora[files]'"
+        ) from None
+    try:
+        parquet = ParquetFile(file, buffer_size=BUFFER_BYTES, pre_buffer=False)
+        schema = parquet.schema_arrow
+    except (pyarrow.ArrowException, OSError):
+        raise TableError("is a damaged Parquet file: copy it again") from None
+    total = parquet.metadata.num_rows
+    if total > MOST_ROWS:
+        raise TableError(f"has more than {MOST_ROWS:,} rows: divide it")
+    groups = [parquet.metadata.row_group(i) for i in range(parquet.metadata.num_row_groups)]
+    check_unpacked(sum(group.total_byte_size for group in groups), size_of(file))
+    name_of = {name.strip(): name for name in schema.names}
+    rows_read = 0
+
+    def rows(wanted: Sequence[str]) -> Iterator[Row]:
+        nonlocal rows_read
+        names = [name_of[column] for column in wanted]
+        try:
+            for batch in parquet.iter_batches(ROWS_TOGETHER, columns=names):
+                cells = [batch.column(name).to_pylist() for name in names]
+                for i in range(batch.num_rows):
+                    yield Row(None, [column[i] for column in cells])
+                rows_read += batch.num_rows
+        except (pyarrow.ArrowException, OSError):
+            raise TableError(f"is damaged after row {rows_read}: copy it again") from None
+
+    return Table(
+        header=[name.strip() for name in schema.names],
+        columns=list(columns),
+        rows=rows,
+        share_read=lambda: rows_read / max(1, total),
+        has_names=True,
+        types={field.name.strip(): field.type for field in schema},
+    )
