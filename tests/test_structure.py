@@ -27,7 +27,7 @@ ORDER = [
     ],
     ["calibration", "run", "classifier"],
     ["explain", "baselines", "evaluation"],
-    ["resume", "training"],
+    ["resume", "training", "predict"],
     ["figures", "report"],
     ["serving"],
     ["commands"],
