@@ -49,7 +49,9 @@ def commands():
 
     The script or module that torchrun starts counts as Python's.
     """
-    started = re.compile(r"\b(?:python (?!-m venv)|clinora (?:train|eval|serve|budget))[^&#>]*")
+    started = re.compile(
+        r"\b(?:python (?!-m venv)|clinora (?:train|eval|predict|serve|budget))[^&#>]*"
+    )
     found = set()
     for page in PAGES:
         text = text_of(page)
@@ -144,7 +146,7 @@ def test_the_answer_of_the_service_is_the_bundled_adapters():
 
 def options_of(command, capsys):
     """The options that the help of a command, such as ``python -m MODULE``, lists."""
-    words = command.split()
+    words = command.replace("python -m clinora ", "clinora ").split()
     if words[0] == "clinora":
         module, arguments = "clinora.__main__", [words[1], "--help"]
     elif words[1] == "-m":
@@ -167,7 +169,7 @@ def test_commands_have_the_options_that_they_are_given(capsys):
 def test_options_between_backquotes_exist(capsys):
     known = {"--extra-index-url"}  # pip's
     tools = ("python -m tools.compare", "python -m tools.gguf_to_hub")
-    for command in ("clinora train", "clinora serve", "clinora budget", *tools):
+    for command in ("clinora train", "clinora predict", "clinora serve", "clinora budget", *tools):
         known |= options_of(command, capsys)
     for page in PAGES:
         for words in re.findall(r"(?<!`)`(--[^`\n]+)`(?!`)", text_of(page)):
