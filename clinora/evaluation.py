@@ -640,7 +640,7 @@ def assess(
     measured: Sequence[Note],
     *,
     trained_on: int = 0,
-    own_split: bool = True,
+    learned_from: Notes | None = None,
     seed: int = 0,
 ) -> tuple[Results, Answers]:
     """Measure a run, its base and simpler classifiers on some notes of a file.
@@ -650,19 +650,20 @@ def assess(
         notes: All notes of the file.
         measured: The notes to measure on.
         trained_on: Number of the measured notes that the run was trained or calibrated on.
-        own_split: Whether the run was trained on this file's training notes.
+        learned_from: The notes that the run was trained on; the simpler classifiers learn from
+            their training notes. None leaves these classifiers out.
         seed: Seed of the random heads.
 
     Raises:
         ValueError: There are no notes to measure on.
     """
     answers = classify(classifier, measured)
-    training = notes.on("training") if own_split else []
+    training = learned_from.on("training") if learned_from else []
     texts = {note.text for note in training}
     simpler = []
     against = None
     if training:
-        for baseline in train_baselines(training, notes.on("validation"), measured):
+        for baseline in train_baselines(training, learned_from.on("validation"), measured):
             simpler.append(_measure_baseline(baseline, measured, len(notes.classes)))
             if baseline.name == TF_IDF:
                 against = _gain(answers, baseline.predicted, measured)

@@ -441,6 +441,16 @@ def find_notes(source: str | Path) -> Path:
     return Path(path)
 
 
+def is_here(source: str) -> bool:
+    """Tell whether notes can be read without a download."""
+    if source == "mtsamples":
+        path = huggingface_hub.try_to_load_from_cache(
+            MTSAMPLES["repo_id"], MTSAMPLES["filename"], repo_type="dataset"
+        )
+        return isinstance(path, str)
+    return source == "bundled" or Path(source).exists()
+
+
 def _read_rows(
     path: Path, text_column: str, label_column: str, split_column: str | None
 ) -> Iterator[tuple[int, str, str, str | None]]:

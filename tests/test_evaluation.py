@@ -432,7 +432,7 @@ def test_lora_is_compared_pairwise_with_the_linear_model(tmp_path, classifier, m
     predicted[::3] = (filed[::3] + 1) % 5
     made = [Predictions("majority class", "", filed), Predictions(TF_IDF, "words", predicted)]
     monkeypatch.setattr("clinora.evaluation.train_baselines", lambda *_: made)
-    results, answers = assess(classifier, notes, test)
+    results, answers = assess(classifier, notes, test, learned_from=notes)
     gain = answers.correct.astype(int) - (np.arange(len(test)) % 3 > 0)
     assert results.against.value == pytest.approx(gain.mean())
     theirs = scipy.stats.bootstrap(
@@ -453,7 +453,7 @@ def test_a_run_that_agrees_with_its_baseline_on_few_notes_may_yet_differ(
     test = notes.on("test")[:12]
     made = [Predictions(TF_IDF, "words", classify(classifier, test).predicted)]
     monkeypatch.setattr("clinora.evaluation.train_baselines", lambda *_: made)
-    results, _ = assess(classifier, notes, test)
+    results, _ = assess(classifier, notes, test, learned_from=notes)
     none = scipy.stats.binomtest(0, 12).proportion_ci(method="wilson").high
     assert results.against == pytest.approx((0, -none, none), abs=1e-4)
 
@@ -464,7 +464,7 @@ def test_rows_split_says_how_many_texts_stand_in_training(tmp_path, classifier):
     spare = ["spare a,Radiology", "spare b,Surgery"]
     path.write_text("\n".join([header, *rows, *rows, *spare]) + "\n")
     notes = read_notes(path, split="rows")
-    results, _ = assess(classifier, notes, notes.on("test"))
+    results, _ = assess(classifier, notes, notes.on("test"), learned_from=notes)
     training = {n.text for n in notes.on("training")}
     assert results.split == "rows"
     assert results.in_training == sum(n.text in training for n in notes.on("test")) > 0
@@ -669,7 +669,7 @@ classifier(["warm up " * 200] * 40)
 Path("/proc/self/clear_refs").write_text("5")  # forget the peak of importing
 start = peak()
 notes = clinora.read_notes(file, classes=classifier.labels)
-results, answers = assess(classifier, notes, notes.notes, own_split=False)
+results, answers = assess(classifier, notes, notes.notes)
 print(peak() - start)
 write_report(Path(file + "-report"), results, answers, notes.notes, token_limit=128, about="")
 print(peak() - start)

@@ -123,9 +123,15 @@ def test_own_splits_are_trained_on_and_a_second_file_is_measured(tmp_path, capsy
     assert "\n8 notes in 8 rows\n" in capsys.readouterr().out
 
     second = tmp_path / "second.csv"  # it lacks a class, and the column of the splits
-    second.write_text("transcription,medical_specialty\na new note,Heart\nanother,Heart\n")
+    second.write_text(f"transcription,medical_specialty\n{WORDS['Heart']} again,Heart\n")
     assert eval_command.main(["--run", str(run), "--notes", str(second)]) == 0
-    assert "\n2 notes in 2 rows\n" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "\n1 notes in 1 rows\n" in printed
+    # The simpler classifiers have learned from the run's training notes, as the run has.
+    assert re.search(r"\nTF-IDF \+ linear model +100", printed)
+    own.write_text(own.read_text() + "one more,Heart,train\n")
+    assert eval_command.main(["--run", str(run), "--notes", str(second)]) == 0
+    assert "TF-IDF" not in capsys.readouterr().out
 
 
 @pytest.mark.slow

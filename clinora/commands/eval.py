@@ -8,7 +8,9 @@ Example: {command} --run runs/demo
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from clinora.commands import (
     add_machine_options,
@@ -18,6 +20,10 @@ from clinora.commands import (
     new_parser,
     one_line_errors,
 )
+
+if TYPE_CHECKING:
+    from clinora.notes import Notes
+    from clinora.run import DataRecord
 
 
 def build_parser(prog: str = "clinora eval") -> argparse.ArgumentParser:
@@ -120,7 +126,11 @@ def evaluate_run(args: argparse.Namespace, prog: str) -> None:
     folder = args.report or run / name
     make_folder(folder, "--report")
     results, answers = assess(
-        classifier, notes, measured, trained_on=trained_on, own_split=own_split
+        classifier,
+        notes,
+        measured,
+        trained_on=trained_on,
+        learned_from=notes if own_split else read_own_notes(data, classifier.labels),
     )
     write_report(
         folder,
@@ -133,3 +143,23 @@ def evaluate_run(args: argparse.Namespace, prog: str) -> None:
         show_text=args.show_text,
     )
     print(f"\n{results_table(results)}\n\nReport: {folder / 'report.md'}")
+
+
+def read_own_notes(data: "DataRecord", labels: Sequence[str]) -> "Notes | None":
+    """Read the notes that a run was trained on; None if they are not on this machine unchanged."""
+    from clinora.notes import is_here, read_notes
+
+    if data.source is None or not is_here(data.source):
+        return None
+    try:
+        notes = read_notes(
+            data.source,
+            text_column=data.text_column,
+            label_column=data.label_column,
+            classes=labels,
+            split=data.split,
+            split_column=data.split_column,
+        )
+    except (OSError, ValueError):  # the file has changed
+        return None
+    return notes if data.is_split_of(notes) else None

@@ -261,7 +261,7 @@ def train_and_report(args: argparse.Namespace, prog: str) -> None:
     )
     classifier.calibration = calibrate(classifier, validation, args.promise)
     classifier.save(args.run)
-    results, answers = assess(classifier, notes, test, seed=config.seed)
+    results, answers = assess(classifier, notes, test, learned_from=notes, seed=config.seed)
     report = args.run / "report"
     write_report(
         report,
