@@ -321,14 +321,17 @@ class Classifier:
         for i, text in enumerate(texts):
             if not has_visible(text):
                 raise ValueError(f"note {i + 1} of {len(texts)} is empty: it has no visible text")
-        return self.predict([self.encode(text) for text in texts])
+        predictions = []
+        for start in range(0, len(texts), INFERENCE_NOTES):
+            part = texts[start : start + INFERENCE_NOTES]
+            predictions += self.predict([self.encode(text) for text in part])
+        return predictions
 
-    def encode(self, text: str) -> Tensor:
-        """Clean and tokenise a note for ``predict``: int32 ids, at most one beyond the limit."""
-        ids = self.tokenizer.encode(clean_text(text), self.token_limit + 1)
-        return torch.tensor(ids, dtype=torch.int32)
+    def encode(self, text: str) -> list[int]:
+        """Clean and tokenise a note for ``predict``: ids, at most one beyond the token limit."""
+        return self.tokenizer.encode(clean_text(text), self.token_limit + 1)
 
-    def predict(self, ids: Sequence[Tensor]) -> list[Prediction]:
+    def predict(self, ids: Sequence[Sequence[int]]) -> list[Prediction]:
         """Classify notes from their token ids, as ``encode`` gives them.
 
         Raises:
@@ -376,7 +379,7 @@ class Classifier:
             tokens += [len(note) for note in ids]
         return np.concatenate(parts), tokens
 
-    def _probabilities(self, ids: Sequence[Sequence[int] | Tensor]) -> np.ndarray:
+    def _probabilities(self, ids: Sequence[Sequence[int]]) -> np.ndarray:
         """Give the probabilities of notes, of which at most the token limit is read: (N, C)."""
         if not self.model.head_trained:
             raise ValueError("this model's head was never trained: predictions would be random")
@@ -425,7 +428,8 @@ class Classifier:
         device = self.model.score.weight.device
         training = self.model.training
         self.model.eval()
-        outputs: list[Tensor | None] = [None] * len(ids)
+        order: list[int] = []
+        outputs: list[Tensor] = []
         try:
             groups = group_by_length(
                 [len(note) for note in ids], INFERENCE_TOKENS, device, INFERENCE_PADDING
@@ -434,8 +438,11 @@ class Classifier:
                 padded, lengths = pad([ids[i] for i in group], device)
                 with self.autocast():
                     output = model(padded, lengths)
-                for i, row in zip(group, output.float().cpu(), strict=True):
-                    outputs[i] = row
+                order += group
+                outputs.append(output.float().cpu())
         finally:
             self.model.train(training)
-        return torch.stack(outputs)
+        in_groups = torch.cat(outputs)
+        result = torch.empty_like(in_groups)
+        result[order] = in_groups
+        return result

@@ -1,6 +1,7 @@
 """The device, the compute dtype, the memory allocator, and the processes of one training."""
 
 import ctypes
+import os
 from contextlib import suppress
 
 import torch
@@ -12,6 +13,7 @@ MALLOC_OPTIONS = (
     (-1, 2**31 - 1),  # M_TRIM_THRESHOLD
     (-8, 1),  # M_ARENA_MAX
 )
+KEPT_SHAPES = 32  # more than a layer has
 
 
 def keep_freed_memory() -> None:
@@ -22,7 +24,14 @@ def keep_freed_memory() -> None:
     process does not shrink. All threads share one heap: despite these options glibc returns the
     memory of a thread's own heaps, of 64 MiB each, and that made batches on the page slower than
     single notes. With another C library this does nothing.
+
+    oneDNN, which multiplies matrices on CPUs, keeps kernels and buffers for each of the last 1,024
+    shapes, and batches of notes have thousands of shapes. With ``KEPT_SHAPES`` instead, training on
+    the bundled notes needs 1.1 GB in place of 1.9 GB and is not slower. Variables that the user has
+    set stay.
     """
+    for variable in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(variable, str(KEPT_SHAPES))
     with suppress(OSError, AttributeError):
         glibc = ctypes.CDLL("libc.so.6")
         for option, value in MALLOC_OPTIONS:

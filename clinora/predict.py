@@ -18,7 +18,6 @@ from typing import TypeVar
 import pandas as pd
 import torch
 from filelock import FileLock, Timeout
-from torch import Tensor
 from tqdm import tqdm
 
 from clinora.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -109,7 +108,7 @@ class EncodedNotes:
         errors: For each note None, or why it cannot be classified.
     """
 
-    ids: list[Tensor | None]
+    ids: list[list[int] | None]
     errors: list[str | None]
 
 

@@ -25,6 +25,8 @@ from clinora.checkpoint import BUNDLED, write_atomically
 from clinora.figures import BLACK, BLUE, GREY, LIGHT
 from clinora.report import png
 
+SMOLLM2_RUN = Path(__file__).parents[1] / "examples" / "smollm2-mtsamples"
+
 # A bundled note above the threshold, so that the page shows a prediction and not a referral.
 ANSWERED_NOTE = "laparoscopic cholecystectomy with intraoperative cholangiogram"
 
@@ -63,43 +65,46 @@ def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float]) -> 
     axes.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": BLACK})
 
 
-def results_figure(metrics: dict) -> Figure:
-    """Draw accuracy over notes and over rows: the base, a run, TF-IDF and the best possible.
+def results_figure(smollm2: dict, bundled: dict) -> Figure:
+    """Draw accuracy over notes and over rows: two runs, TF-IDF and the best possible.
 
     Args:
-        metrics: The content of a report's ``metrics.json``.
+        smollm2: The content of ``metrics.json`` of the run on SmolLM2.
+        bundled: That of the bundled adapter, on the same test notes.
     """
-    before = metrics["before"]
-    after = metrics["after"]
-    baselines = {baseline["name"]: baseline for baseline in metrics["baselines"]}
+    before = smollm2["before"]
+    baselines = {baseline["name"]: baseline for baseline in smollm2["baselines"]}
     tf_idf = baselines[TF_IDF]
     notes = [
         _mean_and_spread(before["any_label_accuracy"]),
-        _value_and_interval(after["by_note"]["accuracy"]),
+        _value_and_interval(smollm2["after"]["by_note"]["accuracy"]),
+        _value_and_interval(bundled["after"]["by_note"]["accuracy"]),
         _value_and_interval(tf_idf["any_label_accuracy"]),
         (1.0, 1.0, 1.0),
     ]
-    ceiling = metrics["test_ceiling"]
+    ceiling = smollm2["test_ceiling"]
     rows = [
         _mean_and_spread(before["accuracy"]),
-        _value_and_interval(after["by_row"]["accuracy"]),
+        _value_and_interval(smollm2["after"]["by_row"]["accuracy"]),
+        _value_and_interval(bundled["after"]["by_row"]["accuracy"]),
         _value_and_interval(tf_idf["accuracy"]),
         (ceiling, ceiling, ceiling),
     ]
     names = [
-        f"before training\n({before['heads']} random heads)",
-        "LoRA, r = 8",
+        f"SmolLM2, before\n({before['heads']} random heads)",
+        "SmolLM2 + LoRA",
+        "bundled base + LoRA",
         "TF-IDF +\nlinear model",
         "best possible",
     ]
-    figure = Figure(figsize=(8.2, 3), layout="constrained")
+    figure = Figure(figsize=(8.2, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     _bars(left, notes)
     _bars(right, rows)
     left.set_yticks(range(len(names)), names)
     left.invert_yaxis()
-    left.set_title(f"{metrics['notes']} test notes, each with\none or more labels")
-    right.set_title(f"{metrics['rows']} rows of the file with these\nnotes, each with one label")
+    left.set_title(f"{smollm2['notes']} test notes, each with\none or more labels")
+    right.set_title(f"{smollm2['rows']} rows of the file with these\nnotes, each with one label")
     figure.supxlabel(
         "accuracy, with 95% bootstrap intervals; before training: ± one standard deviation",
         fontsize=9,
@@ -118,7 +123,7 @@ def _value_and_interval(estimate: dict) -> tuple[float, float, float]:
 
 def _bars(axes: Axes, shares: list[tuple[float, float, float]]) -> None:
     """Draw one bar for each (value, low, high), with the value as text right of the interval."""
-    colours = [LIGHT, BLUE, GREY, "white"]
+    colours = [LIGHT, BLUE, BLUE, GREY, "white"]
     for place, (value, low, high) in enumerate(shares):
         axes.barh(place, value, height=0.65, facecolor=colours[place], edgecolor=BLACK)
         if low < high:
@@ -169,10 +174,11 @@ def main(argv: list[str] | None = None) -> int:
     if chromium is None:
         parser.exit(2, "pictures.py: there is no chromium on the PATH: install Debian's package\n")
     args.out.mkdir(parents=True, exist_ok=True)
-    metrics = json.loads((BUNDLED / "adapter" / "report" / "metrics.json").read_text())
+    bundled = json.loads((BUNDLED / "adapter" / "report" / "metrics.json").read_text())
+    smollm2 = json.loads((SMOLLM2_RUN / "report" / "metrics.json").read_text())
     pictures = {
         "lora.png": png(lora_figure()),
-        "results.png": png(results_figure(metrics)),
+        "results.png": png(results_figure(smollm2, bundled)),
         "page.png": page_picture(chromium),
     }
     for name, picture in pictures.items():
