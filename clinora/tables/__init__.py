@@ -6,6 +6,21 @@ may be a note.
 """
 
 from clinora.tables.opening import open_table
-from clinora.tables.table import MissingColumnError, Row, Table, TableError, as_text
+from clinora.tables.table import (
+    MissingColumnError,
+    Row,
+    Table,
+    TableError,
+    as_text,
+    spreadsheet_safe,
+)
 
-__all__ = ["MissingColumnError", "Row", "Table", "TableError", "as_text", "open_table"]
+__all__ = [
+    "MissingColumnError",
+    "Row",
+    "Table",
+    "TableError",
+    "as_text",
+    "open_table",
+    "spreadsheet_safe",
+]
