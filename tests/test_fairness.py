@@ -21,13 +21,13 @@ JSON = {"Content-Type": "application/json"}
 def served(classifier, tmp_path, monkeypatch):
     """The address of an app on a free port, its batcher, and the notes that were computed."""
     computed = []
-    probabilities = classifier.probabilities
+    run = type(classifier).__call__
 
-    def note_and_run(notes, *rest):
+    def note_and_run(self, notes):
         computed.extend(notes)
-        return probabilities(notes, *rest)
+        return run(self, notes)
 
-    monkeypatch.setattr(classifier, "probabilities", note_and_run)
+    monkeypatch.setattr(type(classifier), "__call__", note_and_run)
     app = create_app(classifier, tmp_path / "flagged")
     with running(app) as port:
         yield SimpleNamespace(
@@ -196,7 +196,7 @@ def test_a_file_whose_visitor_leaves_is_given_up(served, classifier, monkeypatch
     monkeypatch.setattr(classifier, "logits", lambda *a: time.sleep(0.1) or run(*a))
     visitor = Visitor(served.address)
     file = visitor.upload("transcription\n" + f"{CANARY}\n" * 1600)  # 100 times 16
-    visitor.trigger("classify_file", file, "transcription")
+    visitor.trigger("classify_file", file, "transcription", [])
     end = time.monotonic() + 30
     while not served.computed and time.monotonic() < end:
         time.sleep(0.05)

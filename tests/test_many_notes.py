@@ -50,21 +50,29 @@ def table_of(rows, header=("id", "transcription")):
     return text.getvalue()
 
 
-def classify(client, text, session="one"):
+def classify(client, text, session="one", **options):
     """Upload and classify a file; give the rows of the result, or the message of an error."""
-    try:
-        data = upload(client, text)
-    except RefusedError as refused:
-        return str(refused)
-    event, answer = call(client, "classify_file", data, "transcription", session=session)
-    if event == "error":
-        return answer["error"]
-    _upload, preview, file = answer
+    answer = ask(client, text, session, **options)
+    if isinstance(answer, str):
+        return answer
+    _upload, _column, _kept, _counts, preview, file = answer
     content = client.get(f"/gradio_api/file={file['path']}").content
     assert content.startswith(b"\xef\xbb\xbf")  # without it, Excel reads no umlauts
     rows = list(csv.DictReader(io.StringIO(content.decode("utf-8-sig"))))
     assert [row[0] for row in preview["data"]] == [int(row["row"]) for row in rows[:20]]
     return rows
+
+
+def ask(client, text, session="one", column="transcription", kept=(), name="notes.csv"):
+    """Upload and classify a file; give what the page shows, or the message of an error."""
+    try:
+        data = upload(client, text, name)
+    except RefusedError as refused:
+        return str(refused)
+    event, answer = call(client, "classify_file", data, column, list(kept), session=session)
+    if event == "error":
+        return answer["error"]
+    return answer
 
 
 def test_each_row_has_a_prediction_or_an_error(client, classifier):
@@ -94,7 +102,8 @@ def test_the_confidence_in_a_file_is_rounded(classifier, tmp_path, monkeypatch):
     for row, prediction in zip(rows, classifier(notes), strict=True):
         assert re.fullmatch(r"0\.\d{1,4}|1\.0", row["confidence"])
         assert float(row["confidence"]) == pytest.approx(prediction.confidence, abs=6e-5)
-        assert row["refer"] == str(prediction.refer)
+        assert row["refer"] == {True: "yes", False: "no"}[prediction.refer]
+    assert len({row["refer"] for row in rows}) == 2
 
 
 def test_the_progress_of_a_file_is_shown(client, monkeypatch):
@@ -102,7 +111,7 @@ def test_the_progress_of_a_file_is_shown(client, monkeypatch):
     submit = batcher.submit
     monkeypatch.setattr(batcher, "submit", lambda *a, **k: time.sleep(0.5) or submit(*a, **k))
     file = upload(client, table_of([[i, NOTE] for i in range(40)]))
-    assert join(client, "classify_file", file, "transcription", session="one").status_code == 200
+    assert join(client, "classify_file", file, "transcription", [], session="one").status_code == 200
     events = json.dumps(list(messages(client, "one")))
     shown = re.findall(r'"index":\s*(\d+),\s*"length":\s*(\d+),\s*"unit":\s*"batches"', events)
     assert sorted(set(shown))[:3] == [("0", "3"), ("1", "3"), ("2", "3")]
@@ -124,17 +133,17 @@ def test_equal_uploads_are_separate_files(client):
     first = upload(client, text)
     second = upload(client, text)
     for data in (first, second):
-        assert call(client, "classify_file", data, "transcription")[0] == "complete"
-    answer = join(client, "classify_file", second, "transcription", session="one")
+        assert call(client, "classify_file", data, "transcription", [])[0] == "complete"
+    answer = join(client, "classify_file", second, "transcription", [], session="one")
     assert answer.status_code == 422  # it was removed when it had been read
 
 
 def test_a_label_that_looks_like_a_formula_is_escaped(classifier, tmp_path):
-    labels = ("=1+1", "+2", "-3", "@four", "five")
+    labels = ("=1+1", "+two", "-three", "@four", "five")
     run = clinora.Classifier(classifier.model, classifier.tokenizer, labels, token_limit=128)
     with TestClient(create_app(run, tmp_path), "http://127.0.0.1") as client:
         rows = classify(client, table_of([[i, f"{NOTE} {i * 37}"] for i in range(20)]))
-    assert {row["label"] for row in rows} <= {"'=1+1", "'+2", "'-3", "'@four", "five"}
+    assert {row["label"] for row in rows} <= {"'=1+1", "'+two", "'-three", "'@four", "five"}
 
 
 @pytest.mark.parametrize(
@@ -145,13 +154,14 @@ def test_a_label_that_looks_like_a_formula_is_escaped(classifier, tmp_path):
         ("", "The file is empty"),
         (table_of([[1, "é"]]).encode("latin-1"), "The file is not UTF-8"),
         (table_of([[1, "x"]] * (MOST_ROWS + 1)), "The file has more than 2,000 rows"),
-        (table_of([[1, NOTE]], header=("transcription",) * 2), "has 2 columns 'transcription'"),
+        (table_of([[1, NOTE]], header=("transcription",) * 2), "no column whose name"),
+        (table_of([[1, 2, NOTE]], header=("id", *("transcription",) * 2)), "has 2 columns"),
         (table_of([[1, "a"], [2, "b"]]) + '3,"never closed\r\n4,d\r\n', "begins in line 4 "),
         (table_of([[1, NOTE]]).encode("utf-16"), "UTF-16"),
         (b"PK\x03\x04" + table_of([[1, NOTE]]).encode(), "Excel"),
         ('{\n"transcription": "fever"}\n', "JSON"),
     ],
-    ids=["column", "rows", "empty", "latin-1", "many", "twice", "quote", "utf-16", "xlsx", "json"],
+    ids=["column", "rows", "empty", "latin-1", "many", "alone twice", "twice", "quote", "utf-16", "xlsx", "json"],
 )
 def test_an_unreadable_file_gives_a_message(client, content, words):
     assert words in classify(client, content)

@@ -492,13 +492,12 @@ def _many_tab(batcher: Batcher, storage: Storage) -> None:
     upload = gr.File(label="File of notes")
     with gr.Row():
         column = gr.Dropdown([], value=None, label="Column of the notes")
-        kept = gr.Dropdown(
-            [], value=[], multiselect=True, label="Columns to keep in the result, such as an id"
-        )
+        kept = gr.Dropdown([], value=[], multiselect=True, label="Columns to keep, such as an id")
     start = gr.Button("Classify all", variant="primary")
     counts = gr.Dataframe(
-        headers=["class", "notes", "to refer to a person"], interactive=False, wrap=True,
-        label="Counts", column_widths=["60%", "20%", "20%"],
+        headers=["class", "notes", "to refer"], interactive=False, wrap=True,
+        label="Notes of each class, and how many of them to refer to a person",
+        column_widths=["50%", "22%", "28%"],
     )  # fmt: skip
     preview = gr.Dataframe(
         headers=[ROW, *RESULT_FIELDS], interactive=False, label="The first rows",
