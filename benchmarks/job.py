@@ -145,7 +145,7 @@ def main(argv: list[str] | None = None) -> int:
     """Measure and print; returns the exit status."""
     parser = common.parser(__doc__)
     parser.add_argument("--base", default="bundled", help="bundled, or a folder")
-    parser.add_argument("--notes", default="bundled", help="bundled, mtsamples or a CSV file")
+    parser.add_argument("--notes", default="bundled", help="bundled, mtsamples or a file")
     parser.add_argument("--sample", type=int, help="number of training notes (default: all)")
     parser.add_argument("--epochs", type=int, default=1, help="passes over the training notes")
     parser.add_argument("--batch", type=int, default=16, help="notes that a step learns from")

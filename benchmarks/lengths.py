@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     """Measure and print; returns the exit status."""
     parser = common.parser(__doc__)
     parser.add_argument("base", help="a folder, or bundled")
-    parser.add_argument("--notes", default="bundled", help="bundled, mtsamples or a CSV file")
+    parser.add_argument("--notes", default="bundled", help="bundled, mtsamples or a file")
     parser.add_argument("--tokenizer", help="a tokenizer file (default: the base's)")
     parser.add_argument("--layers", type=int, help="layers of the base to keep (default: all)")
     parser.add_argument("--batch", type=int, default=16, help="notes that a step learns from")

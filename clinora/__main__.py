@@ -7,6 +7,7 @@ import sys
 COMMANDS = {
     "train": "fine-tune a base model with LoRA and evaluate it before and after",
     "eval": "evaluate a trained run on notes that it was not trained on",
+    "predict": "classify every note in a file of any size",
     "serve": "classify notes on a page and through an API",
     "budget": "count the parameters and the memory of fine-tuning a model, without loading it",
 }

@@ -31,10 +31,13 @@ from clinora.tokenizer import Tokenizer
 TOKEN_LIMIT = 512  # tokens of a note that are read, by default
 INFERENCE_TOKENS = 8192  # in a padded batch
 CPU_PADDING = 256  # tokens; computing this many takes about as long as starting another batch
+INFERENCE_PADDING = 0.05  # largest share of a batch of many tokens
 INFERENCE_NOTES = 1024  # tokenised at a time, to bound the memory for ids
 
 
-def group_by_length(lengths: Sequence[int], tokens: int, device: torch.device) -> list[list[int]]:
+def group_by_length(
+    lengths: Sequence[int], tokens: int, device: torch.device, most_padding: float = 1.0
+) -> list[list[int]]:
     """Group notes of similar length into batches, to keep padding small.
 
     On the CPU a further batch costs little, and a note joins a group only if it adds at most
@@ -44,22 +47,31 @@ def group_by_length(lengths: Sequence[int], tokens: int, device: torch.device) -
         lengths: Tokens of each note.
         tokens: The most tokens that a padded batch may hold; a longer note is a batch by itself.
         device: Where the batches are computed.
+        most_padding: The largest share of padding in a batch, if that is more than ``CPU_PADDING``
+            tokens.
 
     Returns:
         Lists of positions in ``lengths``, the shortest notes first.
     """
-    most_padding = CPU_PADDING if device.type == "cpu" else math.inf
+    most_added = CPU_PADDING if device.type == "cpu" else math.inf
     groups: list[list[int]] = []
     longest = 0  # of the last group
+    real = 0  # tokens of the last group without padding
     shortest_first = sorted(range(len(lengths)), key=lambda position: lengths[position])
     for position in shortest_first:
         # This note would be the longest of the last group: the group would be padded to it.
         length = lengths[position]
-        padding = len(groups[-1]) * (length - longest) if groups else 0
-        if groups and (len(groups[-1]) + 1) * length <= tokens and padding <= most_padding:
+        size = len(groups[-1]) if groups else 0
+        added = size * (length - longest)
+        padded = (size + 1) * length
+        padding = padded - real - length
+        fits = padded <= tokens and padding <= max(CPU_PADDING, most_padding * padded)
+        if size > 0 and fits and added <= most_added:
             groups[-1].append(position)
+            real += length
         else:
             groups.append([position])
+            real = length
         longest = length
     return groups
 
@@ -415,7 +427,10 @@ class Classifier:
         self.model.eval()
         outputs: list[Tensor | None] = [None] * len(ids)
         try:
-            for group in group_by_length([len(note) for note in ids], INFERENCE_TOKENS, device):
+            groups = group_by_length(
+                [len(note) for note in ids], INFERENCE_TOKENS, device, INFERENCE_PADDING
+            )
+            for group in groups:
                 padded, lengths = pad([ids[i] for i in group], device)
                 with self.autocast():
                     output = model(padded, lengths)

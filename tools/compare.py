@@ -312,7 +312,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--seeds", nargs="+", type=int, default=(0, 1, 2), help="seeds, with one training each")
     add("--targets", nargs="+", default=clinora.LoRAConfig().targets, help="layers to adapt")
     add("--base", default="bundled", help="bundled, smollm2, a folder or a Hub id")
-    add("--notes", default="bundled", help="bundled, mtsamples or a CSV file")
+    add("--notes", default="bundled", help="bundled, mtsamples or a file")
     add("--text-column", default="transcription", help="column of the notes")
     add("--label-column", default="medical_specialty", help="column of the classes")
     add("--classes", nargs="+", help="names, one number k (the k most frequent), or all")

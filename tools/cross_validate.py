@@ -121,7 +121,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     defaults = TrainingConfig()
     add = parser.add_argument
-    add("--notes", default="bundled", help="bundled, mtsamples or a CSV file")
+    add("--notes", default="bundled", help="bundled, mtsamples or a file")
     add("--base", default="bundled", help="bundled, smollm2, a folder or a Hub id")
     add("--out", type=Path, help="folder that keeps the trainings (default: a temporary one)")
     add("--folds", type=int, default=5, help="number of folds")

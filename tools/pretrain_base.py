@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("--corpus", type=Path, required=True, help="folder of *.jsonl.gz files")
-    add("--notes", default="mtsamples", help="mtsamples, or a CSV file")
+    add("--notes", default="mtsamples", help="mtsamples or a file")
     add("--out", type=Path, required=True, help="folder to write to")
     add(
         "--checkpoints",

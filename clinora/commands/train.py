@@ -55,7 +55,8 @@ def build_parser(prog: str = "clinora train") -> argparse.ArgumentParser:
     add(
         "--notes",
         default="bundled",
-        help="bundled, mtsamples or a CSV file (default: %(default)s)",
+        help="bundled, mtsamples, a file (CSV, JSON lines, Parquet or Excel), or a folder with a "
+        "sub-folder of text files for each class (default: %(default)s)",
     )
     add("--text-column", default=TEXT_COLUMN, help="column of the texts (default: %(default)s)")
     add("--label-column", default=LABEL_COLUMN, help="column of the labels (default: %(default)s)")

@@ -52,7 +52,7 @@ def read_parquet(file: BinaryIO, columns: Sequence[str]) -> Table:
                 for i in range(batch.num_rows):
                     yield Row(None, [column[i] for column in cells])
                 rows_read += batch.num_rows
-        except (pyarrow.ArrowException, OSError):
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError):
             raise TableError(f"is damaged after row {rows_read}: copy it again") from None
 
     return Table(

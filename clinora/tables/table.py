@@ -145,11 +145,13 @@ def as_text(cell: object) -> str:
 
     A lone surrogate, which UTF-8 cannot encode, becomes U+FFFD.
 
-    >>> as_text(None), as_text(17.0), as_text(2.5), as_text(" a ")
-    ('', '17', '2.5', ' a ')
+    >>> as_text(None), as_text(17.0), as_text(2.5), as_text(True), as_text(" a ")
+    ('', '17', '2.5', 'true', ' a ')
     """
     if cell is None:
         return ""
+    if isinstance(cell, bool):
+        return str(cell).lower()
     if isinstance(cell, str):
         return cell.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
     if isinstance(cell, float):

@@ -1,0 +1,87 @@
+"""Predict the class of every note in a file of any size.
+
+Each row of the file gives one row of results, in the same order: its number, the columns of --keep,
+label, confidence, refer, tokens, truncated and error. The results never contain a note, unless its
+column is kept.
+
+Example: {command} --run runs/demo --notes archive.parquet --out results --keep id
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from clinora.commands import (
+    STOPPED,
+    add_machine_options,
+    as_typed,
+    check_run,
+    end_with,
+    new_parser,
+    one_line_errors,
+)
+
+
+def build_parser(prog: str = "clinora predict") -> argparse.ArgumentParser:
+    """Define the options."""
+    from clinora.notes import TEXT_COLUMN
+    from clinora.tables.writing import FORMATS
+
+    parser = new_parser(prog, __doc__.format(command=as_typed(prog, "predict")))
+    add = parser.add_argument
+    add("--run", default="bundled", help="folder of a trained run (default: %(default)s)")
+    add("--base", help="the base model, if it has moved (default: the run's)")
+    add(
+        "--notes",
+        type=Path,
+        required=True,
+        help="the file: CSV, JSON lines (both may be gzipped), Parquet or Excel",
+    )
+    add("--out", type=Path, required=True, help="output folder, for numbered parts")
+    add("--text-column", default=TEXT_COLUMN, help="column of the texts (default: %(default)s)")
+    add("--keep", nargs="+", default=[], help="columns that the results have, too (default: none)")
+    add("--format", choices=FORMATS, default=FORMATS[0], help="of the parts (default: %(default)s)")
+    add("--merge", action="store_true", help="make one file of the parts (default: off)")
+    add(
+        "--resume",
+        action="store_true",
+        help="continue at the first missing part of --out (default: off)",
+    )
+    add_machine_options(parser)
+    return parser
+
+
+def main(argv: list[str] | None = None, prog: str = "clinora predict") -> int:
+    """Score the file, and return the exit status."""
+    with one_line_errors(prog):
+        args = build_parser(prog).parse_args(argv)
+        try:
+            predict(args, prog)
+        except KeyboardInterrupt:
+            end_with(prog, "stopped; the same command with --resume continues", STOPPED)
+    return 0
+
+
+def predict(args: argparse.Namespace, prog: str) -> None:
+    """Load the run and score the file."""
+    check_run(args.run, prog)
+    from clinora.classifier import Classifier
+    from clinora.device import keep_freed_memory
+    from clinora.predict import predict_file
+
+    keep_freed_memory()
+    classifier = Classifier.load(
+        args.run, base=args.base, device=args.device, precision=args.precision
+    )
+    results = predict_file(
+        classifier,
+        args.run,
+        args.notes,
+        args.out,
+        text_column=args.text_column,
+        keep=args.keep,
+        output_format=args.format,
+        resume=args.resume,
+        merge=args.merge,
+    )
+    print(f"Results: {results}", file=sys.stderr)

@@ -1,0 +1,402 @@
+"""Score tables of any size: every row gets a predicted class, or an error that says why not.
+
+``predict_table`` scores a table in memory. It keeps no state, so that Ray, Spark and others can
+call it on parts of a larger table. ``predict_file`` scores a file in constant memory. It writes
+numbered parts, and a stopped job goes on at the first missing part.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TypeVar
+
+import pandas as pd
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor
+from tqdm import tqdm
+
+from clinora.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from clinora.checkpoint import BUNDLED, read_json, write_atomically
+from clinora.classifier import Classifier
+from clinora.notes import TEXT_COLUMN, has_visible
+from clinora.resume import list_differences
+from clinora.run import RUN_FILE
+from clinora.tables import MissingColumnError, Row, Table, TableError, as_text, open_table
+from clinora.tables.writing import check_format, merge_files, write_table
+
+ROW = "row"  # number of a row in the file, from 1
+# The columns of a result, with pandas' types.
+RESULTS = {
+    "label": "string",
+    "confidence": "Float64",
+    "refer": "boolean",
+    "tokens": "Int64",
+    "truncated": "boolean",
+    "error": "string",
+}
+
+ROWS_PER_PART = 2_000
+CHARACTERS_PER_PART = 20_000_000  # a part with very long notes has fewer rows
+
+JOB_FILE = "predict.json"
+LOCK_FILE = ".lock"
+BAR = "{percentage:3.0f}%|{bar}| {desc} [{elapsed}<{remaining}]"
+
+T = TypeVar("T")
+
+
+# --- a table in memory --------------------------------------------------------------------------
+
+
+def predict_table(
+    classifier: Classifier,
+    frame: pd.DataFrame,
+    text_column: str = TEXT_COLUMN,
+    keep: Sequence[str] = (),
+) -> pd.DataFrame:
+    """Score a table: the result has a row for each of its rows, in the same order.
+
+    Args:
+        classifier: It is not changed.
+        frame: The table.
+        text_column: The column of the notes.
+        keep: Columns that the result has, too.
+
+    Returns:
+        The kept columns; label, confidence, refer, tokens and truncated, as in ``Prediction``; and
+        error, which is missing or says why the row has no prediction. The index is the table's.
+
+    Raises:
+        ValueError: The table lacks one of the columns, or a kept column has the name of a result.
+    """
+    check_kept(keep)
+    for column in (text_column, *keep):
+        times = list(frame.columns).count(column)
+        if times != 1:
+            raise ValueError(f"the table has {times} columns {column!r}: expected one")
+    results = score(classifier, encode(classifier, frame[text_column].tolist()))
+    scored = pd.DataFrame(results, index=frame.index).astype(RESULTS)
+    return pd.concat([frame[list(keep)], scored], axis=1)
+
+
+def check_kept(keep: Sequence[str]) -> None:
+    """Check that kept columns can stand beside those of the result.
+
+    Raises:
+        ValueError: One of them has the name of another.
+    """
+    names = [ROW, *RESULTS]
+    for column in keep:
+        if column in names:
+            raise ValueError(
+                f"column {column!r} cannot be kept: the result has a column of this name"
+            )
+        names.append(column)
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedNotes:
+    """Notes as the model reads them.
+
+    Attributes:
+        ids: The ids of each note, as ``Classifier.encode`` gives them; None if it has an error.
+        errors: For each note None, or why it cannot be classified.
+    """
+
+    ids: list[Tensor | None]
+    errors: list[str | None]
+
+
+def encode(classifier: Classifier, cells: Iterable[object]) -> EncodedNotes:
+    """Tokenise the cells of a column of notes; a cell that is no text is an error."""
+    notes = EncodedNotes([], [])
+    for cell in cells:
+        ids = None
+        error = None
+        text = "" if cell is pd.NA else cell
+        if not isinstance(text, (str, int, float, type(None))):
+            error = f"the note is not text but of the type {type(cell).__name__}"
+        elif not has_visible(as_text(text)):
+            error = "the note is empty"
+        else:
+            ids = classifier.encode(as_text(text))
+        notes.ids.append(ids)
+        notes.errors.append(error)
+    return notes
+
+
+def score(classifier: Classifier, notes: EncodedNotes) -> dict[str, list]:
+    """Classify encoded notes; notes of similar length are computed together.
+
+    Returns:
+        The cells of each column of ``RESULTS``; None where a note has no prediction or no error.
+    """
+    predictions = iter(classifier.predict([ids for ids in notes.ids if ids is not None]))
+    results: dict[str, list] = {column: [] for column in RESULTS}
+    for error in notes.errors:
+        row = dict.fromkeys(RESULTS)
+        row["error"] = error
+        if error is None:
+            prediction = next(predictions)
+            row["label"] = prediction.label
+            row["refer"] = prediction.refer
+            row["tokens"] = prediction.tokens
+            row["truncated"] = prediction.truncated
+            if prediction.confidence is not None:
+                row["confidence"] = round(prediction.confidence, 6)
+        for column, cell in row.items():
+            results[column].append(cell)
+    return results
+
+
+# --- a file of any size -------------------------------------------------------------------------
+
+
+def predict_file(
+    classifier: Classifier,
+    run: str | Path,
+    source: Path,
+    out: Path,
+    *,
+    text_column: str = TEXT_COLUMN,
+    keep: Sequence[str] = (),
+    output_format: str = "csv",
+    resume: bool = False,
+    merge: bool = False,
+) -> Path:
+    """Score the rows of a file and write the results as numbered parts.
+
+    Each result has the row's number, the kept columns and ``RESULTS``. A row that is wrong in the
+    file is a result with an error.
+
+    Args:
+        classifier: The classifier.
+        run: The run that it was loaded from. A job that was begun with another run is not resumed.
+        source: A CSV, JSON lines, Parquet or Excel file.
+        out: The output folder.
+        text_column: The column of the notes.
+        keep: Columns of the file that the results have, too.
+        output_format: "csv", "jsonl" or "parquet".
+        resume: Whether to continue a job in ``out`` at its first missing part.
+        merge: Whether to turn the parts into one file at the end.
+
+    Returns:
+        The folder of the parts, or the merged file.
+
+    Raises:
+        ValueError: The file is not a table with these columns, the folder holds other files or
+            another job, or another process writes to it. Parts that were written stay.
+        OSError: A file cannot be read or written.
+    """
+    check_format(output_format)
+    check_kept(keep)
+    job = identify(classifier, run, source, text_column, keep, output_format)
+    try:
+        with source.open("rb") as file:
+            table = open_table(file, [text_column, *keep])
+            for column in table.columns:
+                table.check(column)
+            check_folder(out, resume)
+            out.mkdir(parents=True, exist_ok=True)
+            with FileLock(out / LOCK_FILE, timeout=0):
+                begin(out, job)
+                if not is_complete(out):
+                    write_parts(classifier, table, out, output_format)
+                if merge:
+                    return merge_parts(out, output_format)
+    except Timeout:
+        raise ValueError(f"another process writes to {out}: choose another folder") from None
+    except MissingColumnError as error:
+        flag = "--text-column" if error.column == text_column.strip() else "--keep"
+        raise ValueError(f"{source} {error}; give the right one with {flag}") from None
+    except TableError as error:
+        raise ValueError(f"{source} {error}") from None
+    return out
+
+
+def identify(
+    classifier: Classifier,
+    run: str | Path,
+    source: Path,
+    text_column: str,
+    keep: Sequence[str],
+    output_format: str,
+) -> dict:
+    """Give everything that determines the bytes of the parts."""
+    folder = BUNDLED / "adapter" if str(run) == "bundled" else Path(run)
+    files = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, RUN_FILE)
+    return {
+        "input": file_sha256(source),
+        "run": {name: file_sha256(folder / name) for name in files},
+        "options": {"text_column": text_column, "keep": list(keep), "format": output_format},
+        "device": classifier.model.score.weight.device.type,
+        "precision": str(classifier.dtype).removeprefix("torch."),
+        "versions": {"clinora": version("clinora"), "torch": torch.__version__},
+    }
+
+
+def file_sha256(path: Path) -> str:
+    """Hash a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_folder(out: Path, resume: bool) -> None:
+    """Check that the job overwrites nothing, or that there is a job to resume.
+
+    Raises:
+        ValueError: The folder is not empty, or holds no job to resume.
+    """
+    if resume:
+        if not (out / JOB_FILE).is_file():
+            raise ValueError(f"{out} holds no job to resume: leave out --resume")
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists and is not empty: choose another --out, or --resume it")
+
+
+def begin(out: Path, job: dict) -> None:
+    """Record what determines the result, or check that it is what the folder's job records.
+
+    Raises:
+        ValueError: The folder holds another job.
+    """
+    if not (out / JOB_FILE).exists():
+        write_job(out, job)
+        return
+    before = read_json(out / JOB_FILE)
+    differences = list_differences(before, job | {"rows": before.get("rows")})
+    if differences:
+        raise ValueError(
+            f"{out} holds the results of another job ({'; '.join(differences)}): choose another "
+            "--out"
+        )
+
+
+def write_job(out: Path, job: dict, rows: int | None = None) -> None:
+    """Write the job's file; the number of rows says that all parts are written."""
+    text = json.dumps(job | {"rows": rows}, indent=2)
+    write_atomically(out / JOB_FILE, f"{text}\n".encode())
+
+
+def is_complete(out: Path) -> bool:
+    """Tell whether all parts of a job are written."""
+    return read_json(out / JOB_FILE).get("rows") is not None
+
+
+def write_parts(classifier: Classifier, table: Table, out: Path, output_format: str) -> None:
+    """Score and write the parts that are missing, then record the number of rows."""
+    types = result_types(table) if output_format == "parquet" else {}
+    rows = 0
+    scored = 0
+    began = time.monotonic()
+    with tqdm(total=1.0, bar_format=BAR) as bar:
+        # The next part is read and tokenised while the model computes this one.
+        for part in ahead(read_parts(classifier, table, out, output_format)):
+            size = len(part.numbers)
+            rows += size
+            if part.notes is not None:
+                columns = {ROW: part.numbers, **part.kept, **score(classifier, part.notes)}
+                write_table(part.path, columns, types)
+                scored += size
+            rate = scored / (time.monotonic() - began)
+            bar.set_description_str(f"{rows:,} rows, {rate:,.0f} rows/s", refresh=False)
+            bar.update(part.share_read - bar.n)
+    job = read_json(out / JOB_FILE)
+    write_job(out, job, rows)
+
+
+def result_types(table: Table) -> dict:
+    """Give pyarrow's types of the results' columns; a kept column has its type in the file."""
+    import pyarrow
+
+    types = {name: kind for name, kind in table.types.items() if name in table.columns}
+    types[ROW] = pyarrow.int64()
+    types["confidence"] = pyarrow.float64()
+    types["refer"] = pyarrow.bool_()
+    types["tokens"] = pyarrow.int32()
+    types["truncated"] = pyarrow.bool_()
+    return types
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Consecutive rows of a file.
+
+    Attributes:
+        path: Where their results are.
+        numbers: The rows' numbers in the file.
+        kept: The cells of the kept columns, by column.
+        notes: Their notes; None if the results are there.
+        share_read: Share of the file up to their end.
+    """
+
+    path: Path
+    numbers: list[int]
+    kept: dict[str, list]
+    notes: EncodedNotes | None
+    share_read: float
+
+
+def read_parts(
+    classifier: Classifier, table: Table, out: Path, output_format: str
+) -> Iterator[Part]:
+    """Read a table in parts, and tokenise those whose results are missing."""
+    first = 1
+    for number, rows in enumerate(group_rows(table.select())):
+        path = out / f"part-{number:06d}.{output_format}"
+        numbers = list(range(first, first + len(rows)))
+        first += len(rows)
+        notes = None
+        kept: dict[str, list] = {}
+        if not path.exists():
+            _, *columns = table.columns
+            for position, column in enumerate(columns, 1):
+                kept[column] = [row.cells[position] if row.cells else None for row in rows]
+            notes = encode(classifier, [row.cells[0] if row.cells else None for row in rows])
+            for i, row in enumerate(rows):
+                if row.wrong is not None:
+                    notes.errors[i] = f"the row {row.wrong}"
+        yield Part(path, numbers, kept, notes, table.share_read())
+
+
+def group_rows(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    """Group rows into parts; without rows there is one empty part."""
+    group: list[Row] = []
+    characters = 0
+    groups = 0
+    for row in rows:
+        group.append(row)
+        characters += sum(len(cell) for cell in row.cells if isinstance(cell, str))
+        if len(group) == ROWS_PER_PART or characters >= CHARACTERS_PER_PART:
+            yield group
+            group = []
+            characters = 0
+            groups += 1
+    if group or groups == 0:
+        yield group
+
+
+def ahead(items: Iterator[T]) -> Iterator[T]:
+    """Compute each item in a thread while the caller works on the one before."""
+    with ThreadPoolExecutor(1) as thread:
+        waiting = thread.submit(next, items, None)
+        while (item := waiting.result()) is not None:
+            waiting = thread.submit(next, items, None)
+            yield item
+
+
+def merge_parts(out: Path, output_format: str) -> Path:
+    """Turn the parts of a complete job into one file, and give its path."""
+    merged = out / f"predictions.{output_format}"
+    parts = sorted(out.glob(f"part-*.{output_format}"))
+    if not merged.exists():
+        merge_files(parts, merged)
+    for part in parts:
+        part.unlink()
+    return merged
