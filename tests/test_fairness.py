@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from clinora.serving import gate
 from clinora.serving.app import create_app
 from clinora.serving.batcher import MOST_REQUESTS
 from clinora.serving.gate import VISIT_COOKIE
@@ -205,3 +206,25 @@ def test_a_file_whose_visitor_leaves_is_given_up(served, classifier, monkeypatch
     computed = len(served.computed)
     time.sleep(1)
     assert 0 < computed == len(served.computed) < 1600
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="127.0.0.2 is this machine on Linux alone")
+def test_a_client_that_uploads_many_files_delays_others_by_one(served, monkeypatch):
+    done = []
+
+    def read_slowly(content):
+        time.sleep(0.5)
+        done.append(content)
+
+    monkeypatch.setattr(gate, "check_apart", read_slowly)
+    greedy = [Visitor(served.address) for _ in range(6)]
+    other = Visitor(served.address, "127.0.0.2")
+    uploads = [threading.Thread(target=visitor.upload, args=("greedy",)) for visitor in greedy]
+    for upload in uploads:
+        upload.start()
+    time.sleep(0.3)  # all of them wait, but the one that is being read
+    other.upload("modest")
+    for upload in uploads:
+        upload.join(60)
+    assert len(done) == 7
+    assert done.index(b"modest") <= 2

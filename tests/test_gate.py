@@ -499,31 +499,6 @@ def test_uploaded_files_are_read_one_at_a_time(client, monkeypatch):
     assert most == 1
 
 
-def test_a_client_that_uploads_many_files_delays_others_by_one(app, running, monkeypatch):
-    done = []
-
-    def read_slowly(content):
-        time.sleep(0.3)
-        done.append(content)
-
-    def upload_from(address, content):
-        visitor = TestClient(app, "http://127.0.0.1", client=(address, 1))
-        visitor.get("/")
-        assert (
-            visitor.post("/gradio_api/upload", files={"files": ("a", content)}).status_code == 200
-        )
-
-    monkeypatch.setattr(gate, "check_apart", read_slowly)
-    with ThreadPoolExecutor(7) as pool:
-        for _ in range(6):
-            pool.submit(upload_from, "10.0.0.1", b"greedy")
-        while not done:
-            time.sleep(0.01)
-        pool.submit(upload_from, "10.0.0.2", b"modest").result()
-    assert len(done) == 7
-    assert done.index(b"modest") <= 3
-
-
 @pytest.mark.parametrize(
     "name", ["../../x.csv", "/etc/passwd", "a\0b", "", ".", "x" * 300, "é\u202e", "患" * 300]
 )
