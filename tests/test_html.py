@@ -108,7 +108,7 @@ def visit(chromium, trained, folder, classes, file_name, column):
         for name in (column, f"{column} 0"):
             expect(preview).to_contain_text(name)
         for name in classes:
-            expect(page.get_by_role("grid", name="Counts")).to_contain_text(name)
+            expect(page.get_by_role("grid", name="Notes of each class")).to_contain_text(name)
         steps.append(elements(page))
 
         person.open("Model card")
