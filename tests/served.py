@@ -165,6 +165,17 @@ class Person:
     def choose_reason(self, reason):
         self.page.get_by_role("radio", name=reason).check()
 
+    def choose_file(self, file):
+        """Choose a file of notes, and wait until its columns can be chosen."""
+        self.page.locator("input[type=file]:not([accept])").first.set_input_files(file)
+        # The name in the table of files: the one on the progress bar may disappear at once.
+        self.page.get_by_role("cell", name=file.name[:20]).wait_for()
+
+    def choose_column(self, label, name):
+        """Choose a column of the file in the list with a label."""
+        self.page.get_by_label(label).click()
+        self.page.get_by_role("option", name=name, exact=True).click()
+
     def open(self, tab):
         """Open a tab, from the menu where there is no room for it."""
         button = self.page.get_by_role("tab", name=tab)

@@ -233,13 +233,10 @@ def test_a_person_classifies_a_file_of_160_notes_and_downloads_the_result(
     with file.open("w", newline="") as out:
         csv.writer(out).writerows([["transcription"], *([note] for note in notes)])
     person.open("Many notes")
-    upload = person.page.get_by_role("button", name="Click to upload")
-    upload.get_by_test_id("file-upload").set_input_files(file)
-    # The name in the table of files: the one on the progress bar may disappear at once.
-    expect(person.page.get_by_role("cell", name="notes.csv")).to_be_visible()
+    person.choose_file(file)
     person.press("Classify all")
     link = person.page.locator("a[download]").last
-    expect(person.page.get_by_role("cell", name="classes.csv")).to_be_visible()
+    expect(person.page.get_by_role("cell", name="notes-classes.csv")).to_be_visible()
     with person.page.expect_download() as download:
         link.click()
     rows = list(csv.DictReader(Path(download.value.path()).read_text().splitlines()))

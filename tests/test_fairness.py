@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from clinora.serving import gate
 from clinora.serving.app import create_app
 from clinora.serving.batcher import MOST_REQUESTS
 from clinora.serving.gate import VISIT_COOKIE
@@ -21,13 +22,13 @@ JSON = {"Content-Type": "application/json"}
 def served(classifier, tmp_path, monkeypatch):
     """The address of an app on a free port, its batcher, and the notes that were computed."""
     computed = []
-    probabilities = classifier.probabilities
+    run = type(classifier).__call__
 
-    def note_and_run(notes, *rest):
+    def note_and_run(self, notes):
         computed.extend(notes)
-        return probabilities(notes, *rest)
+        return run(self, notes)
 
-    monkeypatch.setattr(classifier, "probabilities", note_and_run)
+    monkeypatch.setattr(type(classifier), "__call__", note_and_run)
     app = create_app(classifier, tmp_path / "flagged")
     with running(app) as port:
         yield SimpleNamespace(
@@ -196,7 +197,7 @@ def test_a_file_whose_visitor_leaves_is_given_up(served, classifier, monkeypatch
     monkeypatch.setattr(classifier, "logits", lambda *a: time.sleep(0.1) or run(*a))
     visitor = Visitor(served.address)
     file = visitor.upload("transcription\n" + f"{CANARY}\n" * 1600)  # 100 times 16
-    visitor.trigger("classify_file", file, "transcription")
+    visitor.trigger("classify_file", file, "transcription", [])
     end = time.monotonic() + 30
     while not served.computed and time.monotonic() < end:
         time.sleep(0.05)
@@ -205,3 +206,25 @@ def test_a_file_whose_visitor_leaves_is_given_up(served, classifier, monkeypatch
     computed = len(served.computed)
     time.sleep(1)
     assert 0 < computed == len(served.computed) < 1600
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="127.0.0.2 is this machine on Linux alone")
+def test_a_client_that_uploads_many_files_delays_others_by_one(served, monkeypatch):
+    done = []
+
+    def read_slowly(content):
+        time.sleep(0.5)
+        done.append(content)
+
+    monkeypatch.setattr(gate, "check_apart", read_slowly)
+    greedy = [Visitor(served.address) for _ in range(6)]
+    other = Visitor(served.address, "127.0.0.2")
+    uploads = [threading.Thread(target=visitor.upload, args=("greedy",)) for visitor in greedy]
+    for upload in uploads:
+        upload.start()
+    time.sleep(0.3)  # all of them wait, but the one that is being read
+    other.upload("modest")
+    for upload in uploads:
+        upload.join(60)
+    assert len(done) == 7
+    assert done.index(b"modest") <= 2

@@ -16,7 +16,7 @@ from hypothesis import strategies
 
 from clinora.files import recognise
 from clinora.notes import read_notes
-from clinora.serving.files import FileError, check_table, read_column
+from clinora.serving.files import FileError, check_table, read_rows
 from clinora.tables import TableError, open_table
 
 SECRET = "HIV positive"  # in each bad file; no message may quote it
@@ -43,7 +43,8 @@ def rows_of(content, *columns):
 
 
 def read_transcription(content):
-    return read_column(content, "transcription")
+    """Give the note of each row, and what is wrong with the row."""
+    return [(note, wrong) for note, _kept, wrong in read_rows(content, "transcription")]
 
 
 READERS = (check_table, read_transcription)  # when a file is chosen, and when it is classified
@@ -241,7 +242,8 @@ def test_spaces_around_names_of_columns_do_not_matter(tmp_path):
     assert notes_of(tmp_path, spaced) == notes_of(tmp_path, plain)
     for column in ("transcription", " transcription "):
         for content in (spaced, plain):
-            assert read_column(content, column) == read_transcription(plain)
+            notes = [(note, wrong) for note, _kept, wrong in read_rows(content, column)]
+            assert notes == read_transcription(plain)
 
 
 @pytest.mark.parametrize("marks", [1, 2])
@@ -259,6 +261,15 @@ def test_a_second_file_appended_with_its_byte_order_mark_repeats_the_header(tmp_
     table = b"\xef\xbb\xbf" + csv_of([["a", "A"], ["b", "B"]], HEADER[1:])
     with pytest.raises(ValueError, match=r"row 3 .*repeats the header"):
         notes_of(tmp_path, table * 2)
+
+
+def test_a_header_that_cannot_be_offered_is_refused():
+    long = "HIV positive " * 20
+    many = [f"c{i}" for i in range(201)]
+    for header, words in (([long, "id"], "expected a header"), (many, "201 columns")):
+        with pytest.raises(FileError, match=words) as caught:
+            check_table(csv_of([["a"] * len(header)], header))
+        assert SECRET not in str(caught.value)
 
 
 # --- no row is lost -------------------------------------------------------------------------------

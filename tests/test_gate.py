@@ -276,6 +276,7 @@ BAD = {
     gradio.Slider: [None, True, "3", -1, 1e9, float("nan"), float("inf"), [1]],
     gradio.Radio: ["another", 1, ["Other"], ""],
     gradio.CheckboxGroup: [None, "q_proj", ["another"], ["q_proj", "q_proj"], [["q_proj"]]],
+    gradio.Dropdown: [1, True, {"x": 1}, "x" * 201, ["x", "x"], ["x" * 201], [["x"]], [None]],
     gradio.File: ["/etc/passwd", ["/etc/passwd"], {"path": ["/etc/passwd"]}, {}],
     gradio.Dataset: [-1, len(EXAMPLES), 0.0, True, None, "0"],
 }
@@ -285,6 +286,7 @@ GOOD = {
     gradio.Slider: [1, 2],
     gradio.Radio: [None, "Other"],
     gradio.CheckboxGroup: [[], ["q_proj"], ["q_proj", "v_proj"]],
+    gradio.Dropdown: [None],
     gradio.File: [None],
     gradio.Dataset: [0, len(EXAMPLES) - 1],
 }
@@ -427,8 +429,8 @@ def test_a_visit_reads_its_own_files_alone(app, client):
     other = TestClient(app, "http://127.0.0.1")
     other.get("/")
     assert other.get(f"/gradio_api/file={path}").status_code == 404
-    assert call(other, "classify_file", None, "x")[0] == "error"
-    answer = join(other, "classify_file", file_data(path), "transcription", session="one")
+    assert call(other, "classify_file", None, "x", [])[0] == "error"
+    answer = join(other, "classify_file", file_data(path), "transcription", [], session="one")
     assert answer.status_code == 422
 
 
@@ -486,7 +488,7 @@ def test_uploaded_files_are_read_one_at_a_time(client, monkeypatch):
         running -= 1
 
     client.get("/")
-    monkeypatch.setattr(gate, "check_table", read_slowly)
+    monkeypatch.setattr(gate, "check_apart", read_slowly)
     with ThreadPoolExecutor(4) as pool:
         answers = list(
             pool.map(
@@ -707,14 +709,18 @@ def use_every_control(person, tmp_path):
 
     person.open("Many notes")
     file = tmp_path / "notes.csv"
-    for text in ("another\nfever\n", "transcription\nfever\n"):  # the first fails
-        file.write_text(text)
-        page.locator("input[type=file]:not([accept])").first.set_input_files(file)
-        page.get_by_role("cell", name="notes.csv").wait_for()
-        person.press("Classify all")
-        if text.startswith("another"):
-            page.get_by_text("The file has no column").first.wait_for()
-    page.get_by_role("cell", name="classes.csv").wait_for()
+    file.write_text("id,label,transcription\n1,2,fever\n")
+    person.choose_file(file)
+    page.get_by_label("Clear").click()
+    expect(page.get_by_label("Column of the notes")).to_have_value("")
+    person.choose_file(file)
+    expect(page.get_by_label("Column of the notes")).to_have_value("transcription")
+    person.choose_column("Columns to keep", "label")
+    person.press("Classify all")
+    page.get_by_text("cannot be kept").first.wait_for()
+    page.get_by_label("Columns to keep").press("Backspace")
+    person.press("Classify all")
+    page.get_by_role("cell", name="notes-classes.csv").wait_for()
     with page.expect_download() as download:
         page.locator("a[download]").last.click()
     for tab in ("API", "Model card", "Classify"):

@@ -79,7 +79,8 @@ def visit(chromium, trained, folder, classes, file_name, column):
     classifier = named(trained, classes, data)
     file = folder / f"{file_name}.exe"
     text = io.StringIO()
-    csv.writer(text).writerows([["transcription"], *([f"{NOTE} {i}"] for i in range(20))])
+    rows = [[f"{NOTE} {i}", f"{column} {i}"] for i in range(20)]
+    csv.writer(text).writerows([["transcription", column], *rows])
     file.write_text(text.getvalue())
     steps = []
     with served(classifier, folder, card_of(classifier, folder)) as url:
@@ -98,17 +99,17 @@ def visit(chromium, trained, folder, classes, file_name, column):
         steps.append(elements(page))
 
         person.open("Many notes")
-        upload = page.get_by_role("button", name="Click to upload").get_by_test_id("file-upload")
-        for chosen in (column, "transcription"):
-            upload.set_input_files(file)
-            expect(page.get_by_role("cell", name=file_name[:20])).to_be_visible()
-            page.get_by_label("Column of the notes").fill(chosen)
-            person.press("Classify all")
-            if chosen == column:
-                expect(page.get_by_test_id("toast-text")).to_contain_text(column)
-            else:
-                expect(page.get_by_role("cell", name="classes.csv")).to_be_visible()
-            steps.append(elements(page))
+        person.choose_file(file)
+        person.choose_column("Columns to keep", column)
+        steps.append(elements(page))
+        person.press("Classify all")
+        expect(page.get_by_role("cell", name="-classes.csv")).to_be_visible()
+        preview = page.get_by_role("grid", name="The first rows")
+        for name in (column, f"{column} 0"):
+            expect(preview).to_contain_text(name)
+        for name in classes:
+            expect(page.get_by_role("grid", name="Notes of each class")).to_contain_text(name)
+        steps.append(elements(page))
 
         person.open("Model card")
         for name in (file_name, *classes):

@@ -1,13 +1,21 @@
 """The tab "Many notes": a file of notes, classified row by row."""
 
 import csv
+import gzip
 import io
 import json
 import re
+import subprocess
+import sys
 import threading
 import time
+import zipfile
+from collections import Counter
 from pathlib import Path
 
+import openpyxl
+import pyarrow
+import pyarrow.parquet
 import pytest
 from fastapi.testclient import TestClient
 
@@ -50,21 +58,29 @@ def table_of(rows, header=("id", "transcription")):
     return text.getvalue()
 
 
-def classify(client, text, session="one"):
+def classify(client, text, session="one", **options):
     """Upload and classify a file; give the rows of the result, or the message of an error."""
-    try:
-        data = upload(client, text)
-    except RefusedError as refused:
-        return str(refused)
-    event, answer = call(client, "classify_file", data, "transcription", session=session)
-    if event == "error":
-        return answer["error"]
-    _upload, preview, file = answer
+    answer = ask(client, text, session, **options)
+    if isinstance(answer, str):
+        return answer
+    _upload, _column, _kept, _counts, preview, file = answer
     content = client.get(f"/gradio_api/file={file['path']}").content
     assert content.startswith(b"\xef\xbb\xbf")  # without it, Excel reads no umlauts
     rows = list(csv.DictReader(io.StringIO(content.decode("utf-8-sig"))))
     assert [row[0] for row in preview["data"]] == [int(row["row"]) for row in rows[:20]]
     return rows
+
+
+def ask(client, text, session="one", column="transcription", kept=(), name="notes.csv"):
+    """Upload and classify a file; give what the page shows, or the message of an error."""
+    try:
+        data = upload(client, text, name)
+    except RefusedError as refused:
+        return str(refused)
+    event, answer = call(client, "classify_file", data, column, list(kept), session=session)
+    if event == "error":
+        return answer["error"]
+    return answer
 
 
 def test_each_row_has_a_prediction_or_an_error(client, classifier):
@@ -94,7 +110,8 @@ def test_the_confidence_in_a_file_is_rounded(classifier, tmp_path, monkeypatch):
     for row, prediction in zip(rows, classifier(notes), strict=True):
         assert re.fullmatch(r"0\.\d{1,4}|1\.0", row["confidence"])
         assert float(row["confidence"]) == pytest.approx(prediction.confidence, abs=6e-5)
-        assert row["refer"] == str(prediction.refer)
+        assert row["refer"] == {True: "yes", False: "no"}[prediction.refer]
+    assert len({row["refer"] for row in rows}) == 2
 
 
 def test_the_progress_of_a_file_is_shown(client, monkeypatch):
@@ -102,7 +119,8 @@ def test_the_progress_of_a_file_is_shown(client, monkeypatch):
     submit = batcher.submit
     monkeypatch.setattr(batcher, "submit", lambda *a, **k: time.sleep(0.5) or submit(*a, **k))
     file = upload(client, table_of([[i, NOTE] for i in range(40)]))
-    assert join(client, "classify_file", file, "transcription", session="one").status_code == 200
+    joined = join(client, "classify_file", file, "transcription", [], session="one")
+    assert joined.status_code == 200
     events = json.dumps(list(messages(client, "one")))
     shown = re.findall(r'"index":\s*(\d+),\s*"length":\s*(\d+),\s*"unit":\s*"batches"', events)
     assert sorted(set(shown))[:3] == [("0", "3"), ("1", "3"), ("2", "3")]
@@ -124,17 +142,17 @@ def test_equal_uploads_are_separate_files(client):
     first = upload(client, text)
     second = upload(client, text)
     for data in (first, second):
-        assert call(client, "classify_file", data, "transcription")[0] == "complete"
-    answer = join(client, "classify_file", second, "transcription", session="one")
+        assert call(client, "classify_file", data, "transcription", [])[0] == "complete"
+    answer = join(client, "classify_file", second, "transcription", [], session="one")
     assert answer.status_code == 422  # it was removed when it had been read
 
 
 def test_a_label_that_looks_like_a_formula_is_escaped(classifier, tmp_path):
-    labels = ("=1+1", "+2", "-3", "@four", "five")
+    labels = ("=1+1", "+two", "-three", "@four", "five")
     run = clinora.Classifier(classifier.model, classifier.tokenizer, labels, token_limit=128)
     with TestClient(create_app(run, tmp_path), "http://127.0.0.1") as client:
         rows = classify(client, table_of([[i, f"{NOTE} {i * 37}"] for i in range(20)]))
-    assert {row["label"] for row in rows} <= {"'=1+1", "'+2", "'-3", "'@four", "five"}
+    assert {row["label"] for row in rows} <= {"'=1+1", "'+two", "'-three", "'@four", "five"}
 
 
 @pytest.mark.parametrize(
@@ -145,14 +163,18 @@ def test_a_label_that_looks_like_a_formula_is_escaped(classifier, tmp_path):
         ("", "The file is empty"),
         (table_of([[1, "é"]]).encode("latin-1"), "The file is not UTF-8"),
         (table_of([[1, "x"]] * (MOST_ROWS + 1)), "The file has more than 2,000 rows"),
-        (table_of([[1, NOTE]], header=("transcription",) * 2), "has 2 columns 'transcription'"),
+        (table_of([[1, NOTE]], header=("transcription",) * 2), "no column whose name"),
+        (table_of([[1, 2, NOTE]], header=("id", *("transcription",) * 2)), "has 2 columns"),
         (table_of([[1, "a"], [2, "b"]]) + '3,"never closed\r\n4,d\r\n', "begins in line 4 "),
         (table_of([[1, NOTE]]).encode("utf-16"), "UTF-16"),
         (b"PK\x03\x04" + table_of([[1, NOTE]]).encode(), "Excel"),
         ('{\n"transcription": "fever"}\n', "JSON"),
     ],
-    ids=["column", "rows", "empty", "latin-1", "many", "twice", "quote", "utf-16", "xlsx", "json"],
-)
+    ids=[
+        "column", "rows", "empty", "latin-1", "many", "alone twice", "twice", "quote", "utf-16",
+        "xlsx", "json",
+    ],
+)  # fmt: skip
 def test_an_unreadable_file_gives_a_message(client, content, words):
     assert words in classify(client, content)
 
@@ -294,3 +316,253 @@ def test_a_row_that_is_far_too_long_is_a_row_with_an_error(client):
     rows = classify(client, table_of([[1, "x" * 1_100_000], [2, NOTE]]))
     assert rows[0]["error"] == "The note has 1,100,000 characters, more than 100,000."
     assert rows[1]["error"] == ""
+
+
+# --- the columns ----------------------------------------------------------------------------------
+
+HEADER = ["case", "date", "text"]
+CASES = [
+    ["-3", "2026-03-01", f"{NOTE} a"],
+    ["007", "", f"{NOTE} b"],
+    ["=1+1", "2026-03-03", f"{NOTE} c"],
+    ["+49 30 1", "2026-03-04", ""],
+]
+KEPT = ["-3", "007", "'=1+1", "'+49 30 1"]
+
+
+def json_lines():
+    rows = (dict(zip(HEADER, row, strict=True)) for row in CASES)
+    return "".join(f"{json.dumps(row)}\n" for row in rows).encode()
+
+
+def parquet():
+    columns = zip(*CASES, strict=True)
+    table = pyarrow.table(dict(zip(HEADER, map(list, columns), strict=True)))
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(table, file)
+    return file.getvalue()
+
+
+def workbook(rows=(HEADER, *CASES)):
+    book = openpyxl.Workbook()
+    for number, row in enumerate(rows, 1):
+        for place, cell in enumerate(row, 1):
+            book.active.cell(number, place, cell).data_type = "s"  # "=1+1" is a text here
+    file = io.BytesIO()
+    book.save(file)
+    return file.getvalue()
+
+
+FILES = {
+    "cases.csv": table_of(CASES, HEADER).encode(),
+    "cases.csv.gz": gzip.compress(table_of(CASES, HEADER).encode()),
+    "cases.jsonl": json_lines(),
+    "cases.jsonl.gz": gzip.compress(json_lines()),
+    "cases.parquet": parquet(),
+    "cases.xlsx": workbook(),
+}
+
+
+def offered(client, content, name="notes.csv"):
+    """Upload a file; give the choices and the value of both lists of columns."""
+    event, answer = call(client, "choose_columns", upload(client, content, name))
+    assert event == "complete"
+    lists = []
+    for update in answer:
+        lists.append(([value for _name, value in update["choices"]], update["value"]))
+    return lists
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_columns_of_any_table_are_offered_and_an_id_is_kept(client, classifier, name):
+    column, kept = offered(client, FILES[name], name)
+    assert column == (HEADER, "text")
+    assert kept == (HEADER, [])
+    rows = classify(client, FILES[name], column="text", kept=["case"], name=name)
+    assert list(rows[0])[:3] == ["row", "case", "predicted_class"]
+    assert [row["case"] for row in rows] == KEPT
+    labels = [prediction.label for prediction in classifier([row[2] for row in CASES[:3]])]
+    assert [row["label"] for row in rows] == [*labels, ""]
+    assert [row["error"] for row in rows] == ["", "", "", "The note is empty."]
+
+
+@pytest.mark.parametrize(
+    ("header", "names", "suggested"),
+    [
+        (("x", "transcription", "y"), ["x", "transcription", "y"], "transcription"),
+        (("x", "notes", "y"), ["x", "notes", "y"], "notes"),
+        (("x", "x", "y"), ["y"], "y"),
+        (("", "x", "y"), ["x", "y"], "x"),
+    ],
+)
+def test_of_the_columns_the_one_with_the_notes_is_suggested(client, header, names, suggested):
+    content = table_of([["knee", "Knee pain and fever.", "a"]] * 3, header)
+    assert offered(client, content) == [(names, suggested), (names, [])]
+
+
+def test_the_usual_name_is_suggested_whatever_the_lengths_are(client):
+    content = table_of([["a long text about a knee", "fever"]], ("summary", "transcription"))
+    assert offered(client, content)[0][1] == "transcription"
+
+
+def test_a_wrong_choice_keeps_the_file(client):
+    data = upload(client, table_of([[1, NOTE]]))
+    wrong = [("text", []), ("transcription", ["case"]), (None, []), ("transcription", ["label"])]
+    messages_shown = []
+    for column, kept in wrong:
+        event, answer = call(client, "classify_file", data, column, kept)
+        assert event == "error"
+        messages_shown.append(answer["error"])
+    assert "no column 'text'" in messages_shown[0]
+    assert "no column 'case'" in messages_shown[1]
+    assert messages_shown[2] == "Choose the column of the notes first."
+    assert "'label' cannot be kept" in messages_shown[3]
+    assert call(client, "classify_file", data, "transcription", ["id"])[0] == "complete"
+
+
+def test_after_an_error_the_page_keeps_the_file_and_its_columns(client):
+    config = client.get("/config").json()
+    labels = {part["id"]: part["props"].get("label") for part in config["components"]}
+    (event,) = [e for e in config["dependencies"] if e["api_name"] == "clear_failed_file"]
+    cleared = {labels[number] for number in event["outputs"]}
+    assert len(cleared) == 3
+    assert not cleared & {"File of notes", "Column of the notes", "Columns to keep, such as an id"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["row", "predicted_class", "label", "confidence", "refer", "tokens", "truncated", "error"],
+)
+def test_a_column_with_the_name_of_a_results_column_is_not_kept(client, name):
+    shown = ask(client, table_of([[1, NOTE]], (name, "transcription")), kept=[name])
+    assert f"'{name}' cannot be kept" in shown
+
+
+def test_the_name_of_a_column_is_no_html(client):
+    shown = ask(client, table_of([[1, NOTE]]), column="<img src=x>")
+    assert "&lt;img src=x&gt;" in shown
+    assert "<" not in shown
+
+
+def test_a_kept_columns_name_that_looks_like_a_formula_is_escaped(client):
+    rows = classify(client, table_of([[1, NOTE]], ("=1+1", "transcription")), kept=["=1+1"])
+    assert rows[0]["'=1+1"] == "1"
+
+
+def test_columns_to_keep_may_not_hold_more_than_a_result_may(client):
+    rows = [["x" * 1_500, NOTE] for _ in range(1_500)]
+    content = gzip.compress(table_of(rows).encode())
+    shown = ask(client, content, kept=["id"])
+    assert "more than 2,000,000 characters" in shown
+    assert len(classify(client, content)) == 1_500
+
+
+# --- the result -----------------------------------------------------------------------------------
+
+
+def test_counts_stand_above_the_preview(classifier, tmp_path, monkeypatch):
+    monkeypatch.setattr(classifier, "calibration", calibration(threshold=0.7))
+    notes = [f"{NOTE} {i * 37} {CANARY}" for i in range(30)]
+    content = table_of([*([i, note] for i, note in enumerate(notes)), [30, ""], [31, " "]])
+    with TestClient(create_app(classifier, tmp_path), "http://127.0.0.1") as client:
+        answer = ask(client, content)
+        config = client.get("/config").json()
+    classes = Counter()
+    referred = Counter()
+    for prediction in classifier(notes):
+        classes[prediction.label] += 1
+        referred[prediction.label] += prediction.confidence < 0.7
+    assert 0 < referred.total() < 30
+    expected = [[label, classes[label], referred[label]] for label in classifier.labels]
+    expected += [["All classes", 30, referred.total()], ["Rows with an error", 2, ""]]
+    assert answer[3]["data"] == expected
+    assert CANARY not in json.dumps(answer)
+    (event,) = [e for e in config["dependencies"] if e["api_name"] == "classify_file"]
+    assert event["outputs"] == sorted(event["outputs"], key=lambda number: number)  # as on the page
+
+
+def test_without_calibration_nothing_is_said_of_referring(client, classifier):
+    assert classifier.calibration is None
+    answer = ask(client, table_of([[1, NOTE]]))
+    assert {row[2] for row in answer[3]["data"]} == {""}
+    assert classify(client, table_of([[1, NOTE]]))[0]["refer"] == ""
+
+
+def test_a_row_says_whether_its_note_was_cut(client, classifier):
+    long = "fever " * (classifier.token_limit + 5)
+    rows = classify(client, table_of([[1, NOTE], [2, long]]))
+    assert [row["truncated"] for row in rows] == ["no", "yes"]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("notes.csv", "notes-classes.csv"),
+        ("my notes 2.CSV.GZ", "my notes 2-classes.csv"),
+        ("a.b.jsonl", "a.b-classes.csv"),
+        ("notes", "notes-classes.csv"),
+        (".csv", "csv-classes.csv"),
+        ("../../etc/<b>.csv", "_.._etc__b_-classes.csv"),
+        ("x" * 300 + ".csv", "x" * 188 + "-classes.csv"),
+    ],
+)
+def test_the_name_of_the_result_is_made_of_the_files(client, name, expected):
+    *_, file = ask(client, table_of([[1, NOTE]]), name=name)
+    assert Path(file["path"]).name == expected
+    header = client.get(f"/gradio_api/file={file['path']}").headers["content-disposition"]
+    assert header.startswith("attachment")
+
+
+# --- files that take too much ---------------------------------------------------------------------
+
+WORKSHEET = (
+    '<worksheet xmlns="http://schemas.openxmlformats.org/spreadsheetml/2006/main"><sheetData>{}'
+    "</sheetData></worksheet>"
+)
+
+
+def workbook_with(sheet):
+    """Give a workbook whose sheet is replaced by another."""
+    source = zipfile.ZipFile(io.BytesIO(workbook()))
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in source.namelist():
+            content = source.read(name)
+            archive.writestr(name, sheet if name == "xl/worksheets/sheet1.xml" else content)
+    return file.getvalue()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: gzip.compress(b"transcription\n" + b"x" * 300_000_000),
+        lambda: gzip.compress(b"transcription\n" + b"x\n" * 49_000_000),
+        lambda: gzip.compress(b'{"transcription":[' + b"[]," * 30_000_000 + b"[]]}"),
+        lambda: workbook_with(WORKSHEET.format('<row><c r="ZZZ5"/></row>' * 600_000)),
+        lambda: workbook_with(WORKSHEET.format('<row r="9999999999"><c><v>1</v></c></row>')),
+    ],
+    ids=["gzip of one line", "gzip of many lines", "nested JSON", "wide rows", "far row"],
+)
+def test_a_small_file_that_takes_too_much_is_refused_and_others_go_on(client, make):
+    content = make()
+    assert len(content) < 500_000
+    answers = []
+    start = time.monotonic()
+    reading = threading.Thread(target=lambda: answers.append(ask(client, content)))
+    reading.start()
+    waited = []
+    while reading.is_alive():
+        before = time.monotonic()
+        assert client.post("/v1/classify", json={"note": "fever"}).status_code == 200
+        waited.append(time.monotonic() - before)
+        time.sleep(0.1)
+    assert time.monotonic() - start < 30
+    assert max(waited) < 5
+    assert re.search("unpacks to more than|too much time or memory", answers[0])
+    assert classify(client, table_of([[1, NOTE]]))[0]["error"] == ""
+
+
+def test_the_process_that_reads_a_file_starts_without_pytorch():
+    code = "import sys, clinora.serving.reading as reading; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

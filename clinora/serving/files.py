@@ -1,13 +1,20 @@
-"""Reads a file of many notes, an upload of the page."""
+"""Reads a file of many notes, an upload of the page: its columns, and its rows."""
 
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import islice
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
-from clinora.tables import TableError, as_text, open_table
+from clinora.tables import Table, TableError, as_text, open_table
 
 MOST_ROWS = 2_000
+MOST_COLUMNS = 200
+MOST_NAME_CHARACTERS = 200  # in the name of a column
+MOST_NOTES_CHARACTERS = 20_000_000  # in the notes together, since compressed files repeat texts
+MOST_KEPT_CHARACTERS = 2_000_000  # in the kept columns together, which the result repeats
+USUAL_COLUMN = "transcription"
+ROWS_TO_JUDGE = 20  # from which the column of the notes is guessed
 
 T = TypeVar("T")
 
@@ -16,37 +23,102 @@ class FileError(ValueError):
     """The page cannot read the file; the message quotes no note from it."""
 
 
-def check_table(content: bytes) -> None:
-    """Check that a file is a table, before it is known which of its columns is wanted.
+class Columns(NamedTuple):
+    """The columns that can be chosen: their names, and which one has the notes, as it seems."""
+
+    names: list[str]
+    suggested: str
+
+
+class FileRow(NamedTuple):
+    """A row: its note, the cells of the kept columns, and None or what is wrong with the row."""
+
+    note: str
+    kept: list[str]
+    wrong: str | None
+
+
+def check_table(content: bytes) -> Columns:
+    """Check that a file is a table, and give its columns.
 
     Raises:
-        FileError: The file is not a table, or has no rows or more than ``MOST_ROWS``.
+        FileError: The file is not a table, has no rows or too many, or no header that can be used.
     """
     try:
-        _at_most(open_table(io.BytesIO(content)).select())
+        table = _open(content)
+        names = _check_header(table.header)
+        rows = _at_most(table.rows(names))
     except TableError as error:
         raise FileError(f"The file {error}.") from None
+    if USUAL_COLUMN in names:
+        return Columns(names, USUAL_COLUMN)
+    lengths = dict.fromkeys(names, 0)
+    for row in rows[:ROWS_TO_JUDGE]:
+        for name, cell in zip(names, row.cells, strict=False):  # a wrong row has no cells
+            if isinstance(cell, str):
+                lengths[name] += len(cell)
+    return Columns(names, max(names, key=lengths.__getitem__))
 
 
-def read_column(content: bytes, column: str) -> list[tuple[str, str | None]]:
-    """Read one column of a file.
+def read_rows(content: bytes, column: str, kept: Sequence[str] = ()) -> list[FileRow]:
+    """Read the notes of a file.
 
-    Returns:
-        The cell of each row; and None, or what is wrong with the row, which then has an empty cell.
+    Args:
+        content: The file.
+        column: The column of the notes.
+        kept: The columns whose cells are wanted besides.
 
     Raises:
-        FileError: As ``check_table``; or the column is missing or occurs twice.
+        FileError: As ``check_table``; or a column is missing or occurs twice, or there is too much
+            text.
     """
+    columns = [name.strip() for name in (column, *kept)]
     rows = []
+    notes_characters = kept_characters = 0
     try:
-        for row in _at_most(open_table(io.BytesIO(content), [column]).select()):
-            if row.wrong is None:
-                rows.append((as_text(row.cells[0]), None))
-            else:
-                rows.append(("", f"The row {row.wrong}."))
+        for row in _at_most(replace(_open(content), columns=columns).select()):
+            if row.wrong is not None:
+                rows.append(FileRow("", ["" for _ in kept], f"The row {row.wrong}."))
+                continue
+            note, *cells = map(as_text, row.cells)
+            notes_characters += len(note)
+            kept_characters += sum(map(len, cells))
+            if notes_characters > MOST_NOTES_CHARACTERS:
+                raise FileError(
+                    f"The notes have more than {MOST_NOTES_CHARACTERS:,} characters together: "
+                    "choose a part of the file."
+                )
+            if kept_characters > MOST_KEPT_CHARACTERS:
+                raise FileError(
+                    f"The columns to keep have more than {MOST_KEPT_CHARACTERS:,} characters "
+                    "together: keep fewer."
+                )
+            rows.append(FileRow(note, cells, None))
     except TableError as error:
         raise FileError(f"The file {error}.") from None
     return rows
+
+
+def _open(content: bytes) -> Table:
+    # The usual column decides the delimiter. The same columns are then found every time.
+    return open_table(io.BytesIO(content), [USUAL_COLUMN])
+
+
+def _check_header(header: Sequence[str]) -> list[str]:
+    """Give the names that can be chosen: those that occur once and are not empty."""
+    if len(header) > MOST_COLUMNS:
+        raise FileError(
+            f"The file has {len(header):,} columns, more than {MOST_COLUMNS}: choose a part of it."
+        )
+    if any(len(name) > MOST_NAME_CHARACTERS for name in header):
+        raise FileError(
+            f"The first row has a cell of more than {MOST_NAME_CHARACTERS} characters: expected a "
+            "header, the names of the columns."
+        )
+    names = [name for name in header if name and header.count(name) == 1]
+    if not names:
+        raise FileError("The file has no column whose name is in the header once.")
+    return names
 
 
 def _at_most(rows: Iterable[T]) -> list[T]:

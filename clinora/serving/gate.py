@@ -16,6 +16,7 @@ import re
 import secrets
 from collections.abc import Callable
 from urllib.parse import urlencode, urlsplit
+from weakref import WeakValueDictionary
 
 import gradio
 from anyio import CapacityLimiter, to_thread
@@ -26,8 +27,9 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import MutableHeaders, UploadFile
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from clinora.serving.files import FileError, check_table
+from clinora.serving.files import MOST_COLUMNS, MOST_NAME_CHARACTERS, FileError
 from clinora.serving.proxy import network_of
+from clinora.serving.reading import check_apart
 from clinora.serving.sessions import Sessions
 from clinora.serving.storage import Owner, Storage, StoredFile
 
@@ -63,6 +65,8 @@ EVENTS = (
     "compare_strengths",
     "compare_moved_strength",
     "compare_merged",
+    "choose_columns",
+    "clear_columns",
     "classify_file",
     "clear_failed_file",
 )
@@ -93,6 +97,8 @@ def add_page(app: FastAPI, blocks: gradio.Blocks, gradio_app: ASGIApp, storage: 
     # Below a sub-path, the other applications of the same host do not get the cookie.
     cookie_path = urlsplit(blocks.root_path).path or "/"
     reading = CapacityLimiter(1)  # one file at a time: uploads must not occupy all processors
+    # A client waits for its own files first, so that others wait for one of its files at most.
+    own_files: WeakValueDictionary[str, CapacityLimiter] = WeakValueDictionary()
 
     async def forward_plain(request: Request) -> Forward:
         path = request.scope["path"]
@@ -152,10 +158,11 @@ def add_page(app: FastAPI, blocks: gradio.Blocks, gradio_app: ASGIApp, storage: 
         except UnicodeError:  # a form may choose any of Python's codecs as its charset
             raise HTTPException(422, "Expected a form in UTF-8.") from None
         try:
-            await to_thread.run_sync(check_table, content, limiter=reading)
+            async with own_files.setdefault(owner.address, CapacityLimiter(1)):
+                columns = await to_thread.run_sync(check_apart, content, limiter=reading)
         except FileError as error:  # plain text, since the page shows the response body unchanged
             return PlainTextResponse(str(error), 422)
-        stored = await run_in_threadpool(storage.add, owner, name, content)
+        stored = await run_in_threadpool(storage.add, owner, name, content, columns)
         return JSONResponse([str(stored.path)])
 
     async def upload_progress(_request: Request) -> Response:
@@ -258,6 +265,27 @@ def _check_choices(component: gradio.CheckboxGroup, value: object, _find: FindFi
     return value
 
 
+def _check_columns(
+    component: gradio.Dropdown, value: object, _find: FindFile
+) -> str | list[str] | None:
+    """Check names of columns; the handler checks that the file has them."""
+    if value is None:
+        return None
+    if not component.multiselect:
+        if not _is_name(value):
+            raise ExpectedError("the name of a column")
+        return value
+    if not isinstance(value, list) or len(value) > MOST_COLUMNS or not all(map(_is_name, value)):
+        raise ExpectedError("names of columns")
+    if len(set(value)) < len(value):
+        raise ExpectedError("each column once")
+    return value
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and len(value) <= MOST_NAME_CHARACTERS
+
+
 def _choices(component: gradio.Radio | gradio.CheckboxGroup) -> list[str]:
     return [value for _name, value in component.choices]
 
@@ -295,6 +323,7 @@ CHECKS = {
     gradio.Slider: _check_number,
     gradio.Radio: _check_choice,
     gradio.CheckboxGroup: _check_choices,
+    gradio.Dropdown: _check_columns,
     gradio.File: _check_file,
     gradio.Dataset: _check_example,
     gradio.State: _ignore_state,

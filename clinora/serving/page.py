@@ -8,13 +8,13 @@ import csv
 import functools
 import html
 import io
+import re
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 
 import gradio as gr
 from gradio.context import LocalContext
-from gradio.data_classes import FileData
 from torch.func import functional_call
 
 import clinora
@@ -25,12 +25,14 @@ from clinora.figures import singular_values_figure, updates_figure
 from clinora.llama import LlamaConfig
 from clinora.notes import Note, clean_text, has_visible
 from clinora.serving import report_error
-from clinora.serving.api import REQUEST_SECONDS, describe, note_error
+from clinora.serving.api import REQUEST_SECONDS, note_error
 from clinora.serving.batcher import MOST_TOGETHER, Batcher, BusyError
-from clinora.serving.files import MOST_ROWS, FileError, read_column
+from clinora.serving.files import MOST_ROWS, FileError
 from clinora.serving.flags import Flags, FlagsFullError
 from clinora.serving.proxy import network_of
+from clinora.serving.reading import read_apart
 from clinora.serving.storage import Storage
+from clinora.tables import spreadsheet_safe
 
 TITLE = "Clinical Note Classifier"
 DESCRIPTION = (
@@ -38,6 +40,12 @@ DESCRIPTION = (
 )
 DISCLAIMER = "Demonstration only, not a medical device."
 PREVIEW_ROWS = 20
+PREVIEW_CHARACTERS = 100  # of a cell
+# The columns of a result: the row's number, then the columns that are kept, then these.
+ROW = "row"
+RESULT_FIELDS = ["predicted_class", "label", "confidence", "refer", "tokens", "truncated", "error"]
+NO_COLUMNS = (gr.update(choices=[], value=None), gr.update(choices=[], value=[]))
+TABLE_ENDING = re.compile(r"(?i)(\.(csv|tsv|txt|json|jsonl|ndjson|parquet|xlsx|xlsm))?(\.gz)?$")
 POLL_SECONDS = 0.2  # between checks whether the visitor is still connected
 REASONS = ("The class is wrong", "The confidence is wrong", "The highlights mislead", "Other")
 
@@ -394,11 +402,19 @@ def _internals_tab(batcher: Batcher) -> None:
 
 def _many_tab(batcher: Batcher, storage: Storage) -> None:
     classifier = batcher.classifier
-    fields = ["predicted_class", "label", "confidence", "refer", "tokens", "tokens_exact"]
-    header = ["row", *fields, "error"]
 
-    def classify_part(part: list[tuple[str, str | None]]) -> list[list]:
-        """Classify some notes of a file; return the fields and the error of each."""
+    def choose_columns(file: dict) -> tuple[dict, dict]:
+        try:
+            columns = storage.get(file["path"]).columns
+        except FileNotFoundError:  # the storage has removed it meanwhile
+            raise _message("The file is gone: choose it again.") from None
+        return (
+            gr.update(choices=columns.names, value=columns.suggested),
+            gr.update(choices=columns.names, value=[]),
+        )
+
+    def classify_part(part: list[tuple[str, str | None]]) -> list[Prediction | str]:
+        """Classify some notes of a file; return the prediction or the error of each."""
         accepted = [note for note, error in part if error is None]
         is_busy = False
         futures = []
@@ -407,93 +423,146 @@ def _many_tab(batcher: Batcher, storage: Storage) -> None:
         except BusyError:  # earlier rows of the file keep their predictions
             is_busy = True
         answers = iter(futures)
-        rows = []
+        results = []
         for _note, error in part:
-            cells = ["" for _field in fields]
-            if error is None and is_busy:
-                error = "The service was busy."
-            elif error is None:
+            if error is not None:
+                results.append(error)
+            elif is_busy:
+                results.append("The service was busy.")
+            else:
                 try:
-                    result = describe(_wait(next(answers)), classifier)
-                    cells = [_cell(result[field]) for field in fields]
-                    error = ""
+                    results.append(_wait(next(answers)))
                 except VisitorGoneError:
                     for future in futures:
                         future.cancel()
                     raise
                 except Exception as failure:
-                    error = f"This did not work; reference {report_error(failure)}."
-            rows.append([*cells, error])
-        return rows
+                    results.append(f"This did not work; reference {report_error(failure)}.")
+        return results
 
     def classify_file(
-        path: str | None,
+        file: dict | None,
         column: str | None,
+        kept: list[str] | None,
         progress: gr.Progress = gr.Progress(),  # noqa: B008
-    ) -> tuple[None, list[list], str]:
-        if path is None:
-            raise _message("Choose a CSV file first.")
+    ) -> tuple[None, dict, dict, list[list], dict, str]:
+        if file is None:
+            raise _message("Choose a file first.")
+        if column is None:
+            raise _message("Choose the column of the notes first.")
+        kept = kept or []
+        for name in kept:
+            if name in (ROW, *RESULT_FIELDS):
+                raise _message(
+                    f"The column {name!r} cannot be kept, because the result has a column with "
+                    "this name. Give it another name in your file."
+                )
         try:
-            owner, content = storage.take(path)
+            stored = storage.get(file["path"])
+            rows = read_apart(stored.path.read_bytes(), column, kept)
         except FileNotFoundError:  # the storage has removed it meanwhile
             raise _message("The file is gone: choose it again.") from None
-        notes = _notes_of(content, column or "")
-        rows = []
+        except FileError as error:
+            raise _message(str(error)) from None
+        storage.remove(stored)
+        notes = []
+        for row in rows:
+            note = clean_text(row.note)
+            notes.append((note, row.wrong or note_error(note)))
+        results = []
         for start in progress.tqdm(range(0, len(notes), MOST_TOGETHER), unit="batches"):
-            for cells in classify_part(notes[start : start + MOST_TOGETHER]):
-                rows.append([len(rows) + 1, *cells])
+            results += classify_part(notes[start : start + MOST_TOGETHER])
+        table = [[ROW, *map(spreadsheet_safe, kept), *RESULT_FIELDS]]
+        for number, (row, result) in enumerate(zip(rows, results, strict=True), 1):
+            table.append([number, *map(spreadsheet_safe, row.kept), *_result_cells(result)])
         out = io.StringIO(newline="")
-        csv.writer(out).writerows([header, *rows])
+        csv.writer(out).writerows(table)
         # With a byte-order mark, Excel reads it as UTF-8.
-        result = storage.add(owner, "classes.csv", out.getvalue().encode("utf-8-sig"))
-        return None, rows[:PREVIEW_ROWS], str(result.path)
+        content = out.getvalue().encode("utf-8-sig")
+        download = storage.add(stored.owner, _result_name(stored.path.name), content)
+        preview = {"headers": table[0], "data": table[1 : PREVIEW_ROWS + 1]}
+        return None, *NO_COLUMNS, _counts(results, classifier), preview, str(download.path)
 
     gr.Markdown(
-        f"A CSV file with a header, at most {MOST_ROWS:,} rows and 5 MB. The answer has a row for "
-        "each, without the notes' text; a row that cannot be classified says why."
+        f"A table with a header: CSV, JSON lines, Parquet or Excel, at most {MOST_ROWS:,} rows and "
+        "5 MB. CSV and JSON lines may be compressed with gzip. The result has a row for each note, "
+        "with the columns that you keep; a row that cannot be classified says why."
     )
     # No file_types: when they exclude a file, the browser shows its name as HTML.
-    upload = gr.File(label="CSV file")
-    upload.preprocess = _path_of  # Gradio's method leaves an empty file behind after each event
-    column = gr.Textbox("transcription", label="Column of the notes")
+    upload = gr.File(label="File of notes")
+    with gr.Row():
+        column = gr.Dropdown([], value=None, label="Column of the notes")
+        kept = gr.Dropdown([], value=[], multiselect=True, label="Columns to keep, such as an id")
     start = gr.Button("Classify all", variant="primary")
-    preview = gr.Dataframe(headers=header, interactive=False, label="The first rows")
-    download = gr.File(label="Classes", interactive=False)
-    outputs = [upload, preview, download]
+    counts = gr.Dataframe(
+        headers=["class", "notes", "to refer"], interactive=False, wrap=True,
+        label="Notes of each class, and how many of them to refer to a person",
+        column_widths=["50%", "22%", "28%"],
+    )  # fmt: skip
+    preview = gr.Dataframe(
+        headers=[ROW, *RESULT_FIELDS], interactive=False, label="The first rows",
+        max_chars=PREVIEW_CHARACTERS,
+    )  # fmt: skip
+    download = gr.File(label="Result (CSV)", interactive=False)
+    columns = [column, kept]
+    results = [counts, preview, download]
+    # Without preprocessing: Gradio's would leave an empty file behind after each event, and would
+    # compare the columns with those that it remembers for a session. The gate checks all inputs.
+    upload.upload(
+        _with_error_messages(choose_columns), upload, columns, preprocess=False,
+        api_name="choose_columns",
+    )  # fmt: skip
+    upload.clear(lambda: NO_COLUMNS, None, columns, api_name="clear_columns")
     # One file at a time, so that several files do not fill the batcher's queue.
     done = start.click(
-        _with_error_messages(classify_file), [upload, column], outputs, concurrency_limit=1,
-        show_progress_on=preview, api_name="classify_file",
+        _with_error_messages(classify_file), [upload, *columns], [upload, *columns, *results],
+        preprocess=False, concurrency_limit=1, show_progress_on=preview, api_name="classify_file",
     )  # fmt: skip
-    done.failure(lambda: (None, None, None), None, outputs, api_name="clear_failed_file")
+    done.failure(lambda: (None, None, None), None, results, api_name="clear_failed_file")
 
 
-def _path_of(upload: FileData | None) -> str | None:
-    if upload is None:
-        return None
-    return upload.path
+def _result_cells(result: Prediction | str) -> list[object]:
+    """Return the cells of a prediction, or of an error, in the order of ``RESULT_FIELDS``."""
+    if isinstance(result, str):
+        return [*("" for _field in RESULT_FIELDS[:-1]), result]
+    confidence = result.confidence
+    return [
+        result.index,
+        spreadsheet_safe(result.label),
+        None if confidence is None else round(confidence, 4),
+        _yes_or_no(result.refer),
+        result.tokens,
+        _yes_or_no(result.truncated),
+        "",
+    ]
 
 
-def _notes_of(content: bytes, column: str) -> list[tuple[str, str | None]]:
-    """Return a file's notes; each has None, or the reason why it cannot be classified."""
-    try:
-        rows = read_column(content, column)
-    except FileError as error:
-        raise _message(f"{error} Then choose the file again.") from None
-    notes = []
-    for cell, error in rows:
-        note = clean_text(cell)
-        notes.append((note, error or note_error(note)))
-    return notes
+def _yes_or_no(value: bool | None) -> str:
+    if value is None:
+        return ""
+    return "yes" if value else "no"
 
 
-def _cell(value: object) -> object:
-    """Round a number, and quote a text that a spreadsheet would take for a formula."""
-    if isinstance(value, float):
-        return round(value, 4)
-    if isinstance(value, str) and value.startswith(("=", "+", "-", "@")):
-        return f"'{value}"
-    return value
+def _counts(results: list[Prediction | str], classifier: Classifier) -> list[list]:
+    """Count the notes and those to refer: of each class, of all, and the rows with an error."""
+    predictions = [result for result in results if isinstance(result, Prediction)]
+
+    def row(name: str, counted: list[Prediction]) -> list:
+        referred = sum(bool(prediction.refer) for prediction in counted)
+        return [name, len(counted), "" if classifier.calibration is None else referred]
+
+    rows = []
+    for index, label in enumerate(classifier.labels):
+        rows.append(row(label, [p for p in predictions if p.index == index]))
+    rows.append(row("All classes", predictions))
+    rows.append(["Rows with an error", len(results) - len(predictions), ""])
+    return rows
+
+
+def _result_name(name: str) -> str:
+    """Make the result's name of the file's name: notes.csv.gz becomes notes-classes.csv."""
+    stem = TABLE_ENDING.sub("", name) or "notes"
+    return f"{stem}-classes.csv"
 
 
 # --- waiting and errors -------------------------------------------------------------------------

@@ -20,6 +20,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from clinora.serving.files import Columns
+
 PREFIX = "clinora-service-"  # starts the name of the temporary folder, and of its lock file
 MOST_BYTES_OF_A_VISIT = 20_000_000
 MOST_BYTES = 200_000_000
@@ -44,12 +46,21 @@ class Owner:
 
 @dataclass(frozen=True, slots=True)
 class StoredFile:
-    """A file of a visit; ``size`` is in bytes, ``added`` in seconds of ``time.monotonic``."""
+    """A file of a visit.
+
+    Attributes:
+        path: Where it is stored.
+        owner: Who may read it.
+        size: Its size in bytes.
+        added: When it was stored, in seconds of ``time.monotonic``.
+        columns: The columns of an uploaded table; None for a result.
+    """
 
     path: Path
     owner: Owner
     size: int
     added: float
+    columns: Columns | None
 
 
 class Storage:
@@ -73,19 +84,23 @@ class Storage:
         self._lock = threading.Lock()
         atexit.register(self.close)
 
-    def add(self, owner: Owner, name: str, content: bytes) -> StoredFile:
+    def add(
+        self, owner: Owner, name: str, content: bytes, columns: Columns | None = None
+    ) -> StoredFile:
         """Store a file for a visit.
 
         Args:
             owner: The owner of the file.
             name: The file's name; characters that a file system may refuse are replaced by _.
             content: The file's content.
+            columns: The columns of an uploaded table.
 
         Raises:
             OSError: The file cannot be written.
         """
         folder = self.folder / secrets.token_hex(16)
-        file = StoredFile(folder / _safe_name(name), owner, len(content), time.monotonic())
+        path = folder / _safe_name(name)
+        file = StoredFile(path, owner, len(content), time.monotonic(), columns)
         with self._lock:
             folder.mkdir()
             try:
@@ -106,19 +121,22 @@ class Storage:
             return None
         return file
 
-    def take(self, path: str) -> tuple[Owner, bytes]:
-        """Remove a file, and return its owner and its content.
+    def get(self, path: str) -> StoredFile:
+        """Return a file of any visit.
 
         Raises:
             FileNotFoundError: The file does not exist, or no longer.
         """
+        file = self._files.get(path)
+        if file is None:
+            raise FileNotFoundError(path)
+        return file
+
+    def remove(self, file: StoredFile) -> None:
+        """Remove a file, unless it was removed before."""
         with self._lock:
-            file = self._files.get(path)
-            if file is None:
-                raise FileNotFoundError(path)
-            content = file.path.read_bytes()
-            self._remove(file)
-        return file.owner, content
+            if str(file.path) in self._files:
+                self._remove(file)
 
     def remove_old(self) -> None:
         """Remove files that were stored ``KEPT_SECONDS`` ago or longer."""

@@ -6,8 +6,14 @@ may be a note.
 """
 
 from clinora.tables.opening import open_table
-from clinora.tables.table import MissingColumnError, Row, Table, TableError, as_text
-from clinora.tables.writing import spreadsheet_safe
+from clinora.tables.table import (
+    MissingColumnError,
+    Row,
+    Table,
+    TableError,
+    as_text,
+    spreadsheet_safe,
+)
 
 __all__ = [
     "MissingColumnError",

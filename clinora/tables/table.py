@@ -15,6 +15,10 @@ UNPACKED_BYTES = 100_000_000
 UNPACKED_TIMES = 200
 LEAST_SIMILARITY = 0.85  # of almost equal names; equal names have 1
 
+# A spreadsheet takes a cell that begins like this for a formula, unless it is a number.
+FORMULA = re.compile(r"\s*[=+\-@]|[\t\r]")
+NUMBER = re.compile(r"[+-]?([0-9]+([.,][0-9]+)*|[.,][0-9]+)([eE][+-]?[0-9]+)?")
+
 
 class TableError(ValueError):
     """A file is not a table; the message says why, without a subject, such as "is empty"."""
@@ -156,6 +160,17 @@ def as_text(cell: object) -> str:
         if cell.is_integer():
             return str(int(cell))
     return str(cell)
+
+
+def spreadsheet_safe(text: str) -> str:
+    """Quote a text that a spreadsheet would take for a formula; numbers stay as they are.
+
+    >>> spreadsheet_safe("=1+1"), spreadsheet_safe("-3"), spreadsheet_safe("plain")
+    ("'=1+1", '-3', 'plain')
+    """
+    if FORMULA.match(text) and not NUMBER.fullmatch(text):
+        return f"'{text}"
+    return text
 
 
 def count(number: int, thing: str) -> str:

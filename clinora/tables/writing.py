@@ -12,25 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from clinora.checkpoint import open_atomically, write_atomically
-from clinora.tables.table import as_text
+from clinora.tables.table import as_text, spreadsheet_safe
 
 FORMATS = ("csv", "jsonl", "parquet")
 COPIED_BYTES = 2**20  # at a time
-
-
-def spreadsheet_safe(text: str) -> str:
-    """Quote a text that a spreadsheet would take for a formula; a number is none.
-
-    >>> spreadsheet_safe("=1+1"), spreadsheet_safe("-3")
-    ("'=1+1", '-3')
-    """
-    if not text.startswith(("=", "+", "-", "@", "\t", "\r")):
-        return text
-    try:
-        float(text)
-    except ValueError:
-        return f"'{text}"
-    return text
 
 
 def check_format(name: str) -> None:
