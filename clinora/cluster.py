@@ -19,8 +19,8 @@ import socket
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -45,9 +45,12 @@ from clinora.predict import (
 from clinora.tables import Table, TableError, open_table
 
 ADDRESS = "RAY_ADDRESS"  # Ray's own variable: the cluster to join
-# What Ray reads from the environment when it starts.
-QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}
+# What Ray reads from the environment when it is imported, and when it starts.
+NO_START_BY_ITSELF = {"RAY_ENABLE_AUTO_CONNECT": "0"}
+NO_STATISTICS = {"RAY_USAGE_STATS_ENABLED": "0"}
 LOOPBACK = "127.0.0.1"
+# Ray's sockets are in its folder, and the system allows 107 bytes for their paths.
+LONGEST_FOLDER = 39
 REMOVAL_SECONDS = 10.0  # Ray's processes may write logs for a moment after the end
 ITEM = "item"  # column of the data sets: a part or what became of it, as bytes
 
@@ -121,13 +124,15 @@ def predict_with_ray(
         cpus = share_cpus([node for node in ray.nodes() if node["Alive"]], actors, gpus_per_actor)
         load = {"run": run, "base": base, "device": device, "precision": precision, "threads": cpus}
 
-        def score_table(table: Table) -> Iterator[ScoredPart]:
+        def score_table(table: Table) -> Generator[ScoredPart, None, None]:
             items = make_dataset(source, table.columns, out, output_format).map_batches(
                 Scorer,
                 fn_constructor_kwargs=load,
                 compute=ray.data.ActorPoolStrategy(size=actors),
                 num_cpus=cpus,
                 num_gpus=gpus_per_actor,
+                max_restarts=0,  # Ray would start an actor again for ever if memory runs out
+                max_task_retries=0,
                 **ONE_ITEM,
             )
             return read_results(items)
@@ -152,9 +157,11 @@ def running_ray() -> Iterator[None]:
         OSError: The cluster cannot be reached.
     """
     try:
-        import ray
-        import ray.data
-        from ray.exceptions import RayError
+        # Otherwise a thread of Ray Data that ends late would start another Ray.
+        with environment(NO_START_BY_ITSELF):
+            import ray
+            import ray.data
+            from ray.exceptions import RayError
     except ImportError:
         raise ValueError(
             "Ray is not installed: pip install 'clinora[cluster]', or choose --engine local"
@@ -170,10 +177,15 @@ def running_ray() -> Iterator[None]:
     quiet = {"log_to_driver": False, "logging_level": logging.CRITICAL}
     folder = Path(tempfile.mkdtemp(prefix="clinora-"))  # mode 0700
     try:
+        if address == "local" and len(os.fsencode(folder)) > LONGEST_FOLDER:
+            raise ValueError(
+                f"the path of the folder for temporary files, {folder.parent}, is too long for "
+                "Ray: set TMPDIR to a shorter one, such as /tmp"
+            )
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module=r"ray\.")
+            warnings.simplefilter("ignore")
             if address == "local":
-                with environment(QUIET | {"RAY_AUTH_TOKEN": token()}):
+                with environment(NO_STATISTICS | {"RAY_AUTH_TOKEN": token()}):
                     ray.init(
                         address,
                         include_dashboard=False,
@@ -183,12 +195,13 @@ def running_ray() -> Iterator[None]:
                         **quiet,
                     )
             else:
-                with environment(QUIET):
-                    ray.init(address, **quiet)
+                ray.init(address, **quiet)
             yield
     except RayError as error:
-        first_line, *_ = str(error).splitlines() or [""]
-        raise ValueError(f"Ray failed ({type(error).__name__}): {first_line}") from None
+        raise ValueError(
+            f"Ray failed ({type(error).__name__}), perhaps because memory ran out: continue with "
+            "--resume, if need be with fewer --actors"
+        ) from None
     finally:
         ray.shutdown()
         remove(folder)
@@ -309,22 +322,13 @@ class Scorer:
     def __init__(
         self, run: str, base: str | None, device: str, precision: str, threads: int
     ) -> None:
-        import ray
-
         torch.set_num_threads(threads)
         keep_freed_memory()
         self.classifier: Classifier | None = None
         self.error: ValueError | None = None
-        if ray.get_runtime_context().was_current_actor_reconstructed:
-            # Ray would start it again for ever.
-            self.error = ValueError(
-                f"an actor died on {socket.gethostname()}, perhaps because memory ran out: "
-                "continue with --resume, if need be with fewer --actors"
-            )
-            return
         try:
             self.classifier = Classifier.load(run, base=base, device=device, precision=precision)
-        except Exception as error:  # Ray would show a traceback, and start the actor again
+        except Exception as error:  # Ray would show a traceback
             self.error = ValueError(f"the run cannot be loaded on {socket.gethostname()}: {error}")
 
     def __call__(self, items: pd.DataFrame) -> pd.DataFrame:
@@ -372,16 +376,17 @@ def as_item(content: Part | ScoredPart | Exception) -> pd.DataFrame:
     return pd.DataFrame({ITEM: [pickle.dumps(content)]})
 
 
-def read_results(items: Any) -> Iterator[ScoredPart]:
+def read_results(items: Any) -> Generator[ScoredPart, None, None]:
     """Give the results of a data set in order.
 
     Raises:
         ValueError: Reading or scoring failed.
         OSError: The file cannot be read.
     """
-    for batch in items.iter_batches(prefetch_batches=0, **ONE_ITEM):
-        (item,) = batch[ITEM]
-        result = pickle.loads(item)
-        if isinstance(result, Exception):
-            raise result
-        yield result
+    with closing(iter(items.iter_batches(prefetch_batches=0, **ONE_ITEM))) as batches:
+        for batch in batches:
+            (item,) = batch[ITEM]
+            result = pickle.loads(item)
+            if isinstance(result, Exception):
+                raise result
+            yield result

@@ -8,8 +8,9 @@ numbered parts, and a stopped job goes on at the first missing part.
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -217,7 +218,7 @@ def predict_file(
 
 def run_job(
     job: dict,
-    score_table: "Callable[[Table], Iterable[ScoredPart]]",
+    score_table: "Callable[[Table], Generator[ScoredPart, None, None]]",
     source: Path,
     out: Path,
     *,
@@ -245,7 +246,9 @@ def run_job(
                 begin(out, job)
                 if not is_complete(out):
                     types = result_types(table) if output_format == "parquet" else {}
-                    write_parts(score_table(table), out, types)
+                    # Closed here, also after an error, so that no thread goes on scoring.
+                    with closing(score_table(table)) as parts:
+                        write_parts(parts, out, types)
                 if merge:
                     return merge_parts(out, output_format)
     except Timeout:
@@ -416,7 +419,7 @@ def read_parts(table: Table, out: Path, output_format: str) -> Iterator[Part]:
 
 def score_parts(
     classifier: Classifier, table: Table, out: Path, output_format: str
-) -> Iterator[ScoredPart]:
+) -> Generator[ScoredPart, None, None]:
     """Read and score a table in parts, but for those whose results are there."""
     # The next part is read and tokenised while the model computes this one.
     for part, notes in ahead(encode_parts(classifier, read_parts(table, out, output_format))):
