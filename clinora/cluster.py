@@ -36,6 +36,7 @@ from clinora.predict import (
     ROW,
     Part,
     ScoredPart,
+    check_kept,
     identify,
     predict_table,
     read_parts,
@@ -43,6 +44,7 @@ from clinora.predict import (
     run_job,
 )
 from clinora.tables import Table, TableError, open_table
+from clinora.tables.writing import check_format
 
 ADDRESS = "RAY_ADDRESS"  # Ray's own variable: the cluster to join
 # What Ray reads from the environment when it is imported, and when it starts.
@@ -99,6 +101,8 @@ def predict_with_ray(
             cannot be loaded, or as for ``predict_file``.
         OSError: A file cannot be read or written, or the cluster cannot be reached.
     """
+    check_format(output_format)
+    check_kept(keep)
     if actors < 1:
         raise ValueError(f"{actors} actors: expected at least 1")
     if not 0 <= gpus_per_actor <= 1:
@@ -108,8 +112,6 @@ def predict_with_ray(
     device = "cuda" if gpus_per_actor else "cpu"
     run = absolute_if_folder(run)
     base = base and absolute_if_folder(base)
-    source = source.absolute()
-    out = out.absolute()
     job = identify(
         run,
         source,
@@ -125,7 +127,8 @@ def predict_with_ray(
         load = {"run": run, "base": base, "device": device, "precision": precision, "threads": cpus}
 
         def score_table(table: Table) -> Generator[ScoredPart, None, None]:
-            items = make_dataset(source, table.columns, out, output_format).map_batches(
+            parts = make_dataset(source, table.columns, out, output_format)
+            items = parts.map_batches(
                 Scorer,
                 fn_constructor_kwargs=load,
                 compute=ray.data.ActorPoolStrategy(size=actors),
@@ -291,9 +294,9 @@ def make_dataset(source: Path, columns: Sequence[str], out: Path, output_format:
     return ray.data.from_pandas(pd.DataFrame({ITEM: [b""]})).map_batches(
         read_items,
         fn_kwargs={
-            "source": source,
+            "source": source.absolute(),
             "columns": list(columns),
-            "out": out,
+            "out": out.absolute(),
             "output_format": output_format,
         },
         num_cpus=0,

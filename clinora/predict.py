@@ -195,6 +195,8 @@ def predict_file(
             another job, or another process writes to it. Parts that were written stay.
         OSError: A file cannot be read or written.
     """
+    check_format(output_format)
+    check_kept(keep)
     job = identify(
         run,
         source,
@@ -233,8 +235,6 @@ def run_job(
     text_column = job["options"]["text_column"]
     keep = job["options"]["keep"]
     output_format = job["options"]["format"]
-    check_format(output_format)
-    check_kept(keep)
     try:
         with source.open("rb") as file:
             table = open_table(file, [text_column, *keep])

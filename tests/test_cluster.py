@@ -350,6 +350,37 @@ def test_an_actor_that_fails_shows_no_note(ray_command, private, notes, small_ru
     assert left(private) == []
 
 
+DYING = """
+import os, sys
+from clinora import cluster
+from clinora.commands import predict
+
+class Dying(cluster.Scorer):
+    def __init__(self, **load):
+        os._exit(1)  # as if the system had killed it
+
+cluster.Scorer = Dying
+sys.exit(predict.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_an_actor_that_dies_ends_the_job(ray_command, private, notes, small_run, tmp_path):
+    (tmp_path / "dying.py").write_text(DYING)
+    options = ["--run", small_run, "--notes", notes, "--out", tmp_path / "out", "--engine", "ray"]
+    done = subprocess.run(
+        [sys.executable, *map(str, (tmp_path / "dying.py", *options))],
+        env=private,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "perhaps because memory ran out: continue with --resume" in done.stderr
+    assert left(private) == []
+
+
 @pytest.mark.slow
 def test_errors_of_the_file_and_of_the_machine_are_a_line(
     ray_command, private, small_run, tmp_path
