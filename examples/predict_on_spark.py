@@ -57,6 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--out", required=True, help="output folder, which must not exist")
     add("--text-column", default="transcription", help="column of the texts (default: %(default)s)")
     add("--keep", nargs="+", default=[], help="columns that the results have, too (default: none)")
+    add("--precision", default="auto", help="auto, bf16, fp16 or fp32 (default: %(default)s)")
     add("--workers", type=int, default=1, help="Python workers that compute (default: %(default)s)")
     args = parser.parse_args(argv)
     check_kept(args.keep)
@@ -64,7 +65,9 @@ def main(argv: list[str] | None = None) -> int:
         spark = start_spark(args.workers, folder)
         try:
             rows = read_rows(spark, args.notes).select(ROW, args.text_column, *args.keep)
-            compute = functools.partial(score, args.run, args.text_column, args.keep)
+            compute = functools.partial(
+                score, args.run, args.precision, args.text_column, args.keep
+            )
             types = result_schema(rows, args.keep)
             results = rows.repartition(args.workers, ROW).mapInPandas(compute, types)
             # The results are small: one file, in the order of the rows.
@@ -104,11 +107,15 @@ def result_schema(rows: DataFrame, keep: list[str]) -> StructType:
 
 
 def score(
-    run: str, text_column: str, keep: list[str], tables: Iterator[pd.DataFrame]
+    run: str,
+    precision: str,
+    text_column: str,
+    keep: list[str],
+    tables: Iterator[pd.DataFrame],
 ) -> Iterator[pd.DataFrame]:
     """Score the tables of a worker, which loads the run once."""
     torch.set_num_threads(1)  # Spark runs a worker for each CPU
-    classifier = Classifier.load(run)
+    classifier = Classifier.load(run, precision=precision)
     for table in tables:
         results = predict_table(classifier, table, text_column, keep)
         results.insert(0, ROW, table[ROW])

@@ -29,6 +29,7 @@ ROOT = Path(__file__).parents[1]
 CANARY = "Zebrafish-4711"
 ROWS = 4_500  # of short notes: three parts
 TOLERANCE = 1e-3  # of a confidence
+FP32 = ("--precision", "fp32")  # with bfloat16, results depend on the batch
 
 
 def machine(cpus: float, gpus: float = 0) -> dict:
@@ -472,10 +473,18 @@ def mtsamples(data, tmp_path_factory):
     rows = pd.read_csv(data / "mtsamples.csv", dtype=str, keep_default_na=False).head(500)
     rows.to_csv(folder / "notes.csv", index=False)
     rows.to_parquet(folder / "notes.parquet")
-    options = ["--notes", folder / "notes.csv", "--out", folder / "expected", "--device", "cpu"]
+    options = [
+        "--notes",
+        folder / "notes.csv",
+        "--out",
+        folder / "expected",
+        "--device",
+        "cpu",
+        *FP32,
+    ]
     command.main([str(word) for word in (*options, "--merge")], "clinora predict")
     expected = pd.read_csv(folder / "expected" / "predictions.csv")
-    classifier = clinora.Classifier.load("bundled", device="cpu")
+    classifier = clinora.Classifier.load("bundled", device="cpu", precision="fp32")
     return folder, expected, classifier, rows["transcription"].tolist()
 
 
@@ -483,7 +492,16 @@ def mtsamples(data, tmp_path_factory):
 def test_ray_agrees_on_mtsamples(ray_command, private, mtsamples, tmp_path):
     folder, expected, classifier, texts = mtsamples
     out = tmp_path / "out"
-    files = ["--notes", folder / "notes.parquet", "--out", out, "--format", "parquet", "--merge"]
+    files = [
+        "--notes",
+        folder / "notes.parquet",
+        "--out",
+        out,
+        "--format",
+        "parquet",
+        "--merge",
+        *FP32,
+    ]
     predict(private, *files, "--engine", "ray", "--actors", "2")
     found = pd.read_parquet(out / "predictions.parquet")
     print("Ray:", assert_same(found, expected, classifier, texts))
@@ -496,7 +514,7 @@ def test_spark_agrees_on_mtsamples(private, mtsamples, tmp_path, kind):
         lacking("pyspark", "it is not installed")
     folder, expected, classifier, texts = mtsamples
     out = tmp_path / "out"
-    files = ["--notes", folder / f"notes.{kind}", "--out", out, "--workers", "2"]
+    files = ["--notes", folder / f"notes.{kind}", "--out", out, "--workers", "2", *FP32]
     script = ROOT / "examples" / "predict_on_spark.py"
     subprocess.run(
         [sys.executable, script, *files, "--keep", "sample_name"],
