@@ -8,8 +8,9 @@ numbered parts, and a stopped job goes on at the first missing part.
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -195,7 +196,44 @@ def predict_file(
     """
     check_format(output_format)
     check_kept(keep)
-    job = identify(classifier, run, source, text_column, keep, output_format)
+    job = identify(
+        run,
+        source,
+        text_column=text_column,
+        keep=keep,
+        output_format=output_format,
+        machine={
+            "device": classifier.model.score.weight.device.type,
+            "precision": str(classifier.dtype).removeprefix("torch."),
+        },
+    )
+    return run_job(
+        job,
+        lambda table: score_parts(classifier, table, out, output_format),
+        source,
+        out,
+        resume=resume,
+        merge=merge,
+    )
+
+
+def run_job(
+    job: dict,
+    score_table: "Callable[[Table], Generator[ScoredPart, None, None]]",
+    source: Path,
+    out: Path,
+    *,
+    resume: bool,
+    merge: bool,
+) -> Path:
+    """Do a job: check the file and the folder, write the parts that are missing, and merge them.
+
+    The job is as ``identify`` gives it, and ``score_table`` scores the parts of a table in order.
+    All else is as for ``predict_file``.
+    """
+    text_column = job["options"]["text_column"]
+    keep = job["options"]["keep"]
+    output_format = job["options"]["format"]
     try:
         with source.open("rb") as file:
             table = open_table(file, [text_column, *keep])
@@ -206,7 +244,10 @@ def predict_file(
             with FileLock(out / LOCK_FILE, timeout=0):
                 begin(out, job)
                 if not is_complete(out):
-                    write_parts(classifier, table, out, output_format)
+                    types = result_types(table) if output_format == "parquet" else {}
+                    # Closed here, also after an error, so that no thread goes on scoring.
+                    with closing(score_table(table)) as parts:
+                        write_parts(parts, out, types)
                 if merge:
                     return merge_parts(out, output_format)
     except Timeout:
@@ -220,22 +261,22 @@ def predict_file(
 
 
 def identify(
-    classifier: Classifier,
     run: str | Path,
     source: Path,
+    *,
     text_column: str,
     keep: Sequence[str],
     output_format: str,
+    machine: dict[str, str],
 ) -> dict:
-    """Give everything that determines the bytes of the parts."""
+    """Give everything that determines the bytes of the parts; ``machine`` says what computes."""
     folder = BUNDLED / "adapter" if str(run) == "bundled" else Path(run)
     files = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, RUN_FILE)
     return {
         "input": file_sha256(source),
         "run": {name: file_sha256(folder / name) for name in files},
         "options": {"text_column": text_column, "keep": list(keep), "format": output_format},
-        "device": classifier.model.score.weight.device.type,
-        "precision": str(classifier.dtype).removeprefix("torch."),
+        **machine,
         "versions": {"clinora": version("clinora"), "torch": torch.__version__},
     }
 
@@ -288,21 +329,17 @@ def is_complete(out: Path) -> bool:
     return read_json(out / JOB_FILE).get("rows") is not None
 
 
-def write_parts(classifier: Classifier, table: Table, out: Path, output_format: str) -> None:
-    """Score and write the parts that are missing, then record the number of rows."""
-    types = result_types(table) if output_format == "parquet" else {}
+def write_parts(parts: "Iterable[ScoredPart]", out: Path, types: dict) -> None:
+    """Write the parts that were scored, then record the number of rows."""
     rows = 0
     scored = 0
     began = time.monotonic()
     with tqdm(total=1.0, bar_format=BAR) as bar:
-        # The next part is read and tokenised while the model computes this one.
-        for part in ahead(read_parts(classifier, table, out, output_format)):
-            size = len(part.numbers)
-            rows += size
-            if part.notes is not None:
-                columns = {ROW: part.numbers, **part.kept, **score(classifier, part.notes)}
-                write_table(part.path, columns, types)
-                scored += size
+        for part in parts:
+            rows += part.rows
+            if part.columns is not None:
+                write_table(part.path, part.columns, types)
+                scored += part.rows
             rate = scored / (time.monotonic() - began)
             bar.set_description_str(f"{rows:,} rows, {rate:,.0f} rows/s", refresh=False)
             bar.update(part.share_read - bar.n)
@@ -328,40 +365,86 @@ class Part:
     """Consecutive rows of a file.
 
     Attributes:
-        path: Where their results are.
+        path: Where their results are written.
         numbers: The rows' numbers in the file.
-        kept: The cells of the kept columns, by column.
-        notes: Their notes; None if the results are there.
+        texts: The cells of the column of notes; None if the results are there.
+        kept: The cells of the kept columns, by column; empty if the results are there.
+        wrong: For each row None, or what is wrong with it.
         share_read: Share of the file up to their end.
     """
 
     path: Path
     numbers: list[int]
+    texts: list | None
     kept: dict[str, list]
-    notes: EncodedNotes | None
+    wrong: list[str | None]
     share_read: float
 
 
-def read_parts(
-    classifier: Classifier, table: Table, out: Path, output_format: str
-) -> Iterator[Part]:
-    """Read a table in parts, and tokenise those whose results are missing."""
+@dataclass(frozen=True, slots=True)
+class ScoredPart:
+    """The results of a part.
+
+    Attributes:
+        path: Where they are written.
+        rows: How many rows the part has.
+        columns: The cells of each column of the result; None if they were written before.
+        share_read: Share of the file up to the part's end.
+    """
+
+    path: Path
+    rows: int
+    columns: dict[str, list] | None
+    share_read: float
+
+
+def read_parts(table: Table, out: Path, output_format: str) -> Iterator[Part]:
+    """Read a table in parts; those whose results are there have no texts."""
     first = 1
     for number, rows in enumerate(group_rows(table.select())):
         path = out / f"part-{number:06d}.{output_format}"
         numbers = list(range(first, first + len(rows)))
         first += len(rows)
-        notes = None
+        texts = None
         kept: dict[str, list] = {}
+        wrong = [row.wrong for row in rows]
         if not path.exists():
             _, *columns = table.columns
+            texts = [row.cells[0] if row.cells else None for row in rows]
             for position, column in enumerate(columns, 1):
                 kept[column] = [row.cells[position] if row.cells else None for row in rows]
-            notes = encode(classifier, [row.cells[0] if row.cells else None for row in rows])
-            for i, row in enumerate(rows):
-                if row.wrong is not None:
-                    notes.errors[i] = f"the row {row.wrong}"
-        yield Part(path, numbers, kept, notes, table.share_read())
+        yield Part(path, numbers, texts, kept, wrong, table.share_read())
+
+
+def score_parts(
+    classifier: Classifier, table: Table, out: Path, output_format: str
+) -> Generator[ScoredPart, None, None]:
+    """Read and score a table in parts, but for those whose results are there."""
+    # The next part is read and tokenised while the model computes this one.
+    for part, notes in ahead(encode_parts(classifier, read_parts(table, out, output_format))):
+        columns = None
+        if notes is not None:
+            columns = {ROW: part.numbers, **part.kept, **score(classifier, notes)}
+        yield ScoredPart(part.path, len(part.numbers), columns, part.share_read)
+
+
+def encode_parts(
+    classifier: Classifier, parts: Iterable[Part]
+) -> Iterator[tuple[Part, EncodedNotes | None]]:
+    """Tokenise the notes of parts; a row that is wrong has an error."""
+    for part in parts:
+        notes = None
+        if part.texts is not None:
+            notes = encode(classifier, part.texts)
+            for i, wrong in enumerate(part.wrong):
+                if wrong is not None:
+                    notes.errors[i] = row_error(wrong)
+        yield part, notes
+
+
+def row_error(wrong: str) -> str:
+    """Give the error of a row that is wrong in its file."""
+    return f"the row {wrong}"
 
 
 def group_rows(rows: Iterable[Row]) -> Iterator[list[Row]]:

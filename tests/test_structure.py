@@ -18,7 +18,7 @@ ORDER = [
     ["tables", "tokenizer", "notes", "device"],
     ["calibration", "run", "classifier"],
     ["explain", "baselines", "evaluation"],
-    ["resume", "training", "predict"],
+    ["resume", "training", "predict", "cluster"],
     ["figures", "report"],
     ["serving"],
     ["commands"],

@@ -10,6 +10,7 @@ Example: {command} --run runs/demo --notes archive.parquet --out results --keep 
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from clinora.commands import (
     STOPPED,
@@ -20,6 +21,9 @@ from clinora.commands import (
     new_parser,
     one_line_errors,
 )
+
+ENGINE_HELP = """what computes: this process, or Ray on this machine or on the cluster that the
+environment variable RAY_ADDRESS gives (default: %(default)s)"""
 
 
 def build_parser(prog: str = "clinora predict") -> argparse.ArgumentParser:
@@ -47,6 +51,13 @@ def build_parser(prog: str = "clinora predict") -> argparse.ArgumentParser:
         action="store_true",
         help="continue at the first missing part of --out (default: off)",
     )
+    add("--engine", choices=("local", "ray"), default="local", help=ENGINE_HELP)
+    add("--actors", type=int, help="with ray: copies of the classifier (default: 1)")
+    add(
+        "--gpus-per-actor",
+        type=float,
+        help="with ray: GPUs of each copy, 1 or a share of one (default: 0, the CPU)",
+    )
     add_machine_options(parser)
     return parser
 
@@ -63,8 +74,30 @@ def main(argv: list[str] | None = None, prog: str = "clinora predict") -> int:
 
 
 def predict(args: argparse.Namespace, prog: str) -> None:
-    """Load the run and score the file."""
+    """Score the file with the chosen engine."""
     check_run(args.run, prog)
+    options = {
+        "text_column": args.text_column,
+        "keep": args.keep,
+        "output_format": args.format,
+        "resume": args.resume,
+        "merge": args.merge,
+    }
+    # Only what was given, because the defaults stand elsewhere.
+    given = {"actors": args.actors, "gpus_per_actor": args.gpus_per_actor}
+    cluster = {name: value for name, value in given.items() if value is not None}
+    if args.engine == "ray":
+        results = predict_on_cluster(args, options | cluster)
+    elif cluster:
+        flags = " and ".join(f"--{name.replace('_', '-')}" for name in cluster)
+        raise ValueError(f"{flags}: only with --engine ray")
+    else:
+        results = predict_here(args, options)
+    print(f"Results: {results}", file=sys.stderr)
+
+
+def predict_here(args: argparse.Namespace, options: dict[str, Any]) -> Path:
+    """Load the run and score the file in this process."""
     from clinora.classifier import Classifier
     from clinora.device import keep_freed_memory
     from clinora.predict import predict_file
@@ -73,15 +106,15 @@ def predict(args: argparse.Namespace, prog: str) -> None:
     classifier = Classifier.load(
         args.run, base=args.base, device=args.device, precision=args.precision
     )
-    results = predict_file(
-        classifier,
-        args.run,
-        args.notes,
-        args.out,
-        text_column=args.text_column,
-        keep=args.keep,
-        output_format=args.format,
-        resume=args.resume,
-        merge=args.merge,
+    return predict_file(classifier, args.run, args.notes, args.out, **options)
+
+
+def predict_on_cluster(args: argparse.Namespace, options: dict[str, Any]) -> Path:
+    """Score the file with Ray."""
+    if args.device != "auto":
+        raise ValueError("--device: not with --engine ray, where --gpus-per-actor decides")
+    from clinora.cluster import predict_with_ray
+
+    return predict_with_ray(
+        args.run, args.notes, args.out, base=args.base, precision=args.precision, **options
     )
-    print(f"Results: {results}", file=sys.stderr)
