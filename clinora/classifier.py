@@ -31,7 +31,6 @@ from clinora.tokenizer import Tokenizer
 TOKEN_LIMIT = 512  # tokens of a note that are read, by default
 INFERENCE_TOKENS = 8192  # in a padded batch
 CPU_PADDING = 256  # tokens; computing this many takes about as long as starting another batch
-INFERENCE_PADDING = 0.05  # largest share of a batch of many tokens
 INFERENCE_NOTES = 1024  # tokenised at a time, to bound the memory for ids
 
 
@@ -431,10 +430,7 @@ class Classifier:
         order: list[int] = []
         outputs: list[Tensor] = []
         try:
-            groups = group_by_length(
-                [len(note) for note in ids], INFERENCE_TOKENS, device, INFERENCE_PADDING
-            )
-            for group in groups:
+            for group in group_by_length([len(note) for note in ids], INFERENCE_TOKENS, device):
                 padded, lengths = pad([ids[i] for i in group], device)
                 with self.autocast():
                     output = model(padded, lengths)

@@ -32,16 +32,14 @@ from clinora.classifier import Classifier
 from clinora.device import keep_freed_memory
 from clinora.notes import TEXT_COLUMN
 from clinora.predict import (
-    RESULTS,
-    ROW,
     Part,
     ScoredPart,
     check_kept,
+    encode_part,
     identify,
-    predict_table,
     read_parts,
-    row_error,
     run_job,
+    score_part,
 )
 from clinora.tables import Table, TableError, open_table
 from clinora.tables.writing import check_format
@@ -343,26 +341,11 @@ class Scorer:
         if self.classifier is None:
             return as_item(self.error)
         try:
-            return as_item(score_part(self.classifier, part))
+            notes = encode_part(self.classifier, part)
+            return as_item(score_part(self.classifier, part, notes))
         except Exception as error:  # its text may quote a note
             rows = f"rows {part.numbers[0]} to {part.numbers[-1]}"
             return as_item(ValueError(f"scoring {rows} failed with {describe(error)}"))
-
-
-def score_part(classifier: Classifier, part: Part) -> ScoredPart:
-    """Score a part, if its results are not there."""
-    columns = None
-    if part.texts is not None:
-        frame = pd.DataFrame({TEXT_COLUMN: part.texts}, dtype=object)
-        scored = predict_table(classifier, frame)
-        columns = {ROW: part.numbers, **part.kept}
-        for column in RESULTS:
-            cells = scored[column].astype(object)
-            columns[column] = cells.where(cells.notna(), None).tolist()
-        for i, wrong in enumerate(part.wrong):
-            if wrong is not None:
-                columns["error"][i] = row_error(wrong)
-    return ScoredPart(part.path, len(part.numbers), columns, part.share_read)
 
 
 def describe(error: Exception) -> str:

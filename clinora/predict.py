@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from clinora.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from clinora.checkpoint import BUNDLED, read_json, write_atomically
-from clinora.classifier import Classifier
+from clinora.classifier import INFERENCE_TOKENS, Classifier, Prediction, group_by_length
 from clinora.notes import TEXT_COLUMN, has_visible
 from clinora.resume import list_differences
 from clinora.run import RUN_FILE
@@ -41,6 +41,7 @@ RESULTS = {
     "error": "string",
 }
 
+MOST_PADDING = 0.05  # largest share of padding in a batch
 ROWS_PER_PART = 2_000
 CHARACTERS_PER_PART = 20_000_000  # a part with very long notes has fewer rows
 
@@ -137,7 +138,7 @@ def score(classifier: Classifier, notes: EncodedNotes) -> dict[str, list]:
     Returns:
         The cells of each column of ``RESULTS``; None where a note has no prediction or no error.
     """
-    predictions = iter(classifier.predict([ids for ids in notes.ids if ids is not None]))
+    predictions = iter(predict_in_groups(classifier, [ids for ids in notes.ids if ids is not None]))
     results: dict[str, list] = {column: [] for column in RESULTS}
     for error in notes.errors:
         row = dict.fromkeys(RESULTS)
@@ -153,6 +154,19 @@ def score(classifier: Classifier, notes: EncodedNotes) -> dict[str, list]:
         for column, cell in row.items():
             results[column].append(cell)
     return results
+
+
+def predict_in_groups(classifier: Classifier, ids: Sequence[list[int]]) -> list[Prediction]:
+    """Classify notes, together those of similar length, with little padding."""
+    lengths = [min(len(note), classifier.token_limit) for note in ids]
+    device = classifier.model.score.weight.device
+    order: list[int] = []
+    predictions: list[Prediction] = []
+    for group in group_by_length(lengths, INFERENCE_TOKENS, device, MOST_PADDING):
+        order += group
+        predictions += classifier.predict([ids[i] for i in group])
+    by_position = dict(zip(order, predictions, strict=True))
+    return [by_position[position] for position in range(len(ids))]
 
 
 # --- a file of any size -------------------------------------------------------------------------
@@ -421,30 +435,28 @@ def score_parts(
 ) -> Generator[ScoredPart, None, None]:
     """Read and score a table in parts, but for those whose results are there."""
     # The next part is read and tokenised while the model computes this one.
-    for part, notes in ahead(encode_parts(classifier, read_parts(table, out, output_format))):
-        columns = None
-        if notes is not None:
-            columns = {ROW: part.numbers, **part.kept, **score(classifier, notes)}
-        yield ScoredPart(part.path, len(part.numbers), columns, part.share_read)
+    parts = read_parts(table, out, output_format)
+    for part, notes in ahead((part, encode_part(classifier, part)) for part in parts):
+        yield score_part(classifier, part, notes)
 
 
-def encode_parts(
-    classifier: Classifier, parts: Iterable[Part]
-) -> Iterator[tuple[Part, EncodedNotes | None]]:
-    """Tokenise the notes of parts; a row that is wrong has an error."""
-    for part in parts:
-        notes = None
-        if part.texts is not None:
-            notes = encode(classifier, part.texts)
-            for i, wrong in enumerate(part.wrong):
-                if wrong is not None:
-                    notes.errors[i] = row_error(wrong)
-        yield part, notes
+def encode_part(classifier: Classifier, part: Part) -> EncodedNotes | None:
+    """Tokenise the notes of a part, if its results are missing; a wrong row has an error."""
+    if part.texts is None:
+        return None
+    notes = encode(classifier, part.texts)
+    for i, wrong in enumerate(part.wrong):
+        if wrong is not None:
+            notes.errors[i] = f"the row {wrong}"
+    return notes
 
 
-def row_error(wrong: str) -> str:
-    """Give the error of a row that is wrong in its file."""
-    return f"the row {wrong}"
+def score_part(classifier: Classifier, part: Part, notes: EncodedNotes | None) -> ScoredPart:
+    """Score the notes of a part, if there are any."""
+    columns = None
+    if notes is not None:
+        columns = {ROW: part.numbers, **part.kept, **score(classifier, notes)}
+    return ScoredPart(part.path, len(part.numbers), columns, part.share_read)
 
 
 def group_rows(rows: Iterable[Row]) -> Iterator[list[Row]]:
