@@ -74,9 +74,11 @@ def read_rows(content: bytes, column: str, kept: Sequence[str] = ()) -> list[Fil
     """
     columns = [name.strip() for name in (column, *kept)]
     rows = []
-    notes_characters = kept_characters = 0
+    notes_characters = 0
+    kept_characters = 0
     try:
-        for row in _at_most(replace(_open(content), columns=columns).select()):
+        table = replace(_open(content), columns=columns)
+        for row in _at_most(table.select()):
             if row.wrong is not None:
                 rows.append(FileRow("", ["" for _ in kept], f"The row {row.wrong}."))
                 continue
