@@ -24,7 +24,7 @@ from clinora.checkpoint import (
 )
 from clinora.commands import train
 from clinora.lora import LoRAConfig
-from clinora.run import BaseRecord
+from clinora.run import BaseRecord, RunRecord
 from tests.checkpoint_files import edit_tensors
 from tests.gguf_files import write_gguf
 from tools import smollm2
@@ -193,3 +193,20 @@ def test_without_the_package_gguf_nothing_is_downloaded(monkeypatch, capfd):
     assert ended.value.code == 2
     printed = capfd.readouterr()
     assert printed.out == "" and "-e '.[gguf]'" in printed.err
+
+
+def test_the_committed_adapter_is_one_for_its_base():
+    """Its layers are those that LoRA has on SmolLM2's shape, and its record is complete."""
+    folder = Path(__file__).parents[1] / "examples" / "smollm2-mtsamples"
+    record = RunRecord.read(folder)
+    assert record.base.source == "smollm2"
+    assert len(record.labels) == 5
+    tensors = load_file(folder / "adapter_model.safetensors")
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    width, values = 576, 192  # 9 heads and 3 for keys and values, of 64
+    for layer in range(30):
+        for kind, out in (("q_proj", width), ("v_proj", values)):
+            name = f"base_model.model.model.layers.{layer}.self_attn.{kind}"
+            assert shapes.pop(f"{name}.lora_A.weight") == (8, width)
+            assert shapes.pop(f"{name}.lora_B.weight") == (out, 8)
+    assert list(shapes.values()) == [(5, width)]

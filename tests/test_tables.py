@@ -252,6 +252,19 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch, kind, package):
         rows_of(content, "transcription")
 
 
+def test_a_date_out_of_range_is_one_clear_error():
+    days = pyarrow.array([10_000_000], pyarrow.int32()).cast(pyarrow.date32())
+    stream = io.BytesIO()
+    parquet.write_table(pyarrow.table({"day": days}), stream)
+    with pytest.raises(TableError, match="after row 0"):
+        rows_of(stream.getvalue(), "day")
+
+
+def test_a_lone_surrogate_in_a_key_is_replaced():
+    opened = open_table(io.BytesIO(b'{"\\ud800": "a"}\n'), [])
+    assert opened.header == ["\ufffd"]
+
+
 # --- a folder of text files -----------------------------------------------------------------------
 
 

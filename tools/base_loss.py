@@ -1,4 +1,4 @@
-"""Measure how well a base predicts the words of notes before any fine-tuning.
+"""Measure how well a base predicts the tokens of notes before any fine-tuning.
 
     python -m tools.base_loss --base smollm2 --notes mtsamples
 
@@ -29,7 +29,7 @@ from clinora.notes import LABEL_COLUMN, SIDES, TEXT_COLUMN
 
 @torch.inference_mode()
 def loss_of(model: clinora.LlamaForCausalLM, ids: Sequence[int]) -> float:
-    """Give the mean loss of a text's tokens but the first, in nats a token."""
+    """Give the mean loss of all tokens of a text except the first, in nats a token."""
     tokens = torch.tensor(ids, device=model.model.embed_tokens.weight.device)  # (T,)
     logits = model(tokens[None, :-1])  # (1, T − 1, V)
     return F.cross_entropy(logits[0].float(), tokens[1:]).item()
@@ -50,7 +50,11 @@ def measure(args: argparse.Namespace) -> None:
     print("| split | notes | tokens | nats a token | 95% interval |\n|---|---:|---:|---:|---:|")
     for side in SIDES:
         chosen = sorted(notes.on(side), key=lambda note: note.sha256)[: args.sample]
+        if not chosen:
+            continue
         ids = [tokenizer.encode(note.text, args.token_limit) for note in chosen]
+        if min(map(len, ids)) < 2:
+            raise ValueError(f"a {side} note has one token: expected two or more")
         losses = np.array([loss_of(model, note) for note in tqdm(ids, desc=side, unit="notes")])
         mean = bootstrap_mean(losses, chosen)
         tokens = sum(len(note) - 1 for note in ids)

@@ -62,6 +62,7 @@ def train_fold(
         "labels": classifier.labels,
         "token_limit": args.token_limit,
         "precision": str(classifier.dtype),
+        "device": classifier.model.score.weight.device.type,
     }
     run.mkdir(parents=True, exist_ok=True)
     resume = (run / METRICS).is_file()

@@ -322,14 +322,14 @@ def process_group() -> Iterator[None]:
         clear_frames(error)
         raise
     finally:
-        # What DistributedDataParallel leaves must not outlive the group: if it held the last
-        # reference, its end would wait for the group's threads, and they for Python's lock.
+        # DistributedDataParallel must be freed before the group: otherwise its destructor holds
+        # the GIL and waits for the group's threads, which wait for the GIL.
         gc.collect()  # objects of training may be in reference cycles
         dist.destroy_process_group()
 
 
 def clear_frames(error: BaseException) -> None:
-    """Let go of the local variables of the calls that ended with this error and its causes."""
+    """Clear the local variables in the tracebacks of an error and its causes."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__context__

@@ -42,6 +42,8 @@ def read_excel(file: BinaryIO, columns: Sequence[str]) -> Table:
         for sheet in workbook.worksheets:
             sheet.reset_dimensions()  # some programs write wrong ones, and rows would be lost
         sheets = [sheet for sheet in workbook.worksheets if _has_cells(sheet)]
+    except MemoryError:
+        raise
     except Exception:  # openpyxl lets the errors of zipfile, XML and its own checks through
         raise TableError("is a damaged Excel workbook: save it again") from None
     if len(sheets) != 1:
@@ -82,5 +84,7 @@ def _rows(sheet: Any) -> Iterator[tuple[int, list[Any]]]:
                 used.pop()
             if used:
                 yield line, used
+    except MemoryError:
+        raise
     except Exception:  # openpyxl lets the errors of zipfile, XML and its own checks through
         raise TableError("is a damaged Excel workbook: save it again") from None

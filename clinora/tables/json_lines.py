@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
-from clinora.tables.table import Row, Table, TableError, share_of_bytes
+from clinora.tables.table import Row, Table, TableError, as_text, share_of_bytes
 
 LONGEST_LINE = 100_000_000  # bytes
 
@@ -33,7 +33,7 @@ def read_json_lines(file: BinaryIO, columns: Sequence[str], packed: BinaryIO) ->
             )
         break
     # Names are compared without white space around them, as in other tables.
-    key_of = {key.strip(): key for key in first}
+    key_of = {as_text(key).strip(): key for key in first}
 
     def rows(wanted: Sequence[str]) -> Iterator[Row]:
         file.seek(0)

@@ -33,6 +33,8 @@ def read_parquet(file: BinaryIO, columns: Sequence[str]) -> Table:
     try:
         parquet = ParquetFile(file, buffer_size=BUFFER_BYTES, pre_buffer=False)
         schema = parquet.schema_arrow
+    except MemoryError:  # ArrowMemoryError is an ArrowException, too
+        raise
     except (pyarrow.ArrowException, OSError):
         raise TableError("is a damaged Parquet file: copy it again") from None
     total = parquet.metadata.num_rows
@@ -52,8 +54,13 @@ def read_parquet(file: BinaryIO, columns: Sequence[str]) -> Table:
                 for i in range(batch.num_rows):
                     yield Row(None, [column[i] for column in cells])
                 rows_read += batch.num_rows
-        except (pyarrow.ArrowException, OSError, UnicodeDecodeError):
-            raise TableError(f"is damaged after row {rows_read}: copy it again") from None
+        except MemoryError:
+            raise
+        except (pyarrow.ArrowException, OSError, ValueError, OverflowError):
+            raise TableError(
+                f"cannot be read after row {rows_read}: it is damaged, or has a value such as a date "
+                "that is out of range"
+            ) from None
 
     return Table(
         header=[name.strip() for name in schema.names],
