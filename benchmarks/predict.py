@@ -57,7 +57,7 @@ def write_rows(path: Path, rows: int, classifier: clinora.Classifier) -> None:
             file.write(f"{number},{' '.join(text)}\n")
 
 
-def measure(source: Path, out: Path, rows: int, output_format: str) -> dict[str, float]:
+def measure(source: Path, out: Path, output_format: str) -> dict[str, float]:
     """Score a file in its own process; give seconds, and MB after the first rows and at most."""
     words = ["predict", "--notes", source, "--out", out, "--keep", "id", "--format", output_format]
     began = time.perf_counter()
@@ -72,7 +72,7 @@ def measure(source: Path, out: Path, rows: int, output_format: str) -> dict[str,
             break
         most = max(most, used)
         done = ROWS_PER_PART * len(list(out.glob("part-*")))
-        if done <= FIRST_ROWS:
+        if done < FIRST_ROWS:
             first = most
         time.sleep(0.5)
     if job.wait():
@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "notes.csv")
         write_rows(source, args.rows, classifier)
-        result = measure(source, Path(folder, "out"), args.rows, args.format)
+        result = measure(source, Path(folder, "out"), args.format)
     seconds = result["seconds"]
     print(f"{args.rows:,} rows in {seconds:.0f} s: {args.rows / seconds:.0f} rows/s")
     print(

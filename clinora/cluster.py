@@ -29,7 +29,7 @@ import pandas as pd
 import torch
 
 from clinora.classifier import Classifier
-from clinora.device import keep_freed_memory
+from clinora.device import choose_dtype, keep_freed_memory
 from clinora.notes import TEXT_COLUMN
 from clinora.predict import (
     Part,
@@ -108,6 +108,9 @@ def predict_with_ray(
             f"{gpus_per_actor:g} GPUs for each actor: expected 0 (the CPU), 1, or a share of one"
         )
     device = "cuda" if gpus_per_actor else "cpu"
+    if precision == "auto" and device == "cpu":  # the same on all machines
+        dtype = choose_dtype(torch.device(device))
+        precision = {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
     run = absolute_if_folder(run)
     base = base and absolute_if_folder(base)
     job = identify(
@@ -143,7 +146,9 @@ def predict_with_ray(
 
 def absolute_if_folder(path: str | Path) -> str:
     """Give a folder's absolute path, because actors run elsewhere; other names stay."""
-    return str(Path(path).absolute()) if Path(path).is_dir() else str(path)
+    if str(path) in ("bundled", "smollm2") or not Path(path).is_dir():
+        return str(path)
+    return str(Path(path).absolute())
 
 
 # --- Ray -----------------------------------------------------------------------------------------
@@ -167,6 +172,8 @@ def running_ray() -> Iterator[None]:
         raise ValueError(
             "Ray is not installed: pip install 'clinora[cluster]', or choose --engine local"
         ) from None
+    if ray.is_initialized():
+        raise ValueError("this process already uses Ray: call ray.shutdown() first")
     address = os.environ.get(ADDRESS, "local")
     if "://" in address:
         raise ValueError(
@@ -175,7 +182,6 @@ def running_ray() -> Iterator[None]:
         )
     # Messages of Ray would break the progress bar, and its errors are told in one line.
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-    quiet = {"log_to_driver": False, "logging_level": logging.CRITICAL}
     folder = Path(tempfile.mkdtemp(prefix="clinora-"))  # mode 0700
     try:
         if address == "local" and len(os.fsencode(folder)) > LONGEST_FOLDER:
@@ -185,18 +191,12 @@ def running_ray() -> Iterator[None]:
             )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            if address == "local":
-                with environment(NO_STATISTICS | {"RAY_AUTH_TOKEN": token()}):
-                    ray.init(
-                        address,
-                        include_dashboard=False,
-                        _node_ip_address=LOOPBACK,
-                        # Ray lets everybody read its folder, which is inside the private one.
-                        _temp_dir=str(folder / "ray"),
-                        **quiet,
-                    )
-            else:
-                ray.init(address, **quiet)
+            try:
+                join_or_start(address, folder)
+            except OSError:
+                raise
+            except Exception as error:  # Ray raises several kinds
+                raise ValueError(f"Ray could not be started or joined: {error}") from None
             yield
     except RayError as error:
         raise ValueError(
@@ -208,16 +208,44 @@ def running_ray() -> Iterator[None]:
         remove(folder)
 
 
+def join_or_start(address: str, folder: Path) -> None:
+    """Join a cluster, or start Ray on this machine with its files in a folder.
+
+    Raises:
+        OSError: The cluster cannot be reached.
+        Exception: Ray's own errors.
+    """
+    import ray
+
+    quiet = {"log_to_driver": False, "logging_level": logging.CRITICAL}
+    if address != "local":
+        ray.init(address, **quiet)
+        return
+    secret = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token()}
+    with environment(NO_STATISTICS | secret):
+        ray.init(
+            address,
+            include_dashboard=False,
+            _node_ip_address=LOOPBACK,
+            # Ray lets everybody read its folder, which is inside the private one.
+            _temp_dir=str(folder / "ray"),
+            **quiet,
+        )
+
+
 @contextmanager
 def environment(variables: dict[str, str]) -> Iterator[None]:
     """Set environment variables; afterwards the environment is as before."""
-    before = dict(os.environ)
+    before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:
         yield
     finally:
-        os.environ.clear()
-        os.environ.update(before)
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 @cache
@@ -236,6 +264,8 @@ def remove(folder: Path) -> None:
     while folder.exists() and time.monotonic() < end:
         shutil.rmtree(folder, ignore_errors=True)
         time.sleep(0.05)
+    if folder.exists():
+        warnings.warn(f"{folder} could not be removed and may hold notes", stacklevel=2)
 
 
 def share_cpus(nodes: Sequence[dict], actors: int, gpus_per_actor: float) -> int:

@@ -279,6 +279,7 @@ def read_notes(
     split: str = "texts",
     split_column: str | None = None,
     may_lack_classes: bool = False,
+    download: bool = True,
 ) -> Notes:
     """Read notes from a file or folder.
 
@@ -297,6 +298,7 @@ def read_notes(
             training, validation or test (or train, valid, val, dev). A text in several splits stays
             in test, else in validation: its rows in the others are left out.
         may_lack_classes: Whether some of the named ``classes`` need not be in the file.
+        download: Whether "mtsamples" may be downloaded if it is not here.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -312,7 +314,7 @@ def read_notes(
         raise ValueError(f"column {split_column!r} cannot hold the splits, too")
     if split_column is not None and split == "rows":
         raise ValueError(f"column {split_column!r} gives the splits: leave out split 'rows'")
-    path = find_notes(source)
+    path = find_notes(source, download=download)
     filed = defaultdict(list)  # by text, (row, class) of each row that holds it
     side_in_file = {}  # by text, with a column of the splits
     rows = 0
@@ -418,11 +420,11 @@ def row_sides(rows: int) -> list[str]:
     return sides.tolist()
 
 
-def find_notes(source: str | Path) -> Path:
+def find_notes(source: str | Path, *, download: bool = True) -> Path:
     """Give the path of "bundled", of "mtsamples", which is downloaded once, or of a file.
 
     Raises:
-        ValueError: MTSamples cannot be downloaded.
+        ValueError: MTSamples cannot be downloaded, or is not here and may not be downloaded.
     """
     if source == "bundled":
         return BUNDLED_NOTES
@@ -430,7 +432,10 @@ def find_notes(source: str | Path) -> Path:
         return Path(source)
     try:
         path = huggingface_hub.hf_hub_download(
-            MTSAMPLES["repo_id"], MTSAMPLES["filename"], repo_type="dataset"
+            MTSAMPLES["repo_id"],
+            MTSAMPLES["filename"],
+            repo_type="dataset",
+            local_files_only=not download,
         )
     except Exception as error:  # the Hub's client raises its own errors, httpx's and the system's
         reason = str(error).strip() or type(error).__name__
@@ -439,16 +444,6 @@ def find_notes(source: str | Path) -> Path:
             "download it by hand and give its path"
         ) from None
     return Path(path)
-
-
-def is_here(source: str) -> bool:
-    """Tell whether notes can be read without a download."""
-    if source == "mtsamples":
-        path = huggingface_hub.try_to_load_from_cache(
-            MTSAMPLES["repo_id"], MTSAMPLES["filename"], repo_type="dataset"
-        )
-        return isinstance(path, str)
-    return source == "bundled" or Path(source).exists()
 
 
 def _read_rows(
@@ -505,10 +500,12 @@ def _read_folder(folder: Path) -> Iterator[tuple[int, str, str, None]]:
         try:
             check_class_name(sub_folder.name)
         except ValueError as error:
-            raise ValueError(f"a sub-folder of {folder} is not named by a class: {error}") from None
+            raise ValueError(
+                f"the name of a sub-folder of {folder} is not a class name: {error}"
+            ) from None
         for file in _visible(sub_folder):
             if not file.is_file():
-                raise ValueError(f"{file} is not a file: expected text files alone")
+                raise ValueError(f"{file} is not a file: expected only text files")
             if file.stat().st_size > LONGEST_TEXT_FILE:
                 raise ValueError(
                     f"{file} has more than {LONGEST_TEXT_FILE:,} bytes: expected one note"

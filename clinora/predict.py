@@ -94,11 +94,11 @@ def check_kept(keep: Sequence[str]) -> None:
     """
     names = [ROW, *RESULTS]
     for column in keep:
-        if column in names:
+        if column.strip() in names:
             raise ValueError(
                 f"column {column!r} cannot be kept: the result has a column of this name"
             )
-        names.append(column)
+        names.append(column.strip())
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,13 +257,15 @@ def run_job(
             out.mkdir(parents=True, exist_ok=True)
             with FileLock(out / LOCK_FILE, timeout=0):
                 begin(out, job)
-                if not is_complete(out):
+                merged = out / f"predictions.{output_format}"
+                if not merged.exists():
                     types = result_types(table) if output_format == "parquet" else {}
                     # Closed here, also after an error, so that no thread goes on scoring.
                     with closing(score_table(table)) as parts:
-                        write_parts(parts, out, types)
+                        write_parts(parts, types)
                 if merge:
-                    return merge_parts(out, output_format)
+                    merge_parts(out, merged)
+                    return merged
     except Timeout:
         raise ValueError(f"another process writes to {out}: choose another folder") from None
     except MissingColumnError as error:
@@ -302,16 +304,21 @@ def file_sha256(path: Path) -> str:
 
 
 def check_folder(out: Path, resume: bool) -> None:
-    """Check that the job overwrites nothing, or that there is a job to resume.
+    """Check that the job overwrites nothing.
+
+    Hidden files do not count: a job that was killed at its very start leaves only these.
 
     Raises:
-        ValueError: The folder is not empty, or holds no job to resume.
+        ValueError: The folder holds files, and they are not a job to resume.
     """
-    if resume:
-        if not (out / JOB_FILE).is_file():
-            raise ValueError(f"{out} holds no job to resume: leave out --resume")
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not empty: choose another --out, or --resume it")
+    if not out.exists() or (resume and (out / JOB_FILE).is_file()):
+        return
+    if out.is_dir() and all(path.name.startswith(".") for path in out.iterdir()):
+        return
+    what = "holds no job to resume, but other files"
+    if not resume:
+        what = "exists and is not empty"
+    raise ValueError(f"{out} {what}: choose another --out, or --resume a job that is in it")
 
 
 def begin(out: Path, job: dict) -> None:
@@ -320,11 +327,13 @@ def begin(out: Path, job: dict) -> None:
     Raises:
         ValueError: The folder holds another job.
     """
+    for pattern in (".part-*", ".predictions.*", f".{JOB_FILE}.*"):
+        for path in out.glob(pattern):  # what a killed process left half-written
+            path.unlink()
     if not (out / JOB_FILE).exists():
-        write_job(out, job)
+        write_atomically(out / JOB_FILE, f"{json.dumps(job, indent=2)}\n".encode())
         return
-    before = read_json(out / JOB_FILE)
-    differences = list_differences(before, job | {"rows": before.get("rows")})
+    differences = list_differences(read_json(out / JOB_FILE), job)
     if differences:
         raise ValueError(
             f"{out} holds the results of another job ({'; '.join(differences)}): choose another "
@@ -332,33 +341,25 @@ def begin(out: Path, job: dict) -> None:
         )
 
 
-def write_job(out: Path, job: dict, rows: int | None = None) -> None:
-    """Write the job's file; the number of rows says that all parts are written."""
-    text = json.dumps(job | {"rows": rows}, indent=2)
-    write_atomically(out / JOB_FILE, f"{text}\n".encode())
+def write_parts(parts: "Iterable[ScoredPart]", types: dict) -> None:
+    """Write the parts that were scored, and show a progress bar.
 
-
-def is_complete(out: Path) -> bool:
-    """Tell whether all parts of a job are written."""
-    return read_json(out / JOB_FILE).get("rows") is not None
-
-
-def write_parts(parts: "Iterable[ScoredPart]", out: Path, types: dict) -> None:
-    """Write the parts that were scored, then record the number of rows."""
+    Raises:
+        TableError: From some row on, the file is not a table. Parts that were written stay.
+        OSError: A file cannot be read or written.
+    """
     rows = 0
     scored = 0
-    began = time.monotonic()
+    began = time.perf_counter()
     with tqdm(total=1.0, bar_format=BAR) as bar:
         for part in parts:
             rows += part.rows
             if part.columns is not None:
                 write_table(part.path, part.columns, types)
                 scored += part.rows
-            rate = scored / (time.monotonic() - began)
+            rate = scored / max(time.perf_counter() - began, 1e-9)
             bar.set_description_str(f"{rows:,} rows, {rate:,.0f} rows/s", refresh=False)
             bar.update(part.share_read - bar.n)
-    job = read_json(out / JOB_FILE)
-    write_job(out, job, rows)
 
 
 def result_types(table: Table) -> dict:
@@ -485,12 +486,14 @@ def ahead(items: Iterator[T]) -> Iterator[T]:
             yield item
 
 
-def merge_parts(out: Path, output_format: str) -> Path:
-    """Turn the parts of a complete job into one file, and give its path."""
-    merged = out / f"predictions.{output_format}"
-    parts = sorted(out.glob(f"part-*.{output_format}"))
+def merge_parts(out: Path, merged: Path) -> None:
+    """Turn the parts of a complete job into one file.
+
+    Raises:
+        OSError: A file cannot be read or written.
+    """
+    parts = sorted(out.glob(f"part-*{merged.suffix}"))
     if not merged.exists():
         merge_files(parts, merged)
     for part in parts:
         part.unlink()
-    return merged

@@ -11,7 +11,7 @@ On this machine, with two Python workers, after "pip install clinora pyspark" (S
 
 On a cluster, where every machine has Clinora, and the run and its base at the same paths:
 
-    spark-submit --master yarn examples/predict_on_spark.py --run /data/runs/demo …
+    spark-submit --master yarn examples/predict_on_spark.py --run /data/runs/demo --workers 8 …
 
 Spark is less strict than "clinora predict" with a CSV row that has too few or too many cells, and
 gives it no error for that. Spark's temporary files contain notes: here they are in a private folder
@@ -60,11 +60,14 @@ def main(argv: list[str] | None = None) -> int:
     add("--precision", default="auto", help="auto, bf16, fp16 or fp32 (default: %(default)s)")
     add("--workers", type=int, default=1, help="Python workers that compute (default: %(default)s)")
     args = parser.parse_args(argv)
-    check_kept(args.keep)
+    try:
+        check_kept(args.keep)
+    except ValueError as error:
+        parser.error(str(error))
     with tempfile.TemporaryDirectory(prefix="clinora-") as folder:  # readable by this user alone
         spark = start_spark(args.workers, folder)
         try:
-            rows = read_rows(spark, args.notes).select(ROW, args.text_column, *args.keep)
+            rows = read_rows(spark, args.notes, [args.text_column, *args.keep])
             compute = functools.partial(
                 score, args.run, args.precision, args.text_column, args.keep
             )
@@ -88,14 +91,17 @@ def start_spark(workers: int, folder: str) -> SparkSession:
     return SparkSession.builder.appName("clinora").config(conf=settings).getOrCreate()
 
 
-def read_rows(spark: SparkSession, path: str) -> DataFrame:
-    """Read a file, with the number of each row from 1."""
+def read_rows(spark: SparkSession, path: str, columns: list[str]) -> DataFrame:
+    """Read columns of a file, with the number of each row from 1."""
     if path.endswith(".parquet"):
         rows = spark.read.parquet(path)
-        return rows.select("*", (rows["_metadata.row_index"] + 1).alias(ROW))
-    # Texts have line breaks. Therefore Spark reads the file in one piece, and its ids count rows.
-    rows = spark.read.csv(path, header=True, multiLine=True, escape='"')
-    return rows.select("*", (sql.monotonically_increasing_id() + 1).alias(ROW))
+        number = rows["_metadata.row_index"] + 1
+    else:
+        # Texts have line breaks. So Spark reads the file in one piece, and its ids count rows.
+        rows = spark.read.csv(path, header=True, multiLine=True, escape='"')
+        number = sql.monotonically_increasing_id() + 1
+    # With backquotes, a dot in a name is no field of a struct.
+    return rows.select(number.alias(ROW), *[f"`{column}`" for column in columns])
 
 
 def result_schema(rows: DataFrame, keep: list[str]) -> StructType:

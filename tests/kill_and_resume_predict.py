@@ -1,4 +1,4 @@
-"""Kill the scoring of a file at random moments, resume it, and compare it with an unbroken run.
+"""Kill the scoring of a file at random moments, resume it, and compare it with a whole run.
 
     python -m tests.kill_and_resume_predict --rows 20000 --kills 20
 
@@ -72,7 +72,7 @@ def show(folder: Path, rows: int, rows_per_part: int, kills: int, seed: int) -> 
     out = folder / "out"
     parts = rows // rows_per_part
     for number in range(kills):
-        job = start(out, *(["--resume"] if (out / "predict.json").exists() else []))
+        job = start(out, "--resume")
         # The parts are divided among the kills, so that none comes after the end.
         expected = (number + draw.random()) * (parts - 1) / kills
         while job.is_alive() and len(list(out.glob("part-*"))) < expected:

@@ -20,9 +20,9 @@ import psutil
 import pytest
 
 import clinora
-from clinora.cluster import environment, score_part, share_cpus
+from clinora.cluster import environment, share_cpus
 from clinora.commands import predict as command
-from clinora.predict import Part
+from clinora.predict import Part, encode_part, score_part
 from tests.conftest import lacking
 
 ROOT = Path(__file__).parents[1]
@@ -74,7 +74,7 @@ def test_a_part_has_a_result_for_each_row(classifier, tmp_path):
     wrong = [None, "has 1 field, the header has 2", None, None, None]
     kept = {"id": ["007", None, "8", None, "9"]}
     part = Part(tmp_path / "part", [11, 12, 13, 14, 15], texts, kept, wrong, 0.5)
-    scored = score_part(classifier, part)
+    scored = score_part(classifier, part, encode_part(classifier, part))
     columns = scored.columns
     assert (scored.path, scored.rows, scored.share_read) == (part.path, 5, 0.5)
     assert columns["row"] == [11, 12, 13, 14, 15]
@@ -91,7 +91,8 @@ def test_a_part_has_a_result_for_each_row(classifier, tmp_path):
 
 
 def test_a_part_whose_results_are_there_is_not_scored(tmp_path):
-    scored = score_part(None, Part(tmp_path / "part", [1, 2], None, {}, [None, None], 1.0))
+    part = Part(tmp_path / "part", [1, 2], None, {}, [None, None], 1.0)
+    scored = score_part(None, part, encode_part(None, part))
     assert (scored.rows, scored.columns) == (2, None)
 
 

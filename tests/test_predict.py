@@ -171,7 +171,7 @@ def test_a_merged_file_has_the_rows_of_the_parts(small_parts, notes, tmp_path, o
     }[output_format]
     parts = sorted((tmp_path / "parts").glob("part-*"))
     assert len(parts) == 3
-    (merged,) = (tmp_path / "merged").glob("p*[!n]")
+    merged = tmp_path / "merged" / f"predictions.{output_format}"
     pd.testing.assert_frame_equal(
         read(merged), pd.concat(map(read, parts), ignore_index=True), check_dtype=False
     )
@@ -336,7 +336,7 @@ def test_other_files_are_not_overwritten(notes, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("")
     assert "not empty" in refused(capsys, "--notes", notes, "--out", tmp_path / "out")
-    assert "no job" in refused(capsys, "--notes", notes, "--out", tmp_path / "out", "--resume")
+    assert "other files" in refused(capsys, "--notes", notes, "--out", tmp_path / "out", "--resume")
     assert "not empty" in refused(capsys, "--notes", notes, "--out", notes)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
 
@@ -376,6 +376,45 @@ def test_what_was_done_before_a_file_ends_wrongly_is_kept(small_parts, tmp_path,
     message = refused(capsys, "--notes", path, "--out", tmp_path / "out")
     assert "line 9" in message
     assert len(results(tmp_path / "out")) == 6
+
+
+def test_a_missing_part_is_scored_again(small_parts, notes, tmp_path):
+    options = ["--notes", notes, "--out", tmp_path / "out"]
+    run(*options)
+    second = tmp_path / "out" / "part-000001.csv"
+    content = second.read_bytes()
+    second.unlink()
+    run(*options, "--resume")
+    assert second.read_bytes() == content
+
+
+def test_a_job_that_was_killed_before_its_first_part_can_be_started_again(notes, tmp_path):
+    (tmp_path / "out").mkdir()
+    for name in (".lock", ".predict.json.abc", ".part-000000.csv.abc"):
+        (tmp_path / "out" / name).write_text("half")
+    run("--notes", notes, "--out", tmp_path / "out", "--resume")
+    assert len(results(tmp_path / "out")) == len(TEXTS)
+    left = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert left == [".lock", "part-000000.csv", "predict.json"]
+
+
+def test_a_line_end_in_a_kept_name_does_not_disturb_merging(small_parts, tmp_path):
+    frame = pd.DataFrame({"transcription": ["fever"] * 5, "the\nid": range(5)})
+    frame.to_csv(tmp_path / "notes.csv", index=False)
+    options = ["--keep", "the\nid", "--out", tmp_path / "out", "--merge"]
+    run("--notes", tmp_path / "notes.csv", *options)
+    merged = pd.read_csv(tmp_path / "out" / "predictions.csv")
+    assert merged["the\nid"].tolist() == list(range(5))
+
+
+def test_a_row_whose_note_cannot_be_read_keeps_its_id(tmp_path):
+    (tmp_path / "notes.jsonl").write_text(
+        '{"id": 1, "transcription": "fever"}\n{"id": 2, "transcription": ["a"]}\n{"id": 3}\n'
+    )
+    run("--notes", tmp_path / "notes.jsonl", "--out", tmp_path / "out", "--keep", "id")
+    scored = results(tmp_path / "out")
+    assert scored["id"].tolist() == ["1", "2", "3"]
+    assert [bool(error) for error in scored["error"]] == [False, True, True]
 
 
 @pytest.mark.slow

@@ -147,9 +147,9 @@ def evaluate_run(args: argparse.Namespace, prog: str) -> None:
 
 def read_own_notes(data: "DataRecord", labels: Sequence[str]) -> "Notes | None":
     """Read the notes that a run was trained on; None if they are not on this machine unchanged."""
-    from clinora.notes import is_here, read_notes
+    from clinora.notes import read_notes
 
-    if data.source is None or not is_here(data.source):
+    if data.source is None:
         return None
     try:
         notes = read_notes(
@@ -159,7 +159,8 @@ def read_own_notes(data: "DataRecord", labels: Sequence[str]) -> "Notes | None":
             classes=labels,
             split=data.split,
             split_column=data.split_column,
+            download=False,
         )
-    except (OSError, ValueError):  # the file has changed
+    except (OSError, ValueError):  # the file has gone or changed
         return None
     return notes if data.is_split_of(notes) else None

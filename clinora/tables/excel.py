@@ -23,7 +23,7 @@ def read_excel(file: BinaryIO, columns: Sequence[str]) -> Table:
     except (zipfile.BadZipFile, OSError, ValueError):
         raise TableError("is a damaged Excel workbook or zip file: copy it again") from None
     if "xl/workbook.xml" not in names:
-        raise TableError("is a zip file, but no Excel workbook (xlsx): unpack it first")
+        raise TableError("is a zip file, not an Excel workbook (xlsx): unpack it first")
     check_unpacked(unpacked, size_of(file))
     if unpacked > MOST_UNPACKED_BYTES:
         raise TableError(

@@ -39,14 +39,10 @@ def read_json_lines(file: BinaryIO, columns: Sequence[str], packed: BinaryIO) ->
         file.seek(0)
         for line, content in _lines(file):
             value, wrong = _parse(content)
-            if wrong is None:
-                missing = [column for column in wanted if key_of[column] not in value]
-                if missing:
-                    wrong = f"has no {missing[0]!r}"
-            if wrong is None:
-                yield Row(line, [value[key_of[column]] for column in wanted])
-            else:
-                yield Row(line, [], wrong)
+            missing = [column for column in wanted if key_of[column] not in value]
+            if wrong is None and missing:
+                wrong = f"has no {missing[0]!r}"
+            yield Row(line, [value.get(key_of[column]) for column in wanted], wrong)
 
     return Table(list(key_of), list(columns), rows, share_of_bytes(packed), has_names=True)
 

@@ -1,7 +1,7 @@
 """Read Parquet files in parts, through pyarrow."""
 
 from collections.abc import Iterator, Sequence
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from clinora.tables.table import (
     MOST_ROWS,
@@ -12,7 +12,10 @@ from clinora.tables.table import (
     size_of,
 )
 
-ROWS_TOGETHER = 256
+if TYPE_CHECKING:
+    import pyarrow
+
+ROWS_TOGETHER = 32  # few, because each may be as long as a cell can be
 BUFFER_BYTES = 2**20  # read at a time of a column, so that large row groups need little memory
 
 
@@ -50,17 +53,13 @@ def read_parquet(file: BinaryIO, columns: Sequence[str]) -> Table:
         names = [name_of[column] for column in wanted]
         try:
             for batch in parquet.iter_batches(ROWS_TOGETHER, columns=names):
-                cells = [batch.column(name).to_pylist() for name in names]
                 for i in range(batch.num_rows):
-                    yield Row(None, [column[i] for column in cells])
+                    yield _row_of(batch, i, names)
                 rows_read += batch.num_rows
         except MemoryError:
             raise
-        except (pyarrow.ArrowException, OSError, ValueError, OverflowError):
-            raise TableError(
-                f"cannot be read after row {rows_read}: it is damaged, or has a value such as a date "
-                "that is out of range"
-            ) from None
+        except (pyarrow.ArrowException, OSError):
+            raise TableError(f"is damaged after row {rows_read}: copy it again") from None
 
     return Table(
         header=[name.strip() for name in schema.names],
@@ -70,3 +69,16 @@ def read_parquet(file: BinaryIO, columns: Sequence[str]) -> Table:
         has_names=True,
         types={field.name.strip(): field.type for field in schema},
     )
+
+
+def _row_of(batch: "pyarrow.RecordBatch", i: int, names: Sequence[str]) -> Row:
+    """Give a row of a batch; it is wrong if Python cannot hold a value, such as a far date."""
+    cells = []
+    wrong = None
+    for name in names:
+        try:
+            cells.append(batch.column(name)[i].as_py())
+        except (ValueError, OverflowError, KeyError):
+            cells.append(None)
+            wrong = f"has a value in the column {name!r} that cannot be read"
+    return Row(None, cells, wrong)

@@ -32,8 +32,12 @@ class MissingColumnError(TableError):
     """
 
     def __init__(self, message: str, column: str) -> None:
-        super().__init__(message)
+        super().__init__(message, column)  # both, so that it can be pickled
         self.column = column
+
+    def __str__(self) -> str:
+        message, _ = self.args
+        return message
 
 
 class Row(NamedTuple):
@@ -41,7 +45,8 @@ class Row(NamedTuple):
 
     Attributes:
         line: The line of the file in which it begins, from 1; None if the file has no lines.
-        cells: The cells of the wanted columns: text, numbers, dates or None; none if it is wrong.
+        cells: The cells of the wanted columns: text, numbers, dates or None. A row that is wrong
+            has None for the cells that cannot be read, or no cells.
         wrong: None, or what is wrong with the row, such as "has 1 field, the header has 3".
     """
 
@@ -86,19 +91,20 @@ class Table:
             yield self._checked(row)
 
     def _checked(self, row: Row) -> Row:
-        """Give a row as it is, or as a wrong one if a cell is neither text, number nor date."""
+        """Mark a row as wrong if a cell is neither text, number nor date; the cell is left out."""
         if row.wrong is not None:
             return row
-        for column, cell in zip(self.columns, row.cells, strict=True):
-            wrong = None
+        cells = list(row.cells)
+        wrong = None
+        for i, (column, cell) in enumerate(zip(self.columns, row.cells, strict=True)):
             if isinstance(cell, (dict, list, tuple, bytes)):
-                wrong = f"has no text in the column {column!r}, but something else"
+                cells[i] = None
+                wrong = f"has a list, object or bytes in the column {column!r}, expected text"
             elif isinstance(cell, str) and len(cell) > LONGEST_CELL:
+                cells[i] = None
                 wrong = f"has {len(cell):,} characters in the column {column!r}, expected at most "
                 wrong += f"{LONGEST_CELL:,}"
-            if wrong is not None:
-                return Row(row.line, [], wrong)
-        return row
+        return Row(row.line, cells, wrong)
 
     def check(self, column: str) -> None:
         """Check that a column occurs once.
@@ -204,6 +210,6 @@ def check_unpacked(unpacked: int, packed: int) -> None:
     """
     if unpacked > max(UNPACKED_BYTES, UNPACKED_TIMES * packed):
         raise TableError(
-            f"has {packed:,} bytes but unpacks to more than {UNPACKED_TIMES} times as many: this "
-            "is no file of notes; if it is, unpack it first"
+            f"has {packed:,} bytes but unpacks to more than {UNPACKED_TIMES} times as many, which "
+            "is more than notes compress"
         )

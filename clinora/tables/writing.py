@@ -69,12 +69,20 @@ def merge_files(parts: Sequence[Path], path: Path) -> None:
                 for part in parts:
                     writer.write_table(read_table(part))
             return
+        header_bytes = _header_bytes(parts[0]) if path.suffix == ".csv" else 0
         for part in parts:
             with part.open("rb") as file:
-                if path.suffix == ".csv" and part != parts[0]:
-                    file.readline()  # the header
+                if part != parts[0]:
+                    file.seek(header_bytes)
                 while content := file.read(COPIED_BYTES):
                     merged.write(content)
+
+
+def _header_bytes(path: Path) -> int:
+    """Give the size of a CSV file's header, whose names may have line ends."""
+    with path.open(encoding="utf-8", newline="") as file:
+        names = next(csv.reader(file))
+    return len(_csv({name: [] for name in names}))
 
 
 def _csv(columns: dict[str, list]) -> bytes:
