@@ -321,9 +321,8 @@ class Classifier:
             if not has_visible(text):
                 raise ValueError(f"note {i + 1} of {len(texts)} is empty: it has no visible text")
         predictions = []
-        for start in range(0, len(texts), INFERENCE_NOTES):
-            part = texts[start : start + INFERENCE_NOTES]
-            predictions += self.predict([self.encode(text) for text in part])
+        for ids in self._encode(texts, self.token_limit + 1):
+            predictions += self.predict(ids)
         return predictions
 
     def encode(self, text: str) -> list[int]:
@@ -358,22 +357,18 @@ class Classifier:
             predictions.append(prediction)
         return predictions
 
-    def probabilities(
-        self, texts: Sequence[str], most_counted: int | None = None
-    ) -> tuple[np.ndarray, list[int]]:
+    def probabilities(self, texts: Sequence[str]) -> tuple[np.ndarray, list[int]]:
         """Give the probabilities of all classes, (N, C) float32, and the tokens of each note.
 
         Args:
             texts: The notes.
-            most_counted: The most tokens to count in a note, above the token limit; the rest is
-                not tokenised. None: all are counted.
 
         Raises:
             ValueError: The head was never trained, or a probability is not finite.
         """
         parts = [np.empty((0, len(self.labels)), np.float32)]  # so that no notes give (0, C)
         tokens = []
-        for ids in self._encode(texts, most_counted):
+        for ids in self._encode(texts, None):
             parts.append(self._probabilities(ids))
             tokens += [len(note) for note in ids]
         return np.concatenate(parts), tokens

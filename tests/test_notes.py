@@ -574,6 +574,16 @@ def test_an_empty_folder_is_refused(tmp_path):
         read_notes(tmp_path)
 
 
+def test_notes_that_may_not_be_downloaded_are_only_looked_for_here(monkeypatch):
+    def look(*_names, local_files_only, **_options):
+        assert local_files_only
+        raise FileNotFoundError("not in the cache")
+
+    monkeypatch.setattr("clinora.notes.huggingface_hub.hf_hub_download", look)
+    with pytest.raises(ValueError, match="not in the cache"):
+        read_notes("mtsamples", download=False)
+
+
 def test_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         read_notes(tmp_path / "nowhere.csv")
