@@ -420,6 +420,16 @@ def test_a_wrong_choice_keeps_the_file(client):
     assert call(client, "classify_file", data, "transcription", ["id"])[0] == "complete"
 
 
+def test_every_file_leaves_both_lists_of_columns_empty(client):
+    for event in ("classify_file", "clear_columns", "classify_file", "clear_columns"):
+        if event == "classify_file":
+            answer = ask(client, table_of([[1, NOTE]]), kept=["id"])[1:3]
+        else:
+            answer = call(client, event)[1]
+        assert [update["choices"] for update in answer] == [[], []]
+        assert [update["value"] for update in answer] == [None, []]
+
+
 def test_after_an_error_the_page_keeps_the_file_and_its_columns(client):
     config = client.get("/config").json()
     labels = {part["id"]: part["props"].get("label") for part in config["components"]}

@@ -44,7 +44,6 @@ PREVIEW_CHARACTERS = 100  # of a cell
 # The columns of a result: the row's number, then the columns that are kept, then these.
 ROW = "row"
 RESULT_FIELDS = ["predicted_class", "label", "confidence", "refer", "tokens", "truncated", "error"]
-NO_COLUMNS = (gr.update(choices=[], value=None), gr.update(choices=[], value=[]))
 TABLE_ENDING = re.compile(r"(?i)(\.(csv|tsv|txt|json|jsonl|ndjson|parquet|xlsx|xlsm))?(\.gz)?$")
 POLL_SECONDS = 0.2  # between checks whether the visitor is still connected
 REASONS = ("The class is wrong", "The confidence is wrong", "The highlights mislead", "Other")
@@ -481,7 +480,7 @@ def _many_tab(batcher: Batcher, storage: Storage) -> None:
         content = out.getvalue().encode("utf-8-sig")
         download = storage.add(stored.owner, _result_name(stored.path.name), content)
         preview = {"headers": table[0], "data": table[1 : PREVIEW_ROWS + 1]}
-        return None, *NO_COLUMNS, _counts(results, classifier), preview, str(download.path)
+        return None, *_no_columns(), _counts(results, classifier), preview, str(download.path)
 
     gr.Markdown(
         f"A table with a header: CSV, JSON lines, Parquet or Excel, at most {MOST_ROWS:,} rows and "
@@ -512,13 +511,21 @@ def _many_tab(batcher: Batcher, storage: Storage) -> None:
         _with_error_messages(choose_columns), upload, columns, preprocess=False,
         api_name="choose_columns",
     )  # fmt: skip
-    upload.clear(lambda: NO_COLUMNS, None, columns, api_name="clear_columns")
+    upload.clear(_no_columns, None, columns, api_name="clear_columns")
     # One file at a time, so that several files do not fill the batcher's queue.
     done = start.click(
         _with_error_messages(classify_file), [upload, *columns], [upload, *columns, *results],
         preprocess=False, concurrency_limit=1, show_progress_on=preview, api_name="classify_file",
     )  # fmt: skip
     done.failure(lambda: (None, None, None), None, results, api_name="clear_failed_file")
+
+
+def _no_columns() -> tuple[dict, dict]:
+    """Return updates that empty both lists of columns.
+
+    They are new each time, because Gradio changes the updates that a handler returns.
+    """
+    return gr.update(choices=[], value=None), gr.update(choices=[], value=[])
 
 
 def _result_cells(result: Prediction | str) -> list[object]:
