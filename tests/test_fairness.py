@@ -5,6 +5,7 @@ import json
 import sys
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -206,6 +207,7 @@ def test_a_file_whose_visitor_leaves_is_given_up(served, classifier, monkeypatch
     computed = len(served.computed)
     time.sleep(1)
     assert 0 < computed == len(served.computed) < 1600
+    assert not Path(file["path"]).exists()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="127.0.0.2 is this machine on Linux alone")

@@ -25,6 +25,7 @@ from clinora.serving.app import create_app
 from clinora.serving.batcher import BusyError
 from clinora.serving.files import MOST_ROWS
 from clinora.serving.server import MOST_BODY_BYTES, MOST_FILE_BYTES
+from clinora.serving.storage import Storage
 from clinora.training import encode
 from tests.served import CANARY, calibration, call, join, messages
 
@@ -428,6 +429,21 @@ def test_every_file_leaves_both_lists_of_columns_empty(client):
             answer = call(client, event)[1]
         assert [update["choices"] for update in answer] == [[], []]
         assert [update["value"] for update in answer] == [None, []]
+
+
+def test_a_file_can_be_classified_again_if_its_result_could_not_be_stored(client, monkeypatch):
+    data = upload(client, table_of([[1, NOTE]]))
+
+    def fail(*_arguments):
+        raise OSError
+
+    with monkeypatch.context() as full_disk:
+        full_disk.setattr(Storage, "add", fail)
+        event, answer = call(client, "classify_file", data, "transcription", [])
+    assert event == "error"
+    assert "reference" in answer["error"]
+    assert call(client, "classify_file", data, "transcription", [])[0] == "complete"
+    assert not Path(data["path"]).exists()
 
 
 def test_after_an_error_the_page_keeps_the_file_and_its_columns(client):

@@ -463,14 +463,17 @@ def _many_tab(batcher: Batcher, storage: Storage) -> None:
             raise _message("The file is gone: choose it again.") from None
         except FileError as error:
             raise _message(str(error)) from None
-        storage.remove(stored)
         notes = []
         for row in rows:
             note = clean_text(row.note)
             notes.append((note, row.wrong or note_error(note)))
         results = []
-        for start in progress.tqdm(range(0, len(notes), MOST_TOGETHER), unit="batches"):
-            results += classify_part(notes[start : start + MOST_TOGETHER])
+        try:
+            for start in progress.tqdm(range(0, len(notes), MOST_TOGETHER), unit="batches"):
+                results += classify_part(notes[start : start + MOST_TOGETHER])
+        except VisitorGoneError:
+            storage.remove(stored)
+            raise
         table = [[ROW, *map(spreadsheet_safe, kept), *RESULT_FIELDS]]
         for number, (row, result) in enumerate(zip(rows, results, strict=True), 1):
             table.append([number, *map(spreadsheet_safe, row.kept), *_result_cells(result)])
@@ -479,6 +482,7 @@ def _many_tab(batcher: Batcher, storage: Storage) -> None:
         # With a byte-order mark, Excel reads it as UTF-8.
         content = out.getvalue().encode("utf-8-sig")
         download = storage.add(stored.owner, _result_name(stored.path.name), content)
+        storage.remove(stored)  # not before: after an error the visitor can try again
         preview = {"headers": table[0], "data": table[1 : PREVIEW_ROWS + 1]}
         return None, *_no_columns(), _counts(results, classifier), preview, str(download.path)
 
