@@ -488,7 +488,7 @@ def test_uploaded_files_are_read_one_at_a_time(client, monkeypatch):
         running -= 1
 
     client.get("/")
-    monkeypatch.setattr(gate, "check_apart", read_slowly)
+    monkeypatch.setattr(gate, "check_in_subprocess", read_slowly)
     with ThreadPoolExecutor(4) as pool:
         answers = list(
             pool.map(

@@ -30,7 +30,7 @@ from clinora.serving.batcher import MOST_TOGETHER, Batcher, BusyError
 from clinora.serving.files import MOST_ROWS, FileError
 from clinora.serving.flags import Flags, FlagsFullError
 from clinora.serving.proxy import network_of
-from clinora.serving.reading import read_apart
+from clinora.serving.reading import read_in_subprocess
 from clinora.serving.storage import Storage
 from clinora.tables import spreadsheet_safe
 
@@ -458,7 +458,7 @@ def _many_tab(batcher: Batcher, storage: Storage) -> None:
                 )
         try:
             stored = storage.get(file["path"])
-            rows = read_apart(stored.path.read_bytes(), column, kept)
+            rows = read_in_subprocess(stored.path.read_bytes(), column, kept)
         except FileNotFoundError:  # the storage has removed it meanwhile
             raise _message("The file is gone: choose it again.") from None
         except FileError as error:
