@@ -184,7 +184,9 @@ def add_page(app: FastAPI, blocks: gradio.Blocks, gradio_app: ASGIApp, storage: 
         stored = storage.find(request.path_params["path"], _visit(request))
         if stored is None:
             raise HTTPException(404)
-        return FileResponse(stored.path, media_type="text/csv", filename=stored.path.name)
+        # The guard's nosniff header keeps the browser from guessing another type.
+        kind = "text/csv" if stored.columns is None else "application/octet-stream"
+        return FileResponse(stored.path, media_type=kind, filename=stored.path.name)
 
     for path in PLAIN_ROUTES:
         app.add_route(path, forward_plain, methods=["GET"])
@@ -307,7 +309,7 @@ def _check_file(_component: gradio.File, value: object, find: FindFile) -> dict 
     stored = None
     if isinstance(value, dict):
         stored = find(value.get("path"))
-    if stored is None:
+    if stored is None or stored.columns is None:  # a result is no upload
         raise ExpectedError("a file that was uploaded here and is still kept")
     return {
         "path": str(stored.path),

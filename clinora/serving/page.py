@@ -458,6 +458,12 @@ def _many_tab(batcher: Batcher, storage: Storage) -> None:
                 )
         try:
             stored = storage.get(file["path"])
+            for name in (column, *kept):
+                if name not in stored.columns.names:
+                    raise FileError(
+                        f"The file has no column {name!r} that can be chosen: choose one of the "
+                        "list."
+                    )
             rows = read_in_subprocess(stored.path.read_bytes(), column, kept)
         except FileNotFoundError:  # the storage has removed it meanwhile
             raise _message("The file is gone: choose it again.") from None
@@ -488,8 +494,8 @@ def _many_tab(batcher: Batcher, storage: Storage) -> None:
 
     gr.Markdown(
         f"A table with a header: CSV, JSON lines, Parquet or Excel, at most {MOST_ROWS:,} rows and "
-        "5 MB. CSV and JSON lines may be compressed with gzip. The result has a row for each note, "
-        "with the columns that you keep; a row that cannot be classified says why."
+        "5 MB. CSV and JSON lines may be compressed with gzip. The result has a row for each row "
+        "of the file, with the columns that you keep; a row that cannot be classified says why."
     )
     # No file_types: when they exclude a file, the browser shows its name as HTML.
     upload = gr.File(label="File of notes")
@@ -571,7 +577,7 @@ def _counts(results: list[Prediction | str], classifier: Classifier) -> list[lis
 
 
 def _result_name(name: str) -> str:
-    """Make the result's name of the file's name: notes.csv.gz becomes notes-classes.csv."""
+    """Derive the result's name from the upload's name: notes.csv.gz becomes notes-classes.csv."""
     stem = TABLE_ENDING.sub("", name) or "notes"
     return f"{stem}-classes.csv"
 
