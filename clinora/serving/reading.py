@@ -39,6 +39,7 @@ ONE_THREAD = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
 }
+FUNCTIONS = {"check_table": check_table, "read_rows": read_rows}
 
 
 class ReadingError(Exception):
@@ -99,9 +100,6 @@ def _ask(function: str, content: bytes, *arguments: object) -> Any:
     if "error" in answer:
         raise FileError(answer["error"])
     return answer["result"]
-
-
-FUNCTIONS = {"check_table": check_table, "read_rows": read_rows}
 
 
 def _answer(request: bytes, content: bytes) -> dict[str, Any]:
