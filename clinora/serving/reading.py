@@ -132,7 +132,7 @@ def _main() -> None:
     request = sys.stdin.buffer.readline()
     try:
         answer = json.dumps(_answer(request, sys.stdin.buffer.read()), ensure_ascii=False)
-        # JSON lines may hold half a surrogate pair.
+        # The name of a column in JSON lines may hold half a surrogate pair.
         sys.stdout.buffer.write(answer.encode(errors="surrogatepass"))
     except MemoryError:
         sys.exit(TOO_MUCH)
