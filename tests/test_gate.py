@@ -421,15 +421,6 @@ def test_no_event_copies_a_file_or_gives_one_out(served, tmp_path):
     assert own.get(f"/gradio_api/file={mine}").content == TABLE
 
 
-def test_a_result_is_no_upload(client):
-    event, answer = call(client, "classify_file", file_data(upload(client)), "transcription", [])
-    assert event == "complete"
-    result = answer[-1]["path"]
-    assert client.get(f"/gradio_api/file={result}").headers["content-type"].startswith("text/csv")
-    again = join(client, "classify_file", file_data(result), "label", [], session="one")
-    assert again.status_code == 422
-
-
 def test_a_visit_reads_its_own_files_alone(app, client):
     path = upload(client)
     answer = client.get(f"/gradio_api/file={path}")

@@ -509,6 +509,14 @@ def test_counts_stand_above_the_preview(classifier, tmp_path, monkeypatch):
     assert event["outputs"] == sorted(event["outputs"])  # as on the page
 
 
+def test_a_result_is_no_upload(client):
+    *_, file = ask(client, table_of([[1, NOTE]]))
+    kind = client.get(f"/gradio_api/file={file['path']}").headers["content-type"]
+    assert kind.startswith("text/csv")
+    data = {"path": file["path"], "meta": {"_type": "gradio.FileData"}}
+    assert join(client, "classify_file", data, "label", [], session="one").status_code == 422
+
+
 def test_without_calibration_nothing_is_said_of_referring(client, classifier):
     assert classifier.calibration is None
     answer = ask(client, table_of([[1, NOTE]]))
