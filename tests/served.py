@@ -167,9 +167,12 @@ class Person:
 
     def choose_file(self, file):
         """Choose a file of notes, and wait until its columns can be chosen."""
+        from playwright.sync_api import expect
+
         self.page.locator("input[type=file]:not([accept])").first.set_input_files(file)
         # The name in the table of files: the one on the progress bar may disappear at once.
         self.page.get_by_role("cell", name=file.name[:20]).wait_for()
+        expect(self.page.get_by_label("Column of the notes")).not_to_have_value("")
 
     def choose_column(self, label, name):
         """Choose a column of the file in the list with a label."""

@@ -5,6 +5,7 @@ import json
 import sys
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -76,20 +77,33 @@ class Visitor:
         self.connection = http.client.HTTPConnection(
             address, timeout=60, source_address=(source, 0)
         )
-        headers, config = self._ask("GET", "/config")
+        self.connection.request("GET", "/config")
+        answer = self.connection.getresponse()
+        assert answer.status == 200
+        headers = answer.headers
+        config = json.loads(answer.read())
         self.cookie = headers["set-cookie"].partition(";")[0]
         assert self.cookie.startswith(VISIT_COOKIE)
         self.events = {event["api_name"]: event["id"] for event in config["dependencies"]}
 
     def upload(self, text):
+        self.send_upload(text)
+        answer = self.connection.getresponse()
+        told = answer.read()
+        assert answer.status == 200, told
+        (path,) = json.loads(told)
+        return {"path": path, "meta": {"_type": "gradio.FileData"}}
+
+    def send_upload(self, text):
+        """Begin to upload a file; the answer is not read."""
         boundary = "part"
         body = (
             f'--{boundary}\r\nContent-Disposition: form-data; name="files"; filename="a.csv"'
             f"\r\n\r\n{text}\r\n--{boundary}--\r\n"
         )
-        kind = {"Content-Type": f"multipart/form-data; boundary={boundary}"}
-        _, (path,) = self._ask("POST", "/gradio_api/upload", body, kind)
-        return {"path": path, "meta": {"_type": "gradio.FileData"}}
+        kind = f"multipart/form-data; boundary={boundary}"
+        headers = {"Content-Type": kind, "Cookie": self.cookie}
+        self.connection.request("POST", "/gradio_api/upload", body, headers)
 
     def join(self, event, *data, session="one"):
         """Trigger an event; give the status."""
@@ -114,14 +128,6 @@ class Visitor:
     def leave(self):
         self.stream.close()
         self.connection.close()
-
-    def _ask(self, method, path, body=None, headers=None):
-        cookie = {"Cookie": self.cookie} if hasattr(self, "cookie") else {}
-        self.connection.request(method, path, body, (headers or {}) | cookie)
-        answer = self.connection.getresponse()
-        told = answer.read()
-        assert answer.status == 200, told
-        return answer.headers, json.loads(told)
 
 
 def test_a_note_whose_visitor_leaves_is_not_computed(served, go_on, monkeypatch, caplog):
@@ -206,6 +212,7 @@ def test_a_file_whose_visitor_leaves_is_given_up(served, classifier, monkeypatch
     computed = len(served.computed)
     time.sleep(1)
     assert 0 < computed == len(served.computed) < 1600
+    assert not Path(file["path"]).exists()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="127.0.0.2 is this machine on Linux alone")
@@ -216,8 +223,8 @@ def test_a_client_that_uploads_many_files_delays_others_by_one(served, monkeypat
         time.sleep(0.5)
         done.append(content)
 
-    monkeypatch.setattr(gate, "check_apart", read_slowly)
-    greedy = [Visitor(served.address) for _ in range(6)]
+    monkeypatch.setattr(gate, "check_in_subprocess", read_slowly)
+    greedy = [Visitor(served.address) for _ in range(5)]
     other = Visitor(served.address, "127.0.0.2")
     uploads = [threading.Thread(target=visitor.upload, args=("greedy",)) for visitor in greedy]
     for upload in uploads:
@@ -226,5 +233,56 @@ def test_a_client_that_uploads_many_files_delays_others_by_one(served, monkeypat
     other.upload("modest")
     for upload in uploads:
         upload.join(60)
-    assert len(done) == 7
+    assert len(done) == 6
     assert done.index(b"modest") <= 2
+
+
+def test_uploads_of_clients_that_hang_up_are_not_read(served, monkeypatch):
+    go_on = threading.Event()
+    began = threading.Event()
+    read = []
+
+    def read_slowly(content):
+        read.append(content)
+        began.set()
+        go_on.wait(60)
+
+    monkeypatch.setattr(gate, "check_in_subprocess", read_slowly)
+    first, *leaving, staying = [Visitor(served.address) for _ in range(4)]
+    answers = []
+    uploads = [threading.Thread(target=lambda: answers.append(first.upload("first")))]
+    uploads[0].start()
+    assert began.wait(30)
+    for visitor in leaving:
+        visitor.send_upload("leaving")
+    time.sleep(0.5)
+    for visitor in leaving:
+        visitor.connection.close()
+    uploads.append(threading.Thread(target=lambda: answers.append(staying.upload("staying"))))
+    uploads[1].start()
+    time.sleep(0.5)
+    go_on.set()
+    for upload in uploads:
+        upload.join(60)
+    assert len(answers) == 2
+    assert read == [b"first", b"staying"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="127.0.0.2 is this machine on Linux alone")
+def test_of_one_address_few_uploads_wait(served, monkeypatch):
+    go_on = threading.Event()
+    monkeypatch.setattr(gate, "check_in_subprocess", lambda _content: go_on.wait(60) and None)
+    waiting = [Visitor(served.address) for _ in range(1 + gate.MOST_WAITING_UPLOADS)]
+    for visitor in waiting:
+        visitor.send_upload("waiting")
+    time.sleep(0.5)
+    refused = Visitor(served.address)
+    refused.send_upload("one more")
+    answer = refused.connection.getresponse()
+    assert answer.status == 503
+    assert int(answer.headers["Retry-After"]) > 0
+    other = Visitor(served.address, "127.0.0.2")
+    other.send_upload("of another address")
+    go_on.set()
+    for visitor in (*waiting, other):
+        assert visitor.connection.getresponse().status == 200

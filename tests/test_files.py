@@ -266,7 +266,13 @@ def test_a_second_file_appended_with_its_byte_order_mark_repeats_the_header(tmp_
 def test_a_header_that_cannot_be_offered_is_refused():
     long = "HIV positive " * 20
     many = [f"c{i}" for i in range(201)]
-    for header, words in (([long, "id"], "expected a header"), (many, "201 columns")):
+    large = [f"HIV positive {i} {'x' * 100}" for i in range(150)]
+    cases = [
+        ([long, "id"], "expected a header"),
+        (many, "201 columns"),
+        (large, "characters together, more than 10,000"),
+    ]
+    for header, words in cases:
         with pytest.raises(FileError, match=words) as caught:
             check_table(csv_of([["a"] * len(header)], header))
         assert SECRET not in str(caught.value)

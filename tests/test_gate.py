@@ -1,5 +1,6 @@
 """What is open, and that nothing else is: routes, events, inputs, and the files of a visit."""
 
+import asyncio
 import itertools
 import json
 import os
@@ -10,7 +11,6 @@ import stat
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -426,6 +426,7 @@ def test_a_visit_reads_its_own_files_alone(app, client):
     answer = client.get(f"/gradio_api/file={path}")
     assert answer.content == TABLE
     assert answer.headers["content-disposition"].startswith("attachment")
+    assert answer.headers["content-type"] == "application/octet-stream"
     other = TestClient(app, "http://127.0.0.1")
     other.get("/")
     assert other.get(f"/gradio_api/file={path}").status_code == 404
@@ -477,7 +478,7 @@ def test_a_form_that_cannot_be_decoded_is_refused(client, charset):
     assert answer.status_code == 422
 
 
-def test_uploaded_files_are_read_one_at_a_time(client, monkeypatch):
+def test_uploads_of_several_addresses_are_read_one_at_a_time(app, monkeypatch):
     running, most = 0, 0
 
     def read_slowly(_content):
@@ -487,14 +488,18 @@ def test_uploaded_files_are_read_one_at_a_time(client, monkeypatch):
         time.sleep(0.1)
         running -= 1
 
-    client.get("/")
-    monkeypatch.setattr(gate, "check_apart", read_slowly)
-    with ThreadPoolExecutor(4) as pool:
-        answers = list(
-            pool.map(
-                lambda _: client.post("/gradio_api/upload", files={"files": ("a", TABLE)}), range(4)
-            )
-        )
+    monkeypatch.setattr(gate, "check_in_subprocess", read_slowly)
+
+    async def upload_from(address):
+        transport = httpx.ASGITransport(app, client=(address, 1))
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+            await client.get("/config")
+            return await client.post("/gradio_api/upload", files={"files": ("a", TABLE)})
+
+    async def upload_from_all():
+        return await asyncio.gather(*(upload_from(f"192.0.2.{i}") for i in range(4)))
+
+    answers = run_async(upload_from_all())
     assert [answer.status_code for answer in answers] == [200] * 4
     assert most == 1
 

@@ -11,6 +11,7 @@ from clinora.tables import Table, TableError, as_text, open_table
 MOST_ROWS = 2_000
 MOST_COLUMNS = 200
 MOST_NAME_CHARACTERS = 200  # in the name of a column
+MOST_HEADER_CHARACTERS = 10_000  # in the names together, which stay in memory
 MOST_NOTES_CHARACTERS = 20_000_000  # in the notes together, since compressed files repeat texts
 MOST_KEPT_CHARACTERS = 2_000_000  # in the kept columns together, which the result repeats
 USUAL_COLUMN = "transcription"
@@ -24,14 +25,14 @@ class FileError(ValueError):
 
 
 class Columns(NamedTuple):
-    """The columns that can be chosen: their names, and which one has the notes, as it seems."""
+    """The columns that can be chosen: their names, and the one that probably contains the notes."""
 
     names: list[str]
     suggested: str
 
 
 class FileRow(NamedTuple):
-    """A row: its note, the cells of the kept columns, and None or what is wrong with the row."""
+    """A row: its note, the cells of the kept columns, and the error of the row, or None."""
 
     note: str
     kept: list[str]
@@ -116,6 +117,12 @@ def _check_header(header: Sequence[str]) -> list[str]:
         raise FileError(
             f"The first row has a cell of more than {MOST_NAME_CHARACTERS} characters: expected a "
             "header, the names of the columns."
+        )
+    characters = sum(map(len, header))
+    if characters > MOST_HEADER_CHARACTERS:
+        raise FileError(
+            f"The names of the columns have {characters:,} characters together, more than "
+            f"{MOST_HEADER_CHARACTERS:,}: choose a part of the file."
         )
     names = [name for name in header if name and header.count(name) == 1]
     if not names:

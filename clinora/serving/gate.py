@@ -19,7 +19,7 @@ from urllib.parse import urlencode, urlsplit
 from weakref import WeakValueDictionary
 
 import gradio
-from anyio import CapacityLimiter, to_thread
+from anyio import CapacityLimiter
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from pydantic import BaseModel, Field
@@ -27,9 +27,10 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import MutableHeaders, UploadFile
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from clinora.serving.api import RETRY_AFTER
 from clinora.serving.files import MOST_COLUMNS, MOST_NAME_CHARACTERS, FileError
 from clinora.serving.proxy import network_of
-from clinora.serving.reading import check_apart
+from clinora.serving.reading import check_in_subprocess
 from clinora.serving.sessions import Sessions
 from clinora.serving.storage import Owner, Storage, StoredFile
 
@@ -38,6 +39,7 @@ VISIT_COOKIE = "clinora_visit"
 VISIT_PATTERN = re.compile(rf"(?:^|; ?){VISIT_COOKIE}=([A-Za-z0-9_-]{{1,64}})(?=;|$)")
 MOST_PATH_CHARACTERS = 200  # in the path of a file of the page
 MOST_TEXT_CHARACTERS = 250_000  # in a text; the handlers have a lower limit for notes
+MOST_WAITING_UPLOADS = 4  # of one address; each holds its file in memory
 UPLOAD_ROUTE = "/gradio_api/upload"
 
 # Gradio's routes that the page uses unchanged.
@@ -96,8 +98,9 @@ def add_page(app: FastAPI, blocks: gradio.Blocks, gradio_app: ASGIApp, storage: 
     sessions = Sessions(blocks)
     # Below a sub-path, the other applications of the same host do not get the cookie.
     cookie_path = urlsplit(blocks.root_path).path or "/"
-    reading = CapacityLimiter(1)  # one file at a time: uploads must not occupy all processors
-    # A client waits for its own files first, so that others wait for one of its files at most.
+    reading = CapacityLimiter(1)  # one upload at a time: they must not occupy all processors
+    # Uploads of one address are queued among themselves, so that other addresses wait for at most
+    # one of them.
     own_files: WeakValueDictionary[str, CapacityLimiter] = WeakValueDictionary()
 
     async def forward_plain(request: Request) -> Forward:
@@ -157,9 +160,17 @@ def add_page(app: FastAPI, blocks: gradio.Blocks, gradio_app: ASGIApp, storage: 
                 name = file.filename or ""
         except UnicodeError:  # a form may choose any of Python's codecs as its charset
             raise HTTPException(422, "Expected a form in UTF-8.") from None
+        own = own_files.setdefault(owner.address, CapacityLimiter(1))
+        if own.statistics().tasks_waiting >= MOST_WAITING_UPLOADS:
+            return PlainTextResponse("The service is busy: try again.", 503, RETRY_AFTER)
         try:
-            async with own_files.setdefault(owner.address, CapacityLimiter(1)):
-                columns = await to_thread.run_sync(check_apart, content, limiter=reading)
+            async with own:
+                if await request.is_disconnected():  # the file of a client that left is not read
+                    return Response()
+                async with reading:
+                    if await request.is_disconnected():
+                        return Response()
+                    columns = await run_in_threadpool(check_in_subprocess, content)
         except FileError as error:  # plain text, since the page shows the response body unchanged
             return PlainTextResponse(str(error), 422)
         stored = await run_in_threadpool(storage.add, owner, name, content, columns)
@@ -173,7 +184,9 @@ def add_page(app: FastAPI, blocks: gradio.Blocks, gradio_app: ASGIApp, storage: 
         stored = storage.find(request.path_params["path"], _visit(request))
         if stored is None:
             raise HTTPException(404)
-        return FileResponse(stored.path, media_type="text/csv", filename=stored.path.name)
+        # The guard's nosniff header keeps the browser from guessing another type.
+        kind = "text/csv" if stored.columns is None else "application/octet-stream"
+        return FileResponse(stored.path, media_type=kind, filename=stored.path.name)
 
     for path in PLAIN_ROUTES:
         app.add_route(path, forward_plain, methods=["GET"])
@@ -296,7 +309,7 @@ def _check_file(_component: gradio.File, value: object, find: FindFile) -> dict 
     stored = None
     if isinstance(value, dict):
         stored = find(value.get("path"))
-    if stored is None:
+    if stored is None or stored.columns is None:  # a result is no upload
         raise ExpectedError("a file that was uploaded here and is still kept")
     return {
         "path": str(stored.path),

@@ -30,7 +30,7 @@ from clinora.serving.batcher import MOST_TOGETHER, Batcher, BusyError
 from clinora.serving.files import MOST_ROWS, FileError
 from clinora.serving.flags import Flags, FlagsFullError
 from clinora.serving.proxy import network_of
-from clinora.serving.reading import read_apart
+from clinora.serving.reading import read_in_subprocess
 from clinora.serving.storage import Storage
 from clinora.tables import spreadsheet_safe
 
@@ -44,7 +44,6 @@ PREVIEW_CHARACTERS = 100  # of a cell
 # The columns of a result: the row's number, then the columns that are kept, then these.
 ROW = "row"
 RESULT_FIELDS = ["predicted_class", "label", "confidence", "refer", "tokens", "truncated", "error"]
-NO_COLUMNS = (gr.update(choices=[], value=None), gr.update(choices=[], value=[]))
 TABLE_ENDING = re.compile(r"(?i)(\.(csv|tsv|txt|json|jsonl|ndjson|parquet|xlsx|xlsm))?(\.gz)?$")
 POLL_SECONDS = 0.2  # between checks whether the visitor is still connected
 REASONS = ("The class is wrong", "The confidence is wrong", "The highlights mislead", "Other")
@@ -459,19 +458,28 @@ def _many_tab(batcher: Batcher, storage: Storage) -> None:
                 )
         try:
             stored = storage.get(file["path"])
-            rows = read_apart(stored.path.read_bytes(), column, kept)
+            for name in (column, *kept):
+                if name not in stored.columns.names:
+                    raise FileError(
+                        f"The file has no column {name!r} that can be chosen: choose one of the "
+                        "list."
+                    )
+            rows = read_in_subprocess(stored.path.read_bytes(), column, kept)
         except FileNotFoundError:  # the storage has removed it meanwhile
             raise _message("The file is gone: choose it again.") from None
         except FileError as error:
             raise _message(str(error)) from None
-        storage.remove(stored)
         notes = []
         for row in rows:
             note = clean_text(row.note)
             notes.append((note, row.wrong or note_error(note)))
         results = []
-        for start in progress.tqdm(range(0, len(notes), MOST_TOGETHER), unit="batches"):
-            results += classify_part(notes[start : start + MOST_TOGETHER])
+        try:
+            for start in progress.tqdm(range(0, len(notes), MOST_TOGETHER), unit="batches"):
+                results += classify_part(notes[start : start + MOST_TOGETHER])
+        except VisitorGoneError:
+            storage.remove(stored)
+            raise
         table = [[ROW, *map(spreadsheet_safe, kept), *RESULT_FIELDS]]
         for number, (row, result) in enumerate(zip(rows, results, strict=True), 1):
             table.append([number, *map(spreadsheet_safe, row.kept), *_result_cells(result)])
@@ -480,13 +488,14 @@ def _many_tab(batcher: Batcher, storage: Storage) -> None:
         # With a byte-order mark, Excel reads it as UTF-8.
         content = out.getvalue().encode("utf-8-sig")
         download = storage.add(stored.owner, _result_name(stored.path.name), content)
+        storage.remove(stored)  # not before: after an error the visitor can try again
         preview = {"headers": table[0], "data": table[1 : PREVIEW_ROWS + 1]}
-        return None, *NO_COLUMNS, _counts(results, classifier), preview, str(download.path)
+        return None, *_no_columns(), _counts(results, classifier), preview, str(download.path)
 
     gr.Markdown(
         f"A table with a header: CSV, JSON lines, Parquet or Excel, at most {MOST_ROWS:,} rows and "
-        "5 MB. CSV and JSON lines may be compressed with gzip. The result has a row for each note, "
-        "with the columns that you keep; a row that cannot be classified says why."
+        "5 MB. CSV and JSON lines may be compressed with gzip. The result has a row for each row "
+        "of the file, with the columns that you keep; a row that cannot be classified says why."
     )
     # No file_types: when they exclude a file, the browser shows its name as HTML.
     upload = gr.File(label="File of notes")
@@ -512,13 +521,21 @@ def _many_tab(batcher: Batcher, storage: Storage) -> None:
         _with_error_messages(choose_columns), upload, columns, preprocess=False,
         api_name="choose_columns",
     )  # fmt: skip
-    upload.clear(lambda: NO_COLUMNS, None, columns, api_name="clear_columns")
+    upload.clear(_no_columns, None, columns, api_name="clear_columns")
     # One file at a time, so that several files do not fill the batcher's queue.
     done = start.click(
         _with_error_messages(classify_file), [upload, *columns], [upload, *columns, *results],
         preprocess=False, concurrency_limit=1, show_progress_on=preview, api_name="classify_file",
     )  # fmt: skip
     done.failure(lambda: (None, None, None), None, results, api_name="clear_failed_file")
+
+
+def _no_columns() -> tuple[dict, dict]:
+    """Return updates that empty both lists of columns.
+
+    They are new each time, because Gradio changes the updates that a handler returns.
+    """
+    return gr.update(choices=[], value=None), gr.update(choices=[], value=[])
 
 
 def _result_cells(result: Prediction | str) -> list[object]:
@@ -560,7 +577,7 @@ def _counts(results: list[Prediction | str], classifier: Classifier) -> list[lis
 
 
 def _result_name(name: str) -> str:
-    """Make the result's name of the file's name: notes.csv.gz becomes notes-classes.csv."""
+    """Derive the result's name from the upload's name: notes.csv.gz becomes notes-classes.csv."""
     stem = TABLE_ENDING.sub("", name) or "notes"
     return f"{stem}-classes.csv"
 
