@@ -221,8 +221,7 @@ def join_or_start(address: str, folder: Path) -> None:
     if address != "local":
         ray.init(address, **quiet)
         return
-    secret = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token()}
-    with environment(NO_STATISTICS | secret):
+    with environment(NO_STATISTICS | {"RAY_AUTH_TOKEN": token()}):
         ray.init(
             address,
             include_dashboard=False,
@@ -236,15 +235,15 @@ def join_or_start(address: str, folder: Path) -> None:
 @contextmanager
 def environment(variables: dict[str, str]) -> Iterator[None]:
     """Set environment variables; afterwards the environment is as before."""
-    before = {name: os.environ.get(name) for name in variables}
+    before = dict(os.environ)
     os.environ.update(variables)
     try:
         yield
     finally:
+        for name in os.environ.keys() - before.keys():  # Ray may have set more
+            del os.environ[name]
         for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
+            if os.environ.get(name) != value:
                 os.environ[name] = value
 
 
