@@ -240,7 +240,7 @@ def test_a_reader_that_has_read_enough_is_no_error(options):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--notes", "."], "is a folder"),
+        (["--notes", "."], "is an empty folder"),
         (["--notes", "nowhere.csv"], "nowhere.csv"),
         (["--base", "a/b/c"], "there is no folder a/b/c"),
         (["--targets", "q_prj"], "no layer is named 'q_prj'.*q_proj"),
@@ -360,7 +360,8 @@ def test_help_gives_the_default_of_every_option(capsys, name):
     *_, options = re.split(r"^options:\n", capsys.readouterr().out, flags=re.MULTILINE)
     entries = re.split(r"^  (?=-)", options, flags=re.MULTILINE)[1:]
     assert len(entries) > 5
-    without = [entry for entry in entries if "(default: " not in " ".join(entry.split())]
+    in_one_line = [" ".join(entry.split()) for entry in entries]
+    without = [line for line in in_one_line if not re.search(r"\((default: |required\))", line)]
     assert [entry.split()[0] for entry in without] == ["-h,"]
 
 
@@ -399,7 +400,7 @@ def test_help_of_what_needs_no_model_brings_no_pytorch():
     ],
 )
 def test_ctrl_c_ends_with_status_130_and_one_line(monkeypatch, capsys, name, slow_part):
-    def press_ctrl_c(*_):
+    def press_ctrl_c(*_, **__):
         signal.raise_signal(signal.SIGINT)
 
     words = {"serve": ["--port", "0"], "budget": ["bundled"]}.get(name, [])

@@ -39,9 +39,9 @@ def build_parser(prog: str = "clinora predict") -> argparse.ArgumentParser:
         "--notes",
         type=Path,
         required=True,
-        help="the file: CSV, JSON lines (both may be gzipped), Parquet or Excel",
+        help="a file: CSV, JSON lines (both may be gzipped), Parquet or Excel (required)",
     )
-    add("--out", type=Path, required=True, help="output folder, for numbered parts")
+    add("--out", type=Path, required=True, help="output folder (required)")
     add("--text-column", default=TEXT_COLUMN, help="column of the texts (default: %(default)s)")
     add("--keep", nargs="+", default=[], help="columns that the results have, too (default: none)")
     add("--format", choices=FORMATS, default=FORMATS[0], help="of the parts (default: %(default)s)")
