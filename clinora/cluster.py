@@ -29,7 +29,7 @@ import pandas as pd
 import torch
 
 from clinora.classifier import Classifier
-from clinora.device import choose_dtype, keep_freed_memory
+from clinora.device import choose_dtype, keep_few_kernels, keep_freed_memory
 from clinora.notes import TEXT_COLUMN
 from clinora.predict import (
     Part,
@@ -354,6 +354,7 @@ class Scorer:
     ) -> None:
         torch.set_num_threads(threads)
         keep_freed_memory()
+        keep_few_kernels()
         self.classifier: Classifier | None = None
         self.error: ValueError | None = None
         try:

@@ -24,17 +24,22 @@ def keep_freed_memory() -> None:
     process does not shrink. All threads share one heap: despite these options glibc returns the
     memory of a thread's own heaps, of 64 MiB each, and that made batches on the page slower than
     single notes. With another C library this does nothing.
-
-    oneDNN, which multiplies matrices on CPUs, keeps kernels and buffers for each of the last 1,024
-    shapes. Batches of notes have thousands of shapes, so memory would grow for a long time. With
-    ``KEPT_SHAPES`` it does not, and nothing is slower. Variables that the user has set stay.
     """
-    for variable in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-        os.environ.setdefault(variable, str(KEPT_SHAPES))
     with suppress(OSError, AttributeError):
         glibc = ctypes.CDLL("libc.so.6")
         for option, value in MALLOC_OPTIONS:
             glibc.mallopt(option, value)
+
+
+def keep_few_kernels() -> None:
+    """Make oneDNN keep fewer kernels; a script that scores many notes calls this first.
+
+    oneDNN, which multiplies matrices on CPUs, keeps kernels and buffers for each of the last 1,024
+    shapes. Batches of notes have thousands of shapes, so memory would grow for a long time. With
+    ``KEPT_SHAPES`` it does not, and scoring is not slower. Variables that the user has set stay.
+    """
+    for variable in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(variable, str(KEPT_SHAPES))
 
 
 def choose_device(device: str = "auto") -> torch.device:

@@ -99,10 +99,11 @@ def predict(args: argparse.Namespace, prog: str) -> None:
 def predict_here(args: argparse.Namespace, options: dict[str, Any]) -> Path:
     """Load the run and score the file in this process."""
     from clinora.classifier import Classifier
-    from clinora.device import keep_freed_memory
+    from clinora.device import keep_few_kernels, keep_freed_memory
     from clinora.predict import predict_file
 
     keep_freed_memory()
+    keep_few_kernels()
     classifier = Classifier.load(
         args.run, base=args.base, device=args.device, precision=args.precision
     )
