@@ -74,7 +74,8 @@ def predict_table(
         error, which is missing or says why the row has no prediction. The index is the table's.
 
     Raises:
-        ValueError: The table lacks one of the columns, or a kept column has the name of a result.
+        ValueError: The table lacks one of the columns, a kept column has the name of a result, the
+            head was never trained, or a probability is not finite.
     """
     check_kept(keep)
     for column in (text_column, *keep):
@@ -115,7 +116,7 @@ class EncodedNotes:
 
 
 def encode(classifier: Classifier, cells: Iterable[object]) -> EncodedNotes:
-    """Tokenise the cells of a column of notes; a cell that is no text is an error."""
+    """Tokenise the cells of a column of notes; a cell that is not text is an error."""
     notes = EncodedNotes([], [])
     for cell in cells:
         ids = None
@@ -137,6 +138,9 @@ def score(classifier: Classifier, notes: EncodedNotes) -> dict[str, list]:
 
     Returns:
         The cells of each column of ``RESULTS``; None where a note has no prediction or no error.
+
+    Raises:
+        ValueError: The head was never trained, or a probability is not finite.
     """
     predictions = iter(predict_in_groups(classifier, [ids for ids in notes.ids if ids is not None]))
     results: dict[str, list] = {column: [] for column in RESULTS}
@@ -240,10 +244,19 @@ def run_job(
     resume: bool,
     merge: bool,
 ) -> Path:
-    """Do a job: check the file and the folder, write the parts that are missing, and merge them.
+    """Run a job: check the file and the folder, write the missing parts, and merge them.
 
-    The job is as ``identify`` gives it, and ``score_table`` scores the parts of a table in order.
-    All else is as for ``predict_file``.
+    Args:
+        job: What determines the result, as ``identify`` gives it.
+        score_table: Scores the parts of a table in order.
+        source: As for ``predict_file``, and so are the others.
+        out: The output folder.
+        resume: Whether to continue a job.
+        merge: Whether to merge the parts.
+
+    Raises:
+        ValueError: As for ``predict_file``.
+        OSError: A file cannot be read or written.
     """
     text_column = job["options"]["text_column"]
     keep = job["options"]["keep"]
@@ -285,7 +298,11 @@ def identify(
     output_format: str,
     machine: dict[str, str],
 ) -> dict:
-    """Give everything that determines the bytes of the parts; ``machine`` says what computes."""
+    """Give what determines the bytes of the parts; ``machine`` holds device and precision.
+
+    Raises:
+        OSError: The input or a file of the run cannot be read.
+    """
     folder = BUNDLED / "adapter" if str(run) == "bundled" else Path(run)
     files = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, RUN_FILE)
     return {
@@ -434,7 +451,7 @@ def read_parts(table: Table, out: Path, output_format: str) -> Iterator[Part]:
 def score_parts(
     classifier: Classifier, table: Table, out: Path, output_format: str
 ) -> Generator[ScoredPart, None, None]:
-    """Read and score a table in parts, but for those whose results are there."""
+    """Read and score a table in parts, except those whose results are there."""
     # The next part is read and tokenised while the model computes this one.
     parts = read_parts(table, out, output_format)
     for part, notes in ahead((part, encode_part(classifier, part)) for part in parts):

@@ -44,7 +44,12 @@ def build_parser(prog: str = "clinora predict") -> argparse.ArgumentParser:
     add("--out", type=Path, required=True, help="output folder (required)")
     add("--text-column", default=TEXT_COLUMN, help="column of the texts (default: %(default)s)")
     add("--keep", nargs="+", default=[], help="columns that the results have, too (default: none)")
-    add("--format", choices=FORMATS, default=FORMATS[0], help="of the parts (default: %(default)s)")
+    add(
+        "--format",
+        choices=FORMATS,
+        default=FORMATS[0],
+        help="format of the parts (default: %(default)s)",
+    )
     add("--merge", action="store_true", help="make one file of the parts (default: off)")
     add(
         "--resume",

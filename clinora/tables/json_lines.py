@@ -22,7 +22,7 @@ def read_json_lines(file: BinaryIO, columns: Sequence[str], packed: BinaryIO) ->
         packed: The file as it is on disk, which may be compressed.
 
     Raises:
-        TableError: The first line is no JSON object.
+        TableError: The first line is not a JSON object.
     """
     for _line, content in _lines(file):
         first, wrong = _parse(content)

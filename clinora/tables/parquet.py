@@ -56,7 +56,7 @@ def read_parquet(file: BinaryIO, columns: Sequence[str]) -> Table:
                 for i in range(batch.num_rows):
                     yield _row_of(batch, i, names)
                 rows_read += batch.num_rows
-        except MemoryError:
+        except MemoryError:  # as above
             raise
         except (pyarrow.ArrowException, OSError):
             raise TableError(f"is damaged after row {rows_read}: copy it again") from None
