@@ -45,6 +45,7 @@ _NAMES = {
     "notes": ("PUBLISHED_CLASSES", "Note", "Notes", "read_notes"),
     "tokenizer": ("Tokenizer",),
     "training": ("TrainingConfig", "train"),
+    "variants": ("DoRAConfig", "OLoRAConfig", "PiSSAConfig"),
 }
 _MODULES = ("budget", "testing")  # public modules
 

@@ -29,5 +29,8 @@ from clinora.notes import read_notes as read_notes
 from clinora.tokenizer import Tokenizer as Tokenizer
 from clinora.training import TrainingConfig as TrainingConfig
 from clinora.training import train as train
+from clinora.variants import DoRAConfig as DoRAConfig
+from clinora.variants import OLoRAConfig as OLoRAConfig
+from clinora.variants import PiSSAConfig as PiSSAConfig
 
 __version__: str

@@ -18,7 +18,7 @@ from clinora.checkpoint import (
     write_atomically,
 )
 from clinora.llama import LlamaForCausalLM, LlamaForSequenceClassification
-from clinora.lora import LoRAConfig, LoRALinear, check_linear, insert_lora, lora_state_dict
+from clinora.lora import LoRAConfig, LoRALinear, insert_lora, lora_layers, lora_state_dict
 from clinora.modules import (
     find_modules,
     gathered,
@@ -28,6 +28,8 @@ from clinora.modules import (
     unwrap,
     without_wrappers,
 )
+from clinora.targets import ALL_LINEAR, check_linear, find_targets, layer_number
+from clinora.variants import DoRAConfig, OLoRAConfig, PiSSAConfig
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -39,13 +41,16 @@ PEFT_PREFIX = "base_model.model."
 PEFT_INFORMATION = {
     "peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "r",
     "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "modules_to_save",
+    "layers_to_transform", "rank_pattern", "alpha_pattern", "use_dora",
     "init_lora_weights", "auto_mapping", "peft_version", "runtime_config",
     "megatron_core", "qalora_group_size",
 }  # fmt: skip
 # Values that switch any other option off.
 PEFT_NEUTRAL = (None, False, [], {}, "none")
-# The supported values of init_lora_weights; the others also change the base's weights.
+# The supported values of init_lora_weights. These change nothing but A and B ...
 PEFT_INITIALISATIONS = (True, False, None, "gaussian", "orthogonal")
+# ... and these subtract B·A from the base's weights, too.
+PEFT_SHIFTS = {"pissa": PiSSAConfig, "olora": OLoRAConfig}
 # The types of the options that are used here; null is allowed too.
 PEFT_TYPES = {
     "r": (int,),
@@ -54,6 +59,9 @@ PEFT_TYPES = {
     "target_modules": (list, str),
     "use_rslora": (bool,),
     "modules_to_save": (list,),
+    "rank_pattern": (dict,),
+    "alpha_pattern": (dict,),
+    "use_dora": (bool,),
 }
 
 
@@ -88,6 +96,8 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
             "the model itself, without the wrapper of another library"
         )
     config: LoRAConfig = bare.lora_config
+    if isinstance(config, PiSSAConfig):
+        config = config.as_lora()
     _check_not_tied(bare, find_modules(bare, config.also_train))
     if isinstance(bare, LlamaForSequenceClassification):
         if isinstance(unwrap(bare.score), LoRALinear):  # PEFT and load_adapter expect a whole head
@@ -125,6 +135,16 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
         "use_rslora": config.rank_stabilized,
         "modules_to_save": saved_whole or None,
     }
+    if isinstance(config, DoRAConfig):
+        options["use_dora"] = True
+    if config.rank_pattern:
+        options["rank_pattern"] = dict(config.rank_pattern)
+    if config.alpha_pattern:
+        options["alpha_pattern"] = dict(config.alpha_pattern)
+    for name, layer in lora_layers(bare):
+        A = f"{name}.lora_A"
+        B = f"{name}.lora_B"
+        state[A], state[B] = layer.factors(state[A], state[B])
     tensors = {}
     for name, tensor in state.items():
         # A layer used in two places has two names; safetensors refuses tensors that share memory.
@@ -218,7 +238,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> LoRAConfig:
         raise CheckpointError(f"{config_path}: no layer of this model matches the targets {wanted}")
     trained_whole = _peft_modules_to_save(model, options)
     try:
-        check_tensors(tensors, _adapter_tensors(targets, trained_whole, config.rank), what)
+        check_tensors(tensors, _adapter_tensors(targets, trained_whole, config), what)
         for name, tensor in tensors.items():
             if not tensor.isfinite().all():
                 raise CheckpointError(f"{name} in {path} has values that are not finite")
@@ -241,15 +261,28 @@ def _peft_targets(model: nn.Module, options: dict) -> dict[str, nn.Module]:
     """Find the layers that PEFT adapts: the targets, except inside modules that are saved whole."""
     whole = options.get("modules_to_save") or ()
     targets = options["target_modules"]
+    layers = _peft_layers(options)
+    if targets == ALL_LINEAR:
+        return find_targets(model, ALL_LINEAR, heads=tuple(whole))
     found = {}
     for path, module in named_modules(model):
         if isinstance(targets, str):  # a regular expression over whole names
             matches = re.fullmatch(targets, path) is not None
         else:
             matches = any(f".{path}".endswith(f".{target}") for target in targets)
+        if layers and layer_number(path) not in layers:
+            matches = False
         if matches and not any(f".{name}." in f".{path}." for name in whole):
             found[path] = module
     return found
+
+
+def _peft_layers(options: dict) -> list:
+    """Give the numbers of the layers that PEFT adapts; an empty list stands for all."""
+    layers = options.get("layers_to_transform")
+    if layers is None:
+        return []
+    return layers if isinstance(layers, list) else [layers]
 
 
 def _peft_modules_to_save(model: nn.Module, options: dict) -> dict[str, nn.Module]:
@@ -263,7 +296,7 @@ def _peft_modules_to_save(model: nn.Module, options: dict) -> dict[str, nn.Modul
 
 
 def _adapter_tensors(
-    targets: dict[str, nn.Module], trained_whole: dict[str, nn.Module], rank: int
+    targets: dict[str, nn.Module], trained_whole: dict[str, nn.Module], config: LoRAConfig
 ) -> dict[str, Tensor]:
     """Give the names and shapes of an adapter's tensors, on the meta device.
 
@@ -274,8 +307,11 @@ def _adapter_tensors(
     for name, linear in targets.items():
         check_linear(name, linear)
         out, width = linear.weight.shape
+        rank = config.for_layer(name).rank
         expected[f"{name}.lora_A"] = torch.empty(rank, width, device="meta")
         expected[f"{name}.lora_B"] = torch.empty(out, rank, device="meta")
+        if isinstance(config, DoRAConfig):
+            expected[f"{name}.lora_magnitude_vector"] = torch.empty(out, device="meta")
     for name, module in trained_whole.items():
         for parameter_name, tensor in module.state_dict().items():
             expected[f"{name}.{without_wrappers(parameter_name)}"] = tensor
@@ -291,6 +327,7 @@ def _to_peft(name: str) -> str:
 def _from_peft(name: str) -> str:
     """Undo ``_to_peft``; files saved by hand may also hold the adapter's name, "default"."""
     name = re.sub(r"\.(lora_[AB])(\.default)?\.weight$", r".\1", name)
+    name = re.sub(r"\.(lora_magnitude_vector)(\.default)?(\.weight)?$", r".\1", name)
     return name.removeprefix(PEFT_PREFIX).replace(".modules_to_save.default.", ".")
 
 
@@ -302,11 +339,21 @@ def _lora_config(options: dict, model: nn.Module, path: Path) -> LoRAConfig:
         if key not in PEFT_INFORMATION and not _is_one_of(value, PEFT_NEUTRAL):
             raise CheckpointError(f"{path}: {key} = {value!r} is not supported")
     initialisation = options.get("init_lora_weights", True)
-    if not _is_one_of(initialisation, PEFT_INITIALISATIONS):
+    kind: type[LoRAConfig] = LoRAConfig
+    if isinstance(initialisation, str) and initialisation in PEFT_SHIFTS:
+        kind = PEFT_SHIFTS[initialisation]
+    elif not _is_one_of(initialisation, PEFT_INITIALISATIONS):
         raise CheckpointError(
             f"{path}: init_lora_weights = {initialisation!r} is not supported: it also changes the "
             "base"
         )
+    if options.get("use_dora"):
+        if kind is not LoRAConfig:
+            raise CheckpointError(f"{path}: use_dora with {initialisation!r} is not supported")
+        kind = DoRAConfig
+    layers = _peft_layers(options)
+    if not all(type(layer) is int for layer in layers):
+        raise CheckpointError(f"{path}: layers_to_transform is {layers!r}, expected whole numbers")
     for key, types in PEFT_TYPES.items():
         value = options.get(key)
         if value is not None and not _has_type(value, types):
@@ -319,18 +366,20 @@ def _lora_config(options: dict, model: nn.Module, path: Path) -> LoRAConfig:
     targets = options["target_modules"]
     whole = options.get("modules_to_save") or ()
     try:
-        if isinstance(targets, str):
+        if isinstance(targets, str) or layers:
             targets = _peft_targets(model, options)
         # PEFT finds more by these names than find_modules does: the others get their full names.
         found = _peft_modules_to_save(model, options)
         others = [name for name in found if name not in find_modules(model, whole)]
-        return LoRAConfig(
+        return kind(
             rank=options["r"],
             alpha=options["lora_alpha"],
             dropout=options.get("lora_dropout") or 0.0,
             targets=tuple(dict.fromkeys(targets)),  # without repetitions
             also_train=tuple(dict.fromkeys([*whole, *others])),
             rank_stabilized=bool(options.get("use_rslora")),
+            rank_pattern=options.get("rank_pattern") or {},
+            alpha_pattern=options.get("alpha_pattern") or {},
         )
     except (ValueError, re.error) as error:
         raise CheckpointError(f"{path}: {error}") from None

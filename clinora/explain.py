@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from clinora.classifier import Classifier
 from clinora.lora import LoRALinear
 from clinora.notes import clean_text, has_visible
+from clinora.variants import DoRALinear
 
 # A sentence ends with a mark and the white space and commas after it, or with the line. A full stop
 # inside a number does not match, because neither follows it.
@@ -123,12 +124,13 @@ def token_contributions(classifier: Classifier, ids: list[int]) -> list[float]:
 
 @dataclass(frozen=True, slots=True)
 class LayerUpdate:
-    """What an adapter changed in one layer: ΔW = s·B·A, compared with W.
+    """What an adapter changed in one layer: ΔW, which is s·B·A for LoRA, compared with W.
 
     Attributes:
         name: The layer's full name.
         share: ‖ΔW‖ / ‖W‖, Frobenius norms.
-        singular_values: The r singular values of ΔW, the largest first.
+        singular_values: The singular values of ΔW, the largest first: as many as the factors' rank;
+            all for DoRA, which has no such factors.
         effective_rank: exp(−Σ p·ln p) with p = σ / Σσ (Roy & Vetterli 2007, section 2); 0 if
             nothing changed.
     """
@@ -141,19 +143,24 @@ class LayerUpdate:
 
 @torch.no_grad()
 def layer_updates(model: nn.Module) -> list[LayerUpdate]:
-    """Measure what LoRA changed in each layer, in float64, without forming the out × in matrix BA.
+    """Measure what LoRA changed in each layer, in float64.
 
-    With B = Q₁·R₁ and Aᵀ = Q₂·R₂, the singular values of BA are those of the r × r core R₁·R₂ᵀ.
+    With B = Q₁·R₁ and Aᵀ = Q₂·R₂, the singular values of BA are those of the r × r core R₁·R₂ᵀ, so
+    the out × in matrix BA is not formed. DoRA's ΔW has no such factors and is formed.
     """
     updates = []
     for name, layer in model.named_modules():
         if not isinstance(layer, LoRALinear):
             continue
-        # On the CPU: not every device has float64.
-        core_b = torch.linalg.qr(layer.lora_B.cpu().double()).R
-        core_a = torch.linalg.qr(layer.lora_A.T.cpu().double()).R
-        sigma = torch.linalg.svdvals(core_b @ core_a.T) * abs(layer.config.scaling)  # (r,)
-        weight = layer.weight.cpu().double()
+        weight = layer.weight.cpu().double()  # on the CPU: not every device has float64
+        if isinstance(layer, DoRALinear):
+            change = layer.adapted(layer.weight.to(layer.lora_A.dtype)).cpu().double() - weight
+            sigma = torch.linalg.svdvals(change)
+        else:
+            A, B = layer.factors(layer.lora_A, layer.lora_B)
+            core_b = torch.linalg.qr(B.cpu().double()).R
+            core_a = torch.linalg.qr(A.T.cpu().double()).R
+            sigma = torch.linalg.svdvals(core_b @ core_a.T) * abs(layer.config.scaling)  # (r,)
         updates.append(
             LayerUpdate(
                 name=name,

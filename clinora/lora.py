@@ -12,10 +12,11 @@ Shapes: in and out are the widths of the adapted layer, r its rank.
 
 import math
 import numbers
+import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -39,9 +40,18 @@ from clinora.modules import (
     unwrap,
     without_wrappers,
 )
+from clinora.targets import (
+    HEAD_NAMES,
+    check_linear,
+    check_pattern_matches,
+    find_targets,
+    first_match,
+    is_inside,
+    short_names,
+)
 
-# Names that classification heads have in Transformers. A pretrained model gets such a head anew.
-HEAD_NAMES = ("classifier", "classification_head", "pre_classifier", "qa_outputs", "score")
+# One of these is in the name of every parameter of an adapter, of ours as of PEFT's.
+ADAPTER_SEGMENTS = {"lora_A", "lora_B", "lora_magnitude_vector"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,10 +64,17 @@ class LoRAConfig:
         dropout: Probability of dropping an entry of LoRA's input in training [``lora_dropout``].
         targets: Names of the linear layers to adapt: the last segments of their dotted names, as
             many segments as tell the layers apart ("q_proj" for all of them,
-            "layers.0.self_attn.q_proj" for one) [``target_modules``].
-        also_train: Names, written likewise, of modules whose own parameters are trained, such as
-            a new head. A name that the model does not have is skipped [``modules_to_save``].
+            "layers.0.self_attn.q_proj" for one). A string is a regular expression for the whole
+            name, or "all-linear" for every linear layer but a head [``target_modules``].
+        also_train: Names, written as in a tuple of targets, of modules whose own parameters are
+            trained, such as a new head. A name that the model does not have is skipped
+            [``modules_to_save``].
         rank_stabilized: Whether to scale by α/√r instead of α/r [``use_rslora``].
+        layers: Adapt only these decoder layers, counted from 0; None adapts all. The number of a
+            module's layer is the first number in its name [``layers_to_transform``].
+        rank_pattern: Other ranks for some layers. A key is a regular expression for the end of a
+            name; the first key that matches counts [``rank_pattern``].
+        alpha_pattern: Other values of α for some layers, likewise [``alpha_pattern``].
 
     Raises:
         ValueError: A value is of another type or out of its range, or there is no target.
@@ -66,29 +83,36 @@ class LoRAConfig:
     rank: int = 8
     alpha: float = 16
     dropout: float = 0.05
-    targets: tuple[str, ...] = ("q_proj", "v_proj")
+    targets: tuple[str, ...] | str = ("q_proj", "v_proj")
     also_train: tuple[str, ...] = ("score",)
     rank_stabilized: bool = False
+    layers: tuple[int, ...] | None = None
+    rank_pattern: Mapping[str, int] = field(default_factory=dict, hash=False)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        if not _is_whole(self.rank) or self.rank < 1:
-            raise ValueError(f"rank is {self.rank!r}: expected a whole number of at least 1")
-        if not isinstance(self.alpha, numbers.Real) or not 0 < self.alpha < math.inf:
-            raise ValueError(f"alpha is {self.alpha!r}: expected a positive number")
         if not isinstance(self.dropout, numbers.Real) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout!r}: expected 0 or more and less than 1")
-        for field in ("targets", "also_train"):
-            names = getattr(self, field)
-            if not _are_names(names):
-                raise ValueError(f"{field} is {names!r}: expected a tuple of names")
-            # A set has another order in each process.
-            object.__setattr__(self, field, tuple(sorted(names) if type(names) is set else names))
+        self._set("rank", _checked_rank("rank", self.rank))
+        self._set("alpha", _checked_alpha("alpha", self.alpha))
+        self._set("dropout", _python_number(self.dropout))
+        self._set("also_train", _checked_names("also_train", self.also_train))
+        if isinstance(self.targets, str):
+            _check_pattern("targets", self.targets)
+        else:
+            self._set("targets", _checked_names("targets", self.targets))
         if not self.targets:
             raise ValueError("targets is empty: name at least one linear layer to adapt")
-        # A NumPy number becomes a Python number, which JSON can hold.
-        object.__setattr__(self, "rank", int(self.rank))
-        object.__setattr__(self, "alpha", _python_number(self.alpha))
-        object.__setattr__(self, "dropout", _python_number(self.dropout))
+        if self.layers is not None:
+            self._set("layers", _checked_layers(self.layers))
+        self._set(
+            "rank_pattern", _checked_pattern("rank_pattern", self.rank_pattern, _checked_rank)
+        )
+        alphas = _checked_pattern("alpha_pattern", self.alpha_pattern, _checked_alpha)
+        self._set("alpha_pattern", alphas)
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
 
     @property
     def scaling(self) -> float:
@@ -97,19 +121,19 @@ class LoRAConfig:
             return self.alpha / math.sqrt(self.rank)
         return self.alpha / self.rank
 
+    def for_layer(self, name: str) -> "LoRAConfig":
+        """Give the configuration of one layer, with the rank and α that the patterns choose."""
+        rank = first_match(self.rank_pattern, name, self.rank)
+        alpha = first_match(self.alpha_pattern, name, self.alpha)
+        return replace(self, rank=rank, alpha=alpha, rank_pattern={}, alpha_pattern={})
 
-def _is_whole(value: object) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    def largest_rank(self, linear: nn.Linear) -> int:
+        """Give the largest rank that an update of a layer can have."""
+        return min(linear.weight.shape)
 
-
-def _python_number(value: numbers.Real) -> int | float:
-    return int(value) if isinstance(value, numbers.Integral) else float(value)
-
-
-def _are_names(value: object) -> bool:
-    if type(value) not in (tuple, list, set):
-        return False
-    return all(type(name) is str and name for name in value)
+    def new_layer(self, linear: nn.Linear) -> "LoRALinear":
+        """Create the layer that takes the place of a linear layer; variants.py has other kinds."""
+        return LoRALinear(linear, self)
 
 
 class LoRALinear(nn.Module):
@@ -121,6 +145,8 @@ class LoRALinear(nn.Module):
     ``strength`` multiplies s. ``called`` tells whether the layer was ever called, and ``bypassed``
     whether the module that holds it ran without calling it.
     """
+
+    trained = ("lora_A", "lora_B")
 
     def __init__(self, base: nn.Linear, config: LoRAConfig) -> None:
         super().__init__()
@@ -146,16 +172,26 @@ class LoRALinear(nn.Module):
         y = F.linear(x, self.weight, self.bias)
         if self.strength == 0:
             return y
-        if not _is_autocast(x.device.type):  # autocast chooses the dtype itself
+        if not is_autocast(x.device.type):  # autocast chooses the dtype itself
             x = x.to(self.lora_A.dtype)
         x = dropout(x, self.config.dropout, self.training)
-        scaled_B = self.lora_B * (self.config.scaling * self.strength)  # B is a small matrix
-        update = F.linear(F.linear(x, self.lora_A), scaled_B)  # (..., r) → (..., out)
+        A, B = self.factors(self.lora_A, self.lora_B)
+        scaled_B = B * (self.config.scaling * self.strength)  # B is a small matrix
+        update = F.linear(F.linear(x, A), scaled_B)  # (..., r) → (..., out)
         return (y + update).to(y.dtype)
+
+    def factors(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """Give the factors of the update, from what is trained; variants.py has other ones."""
+        return A, B
+
+    def adapted(self, weight: Tensor) -> Tensor:
+        """Give the weight of the adapted layer, W + s·B·A, in the dtype of ``weight``."""
+        A, B = self.factors(self.lora_A.to(weight.dtype), self.lora_B.to(weight.dtype))
+        return weight + (B @ A) * self.config.scaling
 
     def extra_repr(self) -> str:
         config = self.config
-        trained = self.lora_A.numel() + self.lora_B.numel()
+        trained = sum(getattr(self, name).numel() for name in self.trained)
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, rank={config.rank}, alpha={config.alpha:g}, "
@@ -173,50 +209,6 @@ def _note_call(layer: LoRALinear, _inputs: object) -> None:
     """
     if not torch.compiler.is_compiling():  # a compiled graph should not write attributes
         layer.called = True
-
-
-def find_targets(model: nn.Module, targets: tuple[str, ...]) -> dict[str, nn.Module]:
-    """Find the layers that ``targets`` name; the keys are their full names.
-
-    Raises:
-        ValueError: A target matches no module. The message lists the linear layers that there are.
-    """
-    for target in targets:
-        if not find_modules(model, (target,)):
-            linears = [path for path, m in named_modules(model) if type(m) is nn.Linear]
-            last_segments = {path.split(".")[-1] for path in linears}
-            last_segments.discard("")  # the model itself
-            listed = ", ".join(sorted(last_segments)) or "(none)"
-            raise ValueError(f"no layer is named {target!r}; this model's linear layers: {listed}")
-    return find_modules(model, targets)
-
-
-def check_linear(name: str, module: nn.Module) -> None:
-    """Check that a module is a plain linear layer, so that LoRA can take its place.
-
-    Raises:
-        ValueError: It is of another class; it holds other tensors, as after pruning, weight
-            normalisation or spectral normalisation; FSDP has cut its weight into shards; or its
-            ``forward`` was replaced.
-    """
-    if type(module) is not nn.Linear:  # a subclass may compute something else
-        raise ValueError(f"{name} is a {type(module).__name__}: only nn.Linear can be adapted")
-    own = {*dict(module.named_parameters()), *dict(module.named_buffers())}
-    if others := sorted(own - {"weight", "bias"}):
-        raise ValueError(
-            f"{name} also holds {', '.join(others)}, as pruned and normalised layers do: make it "
-            "a plain layer first, for example with torch.nn.utils.prune.remove, "
-            "remove_weight_norm or remove_spectral_norm"
-        )
-    if not isinstance(module.weight, nn.Parameter):
-        raise ValueError(f"the weight of {name} is not a parameter: only plain layers are adapted")
-    if not is_whole(module):
-        raise ValueError(f"the weight of {name} is cut into shards: apply LoRA before FSDP")
-    if "forward" in vars(module):  # accelerate replaces it to move weights between devices
-        raise ValueError(
-            f"another function replaces the forward method of {name}, as accelerate's offloading "
-            "does: apply LoRA before that"
-        )
 
 
 def apply_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
@@ -248,7 +240,11 @@ def apply_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
             f"this model is already adapted ({len(adapted)} layers, the first is {adapted[0]}): "
             "call merge_lora on it, or load a new one"
         )
-    linears = find_targets(model, config.targets)
+    linears = find_targets(model, config.targets, config.layers, heads=config.also_train)
+    for pattern in (*config.rank_pattern, *config.alpha_pattern):
+        check_pattern_matches(pattern, linears)
+    if isinstance(config.targets, str) or config.layers is not None:
+        config = replace(config, targets=short_names(model, linears), layers=None)
     insert_lora(model, config, linears, find_modules(model, config.also_train))
     if frozen := _frozen_heads(model):
         names = ", ".join(frozen)
@@ -277,11 +273,12 @@ def insert_lora(
     Raises:
         ValueError: As for ``apply_lora``. The model is unchanged.
     """
+    own = {name: config.for_layer(name) for name in linears}  # with the rank and α of the layer
     for name, linear in linears.items():
         check_linear(name, linear)
-        largest = min(linear.weight.shape)
-        if config.rank > largest:
-            raise ValueError(f"rank {config.rank} is too large for {name}: at most {largest}")
+        largest = own[name].largest_rank(linear)
+        if own[name].rank > largest:
+            raise ValueError(f"rank {own[name].rank} is too large for {name}: at most {largest}")
     _check_trained_whole(model, trained_whole, linears)
     if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
         # It would not average the gradients of parameters that it has not seen.
@@ -289,7 +286,10 @@ def insert_lora(
 
     model.requires_grad_(False)
     # A layer that is used twice is adapted once: both places share the adapted layer.
-    adapted_layers = {linear: LoRALinear(linear, config) for linear in linears.values()}
+    adapted_layers = {}
+    for name, linear in linears.items():
+        if linear not in adapted_layers:
+            adapted_layers[linear] = own[name].new_layer(linear)
     replace_modules(model, adapted_layers)
     _train_in_float32(trained_whole.values())
     for parent in parents_of(model, linears):
@@ -332,9 +332,8 @@ def merged_weight(layer: LoRALinear) -> Tensor:
     It is the adapter as trained, whatever ``lora_strength`` is at the time.
     """
     master = _master_dtype(layer.weight)
-    with _no_autocast(layer.weight.device.type):
-        update = (layer.lora_B.to(master) @ layer.lora_A.to(master)) * layer.config.scaling
-        return (layer.weight.to(master) + update).to(layer.weight.dtype)
+    with no_autocast(layer.weight.device.type):
+        return layer.adapted(layer.weight.to(master)).to(layer.weight.dtype)
 
 
 def merge_lora(model: nn.Module) -> nn.Module:
@@ -355,7 +354,8 @@ def merge_lora(model: nn.Module) -> nn.Module:
     for name, layer in lora_layers(model):
         if not is_whole(layer):
             raise ValueError(f"{name} is cut into shards by FSDP: save the adapter and merge later")
-        if layer.bypassed and not layer.called and layer.lora_B.any():
+        is_skipped = layer.bypassed and not layer.called
+        if is_skipped and not torch.equal(merged_weight(layer), layer.weight):
             raise ValueError(
                 f"{name} had no effect: the model never calls it, and merging would change what "
                 "the model computes. Leave this layer out of the targets"
@@ -387,7 +387,7 @@ class ParameterCount:
     Attributes:
         total: All parameters, tied ones counted once.
         trainable: Those that require a gradient.
-        lora: The elements of every A and B.
+        lora: The elements of every A and B, and of DoRA's magnitudes.
         other: Trainable ones outside A and B, such as a head's.
     """
 
@@ -417,7 +417,7 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     for name, parameter in model.named_parameters():
         size = parameter.numel()
         segments = name.split(".")
-        in_adapter = "lora_A" in segments or "lora_B" in segments
+        in_adapter = not ADAPTER_SEGMENTS.isdisjoint(segments)
         total += size
         if parameter.requires_grad:
             trainable += size
@@ -454,8 +454,8 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
     tensors = {}
     with gathered(model) as whole:
         for name, layer in lora_layers(model):
-            tensors[f"{name}.lora_A"] = whole(layer.lora_A)
-            tensors[f"{name}.lora_B"] = whole(layer.lora_B)
+            for part in layer.trained:
+                tensors[f"{name}.{part}"] = whole(getattr(layer, part))
             if tensors[f"{name}.lora_A"].shape != (layer.config.rank, layer.in_features):
                 raise ValueError(
                     f"{name} is cut into shards: call this on the model that FSDP returned"
@@ -506,11 +506,6 @@ def _frozen_heads(model: nn.Module) -> list[str]:
     return frozen
 
 
-def _is_inside(name: str, modules: Iterable[str]) -> bool:
-    """Tell whether a dotted name is one of ``modules`` or lies inside one."""
-    return any(f"{name}.".startswith(f"{module}.") for module in modules)
-
-
 def _check_trained_whole(
     model: nn.Module, trained_whole: dict[str, nn.Module], targets: Iterable[str]
 ) -> None:
@@ -522,13 +517,13 @@ def _check_trained_whole(
             raise ValueError(f"{name} has no parameters to train: leave it out of also_train")
         owners.update(dict.fromkeys(parameters, name))
     for name, parameter in named_parameters(model):
-        if parameter in owners and not _is_inside(name, trained_whole):
+        if parameter in owners and not is_inside(name, trained_whole):
             raise ValueError(
                 f"{owners[parameter]} shares its weights with {name}: training it whole would "
                 "change the frozen base"
             )
     for name in targets:
-        if _is_inside(name, trained_whole):
+        if is_inside(name, trained_whole):
             raise ValueError(f"{name} is in targets and in also_train: leave one of them out")
 
 
@@ -589,7 +584,7 @@ def _cast(value: object, dtype: torch.dtype) -> object:
     def cast(leaf: object) -> object:
         if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
             return leaf
-        if _is_autocast(leaf.device.type):  # autocast chooses the dtype itself
+        if is_autocast(leaf.device.type):  # autocast chooses the dtype itself
             return leaf
         return leaf.to(dtype)
 
@@ -610,14 +605,16 @@ def _report_layers_not_called(parent: nn.Module, _inputs: tuple, _output: object
             )
 
 
-def _is_autocast(device_type: str) -> bool:
+def is_autocast(device_type: str) -> bool:
+    """Tell whether autocast is on for a type of device."""
     # The meta device has no autocast, and asking whether it is on raises an error.
     if not torch.amp.is_autocast_available(device_type):
         return False
     return torch.is_autocast_enabled(device_type)
 
 
-def _no_autocast(device_type: str) -> AbstractContextManager:
+def no_autocast(device_type: str) -> AbstractContextManager:
+    """Give a context in which autocast is off for a type of device."""
     if not torch.amp.is_autocast_available(device_type):
         return nullcontext()
     return torch.autocast(device_type, enabled=False)
@@ -626,3 +623,66 @@ def _no_autocast(device_type: str) -> AbstractContextManager:
 def _master_dtype(weight: Tensor) -> torch.dtype:
     """The dtype to train a weight in: float32, or float64 for a float64 weight."""
     return torch.promote_types(weight.dtype, torch.float32)
+
+
+# --- Checks of LoRAConfig ------------------------------------------------------------------------
+
+
+# Each check returns the value in the form that is kept: a NumPy number becomes a Python number,
+# which JSON can hold.
+
+
+def _checked_rank(name: str, rank: object) -> int:
+    if not _is_whole(rank) or rank < 1:
+        raise ValueError(f"{name} is {rank!r}: expected a whole number of at least 1")
+    return int(rank)
+
+
+def _checked_alpha(name: str, alpha: object) -> int | float:
+    if not isinstance(alpha, numbers.Real) or not 0 < alpha < math.inf:
+        raise ValueError(f"{name} is {alpha!r}: expected a positive number")
+    return _python_number(alpha)
+
+
+def _checked_names(name: str, names: object) -> tuple[str, ...]:
+    if not _is_list_of(str, names) or "" in names:
+        raise ValueError(f"{name} is {names!r}: expected a tuple of names")
+    # A set has another order in each process.
+    return tuple(sorted(names) if type(names) is set else names)
+
+
+def _checked_layers(layers: object) -> tuple[int, ...]:
+    if not _is_list_of(numbers.Integral, layers) or not layers or min(layers) < 0:
+        raise ValueError(f"layers is {layers!r}: expected a tuple of layer numbers, from 0")
+    return tuple(sorted({int(layer) for layer in layers}))
+
+
+def _checked_pattern(name: str, pattern: object, check: Callable) -> dict:
+    if not isinstance(pattern, Mapping):
+        raise ValueError(f"{name} is {pattern!r}: expected a dictionary of names and values")
+    for key in pattern:
+        _check_pattern(name, key)
+    return {key: check(f"{name}[{key!r}]", value) for key, value in pattern.items()}
+
+
+def _check_pattern(name: str, pattern: object) -> None:
+    if type(pattern) is not str:
+        raise ValueError(f"{name} holds {pattern!r}: expected a regular expression")
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{name} holds {pattern!r}, no regular expression: {error}") from None
+
+
+def _is_list_of(kind: type, values: object) -> bool:
+    if type(values) not in (tuple, list, set):
+        return False
+    return all(isinstance(value, kind) and not isinstance(value, bool) for value in values)
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _python_number(value: numbers.Real) -> int | float:
+    return int(value) if isinstance(value, numbers.Integral) else float(value)

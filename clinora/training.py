@@ -53,6 +53,8 @@ class TrainingConfig:
         tokens_per_batch: The most tokens of a padded batch. Fewer need less memory. A note with
             more tokens is a batch by itself.
         learning_rate: AdamW's learning rate at its peak, after the warm-up.
+        lora_plus_ratio: LoRA+ (Hayou et al. 2024, section 4): the learning rate of B, and of DoRA's
+            magnitudes, is this many times that of A and of the head.
         warmup: Share of the steps in which the learning rate rises, from 0 to below 1.
         weight_decay: AdamW's weight decay, relative to the learning rate.
         clip: The gradient of all trained parameters is scaled down to at most this L2 norm.
@@ -78,6 +80,9 @@ class TrainingConfig:
         },
     )
     learning_rate: float = field(default=2e-3, metadata={"help": "peak learning rate"})
+    lora_plus_ratio: float = field(
+        default=1.0, metadata={"help": "LoRA+: learning rate of B, as a multiple of A's"}
+    )
     warmup: float = field(default=0.1, metadata={"help": "share of the steps for warm-up"})
     weight_decay: float = field(default=0.01, metadata={"help": "AdamW's weight decay"})
     clip: float = field(default=1.0, metadata={"help": "largest norm of the gradient"})
@@ -97,6 +102,7 @@ class TrainingConfig:
             "notes_per_step",
             "tokens_per_batch",
             "learning_rate",
+            "lora_plus_ratio",
             "clip",
             "validate_every",
             "patience",
@@ -393,7 +399,7 @@ class Learner:
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
                 self.trained[name] = parameter
-        self.optimizer = torch.optim.AdamW(self.trained.values(), weight_decay=config.weight_decay)
+        self.optimizer = new_optimizer(self.trained, config)
         is_float16 = classifier.dtype == torch.float16
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=is_float16)
         self.rank, self.processes = world()
@@ -441,7 +447,7 @@ class Learner:
             report_layers_without_gradient(self.model)
         learning_rate = self.config.learning_rate * learning_rate_factor(number, self.config)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["ratio"]
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.trained.values(), self.config.clip).item()
         # The scaler skips a step whose scaled gradient is infinite, and lowers its factor.
@@ -455,6 +461,24 @@ class Learner:
         self.scaler.update()
         self.optimizer.zero_grad()
         return learning_rate
+
+
+def new_optimizer(trained: dict[str, nn.Parameter], config: TrainingConfig) -> torch.optim.AdamW:
+    """Create AdamW with two groups, each with a ``ratio`` of the learning rate, as in PEFT's LoRA+.
+
+    B and DoRA's magnitudes learn at ``lora_plus_ratio`` times the learning rate.
+    """
+    slow = []
+    fast = []
+    for name, parameter in trained.items():
+        if name.endswith((".lora_B", ".lora_magnitude_vector")):
+            fast.append(parameter)
+        else:
+            slow.append(parameter)
+    groups = [{"params": slow, "ratio": 1.0}]
+    if fast:
+        groups.append({"params": fast, "ratio": config.lora_plus_ratio})
+    return torch.optim.AdamW(groups, weight_decay=config.weight_decay)
 
 
 def report_layers_without_gradient(model: nn.Module) -> None:

@@ -79,9 +79,11 @@ def test_peft_reads_our_rank_stabilised_scaling(reference, tmp_path):
         {"use_rslora": True},
         {"target_modules": r".*\.layers\.[02]\.self_attn\.(q|o)_proj"},
         {"target_modules": "all-linear"},
+        {"layers_to_transform": [0, 2]},
+        {"layers_to_transform": 1},
         {"target_modules": ["self_attn.k_proj", "model.layers.1.mlp.up_proj"]},
     ],
-    ids=["plain", "rslora", "regex", "all-linear", "paths"],
+    ids=["plain", "rslora", "regex", "all-linear", "layers", "layer", "paths"],
 )
 def test_we_read_what_peft_saves(reference, tmp_path, config):
     theirs, folder = peft_adapter(reference, tmp_path / "adapter", **config)
@@ -150,17 +152,18 @@ def test_loading_an_adapter_marks_the_head_as_trained(reference, tmp_path):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("use_dora", True),
-        ("rank_pattern", {"q_proj": 2}),
-        ("alpha_pattern", {"q_proj": 2}),
+        ("use_qalora", True),
+        ("rank_pattern", {"q_proj": "2"}),
+        ("alpha_pattern", [2]),
         ("bias", "all"),
         ("lora_bias", True),
         ("fan_in_fan_out", True),
-        ("layers_to_transform", [0]),
-        ("layers_to_transform", 0),
+        ("layers_to_transform", ["0"]),
+        ("layers_pattern", ["h"]),
         ("trainable_token_indices", [1]),
         ("a_key_of_next_year", 1),
-        ("init_lora_weights", "pissa"),
+        ("init_lora_weights", "pissa_niter_4"),
+        ("init_lora_weights", "eva"),
         ("init_lora_weights", 1),
     ],
 )

@@ -690,6 +690,52 @@ def test_names_match_whole_segments():
     assert type(model["q_proj"]) is nn.Linear
 
 
+LLAMAS_LINEARS = [
+    f"model.layers.{i}.{part}_proj"
+    for i in range(3)
+    for part in ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up",
+                 "mlp.down")
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("choice", "expected"),
+    [
+        ({"targets": "all-linear"}, LLAMAS_LINEARS),
+        ({"targets": r".*self_attn\.[kv]_proj"}, [n for n in LLAMAS_LINEARS if n[-6] in "kv"]),
+        ({"targets": ("up_proj",), "layers": (0, 2)}, [LLAMAS_LINEARS[5], LLAMAS_LINEARS[19]]),
+        ({"targets": "all-linear", "layers": [1]}, LLAMAS_LINEARS[7:14]),
+    ],
+)
+def test_other_ways_to_choose_layers(twins, choice, expected):
+    ours, theirs = twins()
+    assert apply_lora(ours, LoRAConfig(**choice)) == expected
+    assert find_targets(theirs, ours.lora_config.targets).keys() == set(expected)
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        (
+            {"targets": ".*x_proj"},
+            r"no layer matches '\.\*x_proj'; this model's linear layers: .*up",
+        ),
+        (
+            {"targets": "q_proj"},
+            r"no layer matches 'q_proj' .*whole name.*: for all layers .* tuple",
+        ),
+        ({"layers": (3, 4)}, r"no layer matches .* in the layers 3, 4"),
+        ({"rank_pattern": {"k_proj": 2}}, "pattern 'k_proj' matches none of the layers"),
+        ({"rank_pattern": {"v_proj": 17}}, "rank 17 is too large for .*v_proj: at most 16"),
+    ],
+)
+def test_a_choice_without_layers_is_refused(twins, choice, message):
+    ours, _ = twins()
+    with pytest.raises(ValueError, match=message):
+        apply_lora(ours, LoRAConfig(**choice))
+    assert not any(isinstance(module, LoRALinear) for module in ours.modules())
+
+
 def test_an_adapted_model_can_be_copied(adapted_mlp):
     model, x = adapted_mlp(torch.bfloat16), torch.randn(2, 12, dtype=torch.bfloat16)
     twin = copy.deepcopy(model)
@@ -853,7 +899,8 @@ def test_a_model_without_lora_is_refused(use):
         ({"dropout": -0.1}, "dropout is -0.1"),
         ({"dropout": math.nan}, "dropout is nan"),
         ({"targets": ()}, "targets is empty"),
-        ({"targets": "q_proj"}, "targets is 'q_proj': expected a tuple of names"),
+        ({"targets": ""}, "targets is empty"),
+        ({"targets": "(q"}, r"targets holds '\(q', no regular expression"),
         ({"targets": ("q_proj", "")}, r"targets is \('q_proj', ''\): expected a tuple of names"),
         ({"targets": (0, 2)}, r"targets is \(0, 2\): expected a tuple of names"),
         ({"targets": None}, "targets is None: expected a tuple of names"),
@@ -863,6 +910,13 @@ def test_a_model_without_lora_is_refused(use):
         ({"alpha": None}, "alpha is None: expected a positive number"),
         ({"alpha": "16"}, "alpha is '16': expected a positive number"),
         ({"dropout": None}, "dropout is None: expected 0 or more and less than 1"),
+        ({"layers": ()}, r"layers is \(\): expected a tuple of layer numbers"),
+        ({"layers": (-1,)}, r"layers is \(-1,\): expected a tuple of layer numbers"),
+        ({"layers": 3}, "layers is 3: expected a tuple of layer numbers"),
+        ({"rank_pattern": {"q": 0}}, r"rank_pattern\['q'\] is 0: expected a whole number"),
+        ({"rank_pattern": [2]}, r"rank_pattern is \[2\]: expected a dictionary"),
+        ({"alpha_pattern": {"q": -1}}, r"alpha_pattern\['q'\] is -1: expected a positive number"),
+        ({"alpha_pattern": {"*": 1}}, r"alpha_pattern holds '\*', no regular expression"),
     ],
 )
 def test_a_bad_configuration_is_refused(changes, message):

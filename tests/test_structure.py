@@ -12,9 +12,9 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # Imports run one way: a module may import those on the lines above its own, and those before it
 # on its own line.
 ORDER = [
-    ["kernels", "modules"],
+    ["kernels", "modules", "targets"],
     ["lora", "llama"],
-    ["budget", "testing", "files", "checkpoint", "adapter"],
+    ["variants", "budget", "testing", "files", "checkpoint", "adapter"],
     ["tables", "tokenizer", "notes", "device"],
     ["calibration", "run", "classifier"],
     ["explain", "baselines", "evaluation"],
@@ -26,8 +26,8 @@ ORDER = [
 ]
 # LoRA works on any model, so neither of these two may know the other.
 APART = {"lora", "llama"}
-# These four can be read, copied and used without the rest of the package.
-HEART = ["kernels", "modules", "lora", "llama"]
+# These five can be read, copied and used without the rest of the package.
+HEART = ["kernels", "modules", "targets", "lora", "llama"]
 
 
 def imports(source: str) -> set[str]:

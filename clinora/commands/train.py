@@ -40,6 +40,7 @@ def build_parser(prog: str = "clinora train") -> argparse.ArgumentParser:
     from clinora.lora import LoRAConfig
     from clinora.notes import LABEL_COLUMN, SPLITS, TEXT_COLUMN
     from clinora.training import TrainingConfig
+    from clinora.variants import VARIANTS
 
     description = __doc__.format(
         command=as_typed(prog, "train"), on_two_processes=shlex.join(torchrun(prog, 2))
@@ -104,6 +105,14 @@ def build_parser(prog: str = "clinora train") -> argparse.ArgumentParser:
         help="quote wrongly predicted notes in the report (default: off)",
     )
     lora = LoRAConfig()
+    add(
+        "--variant",
+        choices=VARIANTS,
+        default="lora",
+        help="LoRA, DoRA (trains the magnitude of each output's weights, too), or LoRA that starts "
+        "from the base's largest singular values (pissa) or its QR decomposition (olora) "
+        "(default: %(default)s)",
+    )
     add(
         "--rank",
         type=int,
@@ -180,11 +189,11 @@ def train_and_report(args: argparse.Namespace, prog: str) -> None:
     from clinora.classifier import Classifier
     from clinora.device import choose_device, keep_freed_memory, world
     from clinora.evaluation import assess, calibrate
-    from clinora.lora import LoRAConfig
     from clinora.notes import NAMED_NOTES, choose_classes, read_notes
     from clinora.report import model_table, read_steps, results_table, write_report
     from clinora.run import base_hashes
     from clinora.training import METRICS, TrainingConfig, train
+    from clinora.variants import VARIANTS
 
     keep_freed_memory()
     rank, processes = world()
@@ -192,7 +201,7 @@ def train_and_report(args: argparse.Namespace, prog: str) -> None:
     names = [option.name for option in dataclasses.fields(TrainingConfig)]
     options = {name: getattr(args, name) for name in names}
     config = TrainingConfig(**options)
-    lora = LoRAConfig(
+    lora = VARIANTS[args.variant](
         rank=args.rank, alpha=args.alpha, dropout=args.dropout, targets=tuple(args.targets)
     )
     check_promise(args.promise)
@@ -236,7 +245,7 @@ def train_and_report(args: argparse.Namespace, prog: str) -> None:
     identity = {
         "data": {"notes": notes.fingerprint, "split": notes.split_fingerprint},
         "base": base_hashes(classifier.model.source),
-        "lora": dataclasses.asdict(lora),
+        "lora": {"variant": args.variant, **dataclasses.asdict(lora)},
         "token_limit": args.token_limit,
         "precision": precision,
         "device": device.type,
@@ -259,6 +268,7 @@ def train_and_report(args: argparse.Namespace, prog: str) -> None:
         fingerprint=notes.fingerprint,
         split_fingerprint=notes.split_fingerprint,
     )
+    classifier.training_options["variant"] = args.variant
     classifier.calibration = calibrate(classifier, validation, args.promise)
     classifier.save(args.run)
     results, answers = assess(classifier, notes, test, learned_from=notes, seed=config.seed)

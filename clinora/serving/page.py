@@ -337,10 +337,10 @@ def _internals_tab(batcher: Batcher) -> None:
             for name, layer in model.named_modules():
                 if isinstance(layer, clinora.LoRALinear):
                     replaced[f"{name}.weight"] = clinora.merged_weight(layer)
-                    replaced[f"{name}.lora_B"] = layer.lora_B.new_zeros(layer.lora_B.shape)
 
             def run_merged(*inputs: object) -> object:
-                return functional_call(model, replaced, inputs)
+                with clinora.lora_disabled(model):
+                    return functional_call(model, replaced, inputs)
 
             ids = classifier.tokenizer.encode(note, classifier.token_limit)
             logits = classifier.logits([ids], run_merged)
