@@ -28,6 +28,7 @@ _NAMES = {
     "adapter": ("load_adapter", "save_adapter"),
     "checkpoint": ("load_model",),
     "classifier": ("Classifier", "Prediction"),
+    "combine": ("add_adapters", "load_adapters"),
     "llama": ("Llama", "LlamaConfig", "LlamaForCausalLM", "LlamaForSequenceClassification"),
     "lora": (
         "LoRAConfig",

@@ -7,6 +7,8 @@ from clinora.adapter import save_adapter as save_adapter
 from clinora.checkpoint import load_model as load_model
 from clinora.classifier import Classifier as Classifier
 from clinora.classifier import Prediction as Prediction
+from clinora.combine import add_adapters as add_adapters
+from clinora.combine import load_adapters as load_adapters
 from clinora.llama import Llama as Llama
 from clinora.llama import LlamaConfig as LlamaConfig
 from clinora.llama import LlamaForCausalLM as LlamaForCausalLM

@@ -257,6 +257,19 @@ def load_adapter(model: nn.Module, folder: str | Path) -> LoRAConfig:
     return config
 
 
+def saved_classes(folder: str | Path) -> int:
+    """Read how many classes the head of a saved adapter has.
+
+    Raises:
+        CheckpointError: The file is missing or damaged, or has no head.
+    """
+    path = Path(folder, ADAPTER_WEIGHTS)
+    for name, tensor in read_tensors(path).items():
+        if _from_peft(name) == "score.weight":
+            return len(tensor)
+    raise CheckpointError(f"{path} has no score.weight: the adapter was saved without a head")
+
+
 def _peft_targets(model: nn.Module, options: dict) -> dict[str, nn.Module]:
     """Find the layers that PEFT adapts: the targets, except inside modules that are saved whole."""
     whole = options.get("modules_to_save") or ()
