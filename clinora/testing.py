@@ -9,13 +9,17 @@ by PEFT or by hand, and they need no test framework::
             apply_lora(model, LoRAConfig(rank=8))
         assert_trains_exactly(model, ["lora_A", "lora_B", "score"])
         assert_trains_at_most(model, percent=0.2, megabytes=5)
+        assert_saves_at_least(model, times=500)
         assert_adapter_takes_part(model, ids)
-        with base_unchanged(model):
+        with base_unchanged(model), every_layer_learns(model):
             step(model)
+        save_adapter(model, folder)
+        assert_adapters_equal(load(folder), model)
         assert_merge_moves_at_most(model, 1e-5, ids)
 
-``assert_trains_exactly`` and ``assert_trains_at_most`` need no weights: for a model built under
-``torch.device("meta")``, even one of 70 billion parameters, they take seconds.
+``assert_trains_exactly``, ``assert_trains_at_most`` and ``assert_saves_at_least`` need no weights:
+for a model built under ``torch.device("meta")``, even one of 70 billion parameters, they take
+seconds.
 
 Each assertion also fails if it would prove nothing: nothing trains, the step changed no parameter,
 the block adapted another object, or B is still zero.
@@ -29,7 +33,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from clinora.lora import count_parameters, merge_lora
+from clinora.lora import ADAPTER_SEGMENTS, count_parameters, merge_lora
 from clinora.modules import named_parameters
 
 
@@ -121,6 +125,38 @@ def assert_trains_at_most(
         raise AssertionError("\n".join(lines))
 
 
+def assert_saves_at_least(model: nn.Module, *, times: float) -> None:
+    """Assert that full fine-tuning would train at least so many times as many parameters.
+
+    Full fine-tuning trains what the model has without its adapter. The copy that PEFT keeps of a
+    module that it trains (``original_module``) is not counted again.
+
+    Args:
+        model: A model adapted by ``apply_lora``, by PEFT or by hand, on any device.
+        times: The smallest ratio of both numbers of parameters.
+
+    Raises:
+        AssertionError: The ratio is smaller, or nothing trains at all.
+    """
+    full = 0
+    trained = 0
+    for name, parameter in model.named_parameters():
+        segments = name.split(".")
+        if "original_module" in segments:
+            continue
+        if ADAPTER_SEGMENTS.isdisjoint(segments):
+            full += parameter.numel()
+        if parameter.requires_grad:
+            trained += parameter.numel()
+    if trained == 0:
+        raise AssertionError(f"none of {full:,} parameters trains: apply the adapter first")
+    if not full / trained >= times:  # not "<", so that a NaN fails
+        raise AssertionError(
+            f"full fine-tuning trains {full:,} parameters, this model {trained:,}: "
+            f"{full / trained:,.4g} times fewer, expected at least {times:,.12g}"
+        )
+
+
 @contextmanager
 def base_unchanged(model: nn.Module) -> Iterator[None]:
     """Assert that a training step in the ``with`` block leaves the base unchanged, to the bit.
@@ -165,6 +201,83 @@ def base_unchanged(model: nn.Module) -> Iterator[None]:
             f"none of the {len(trained)} trained parameters changed, so an unchanged base proves "
             "nothing: does the optimiser have this model's parameters, a learning rate, a step?"
         )
+
+
+@contextmanager
+def every_layer_learns(model: nn.Module) -> Iterator[None]:
+    """Assert that training in the ``with`` block changes the B of every adapted layer.
+
+    B is what has to move first: while it is zero, A receives no gradient.
+
+    Raises:
+        AssertionError: The B of some layers is what it was, or the model has no B.
+    """
+    before = {}
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name.split("."):
+            before[name] = parameter.detach().clone()
+    if not before:
+        raise AssertionError("no parameter is a lora_B: apply the adapter first")
+    yield
+    now = dict(model.named_parameters())
+    unchanged = [name for name in before if _same_bits(before[name], now.get(name))]
+    if unchanged:
+        raise AssertionError(
+            _list(f"of {len(before)} adapted layers, these did not learn", unchanged) + "\n"
+            "Does the optimiser have them, and does the model call them?"
+        )
+
+
+def assert_adapters_equal(first: nn.Module, second: nn.Module, limit: float = 0.0) -> None:
+    """Assert that two models have the same adapter: all that trains, by name, shape and value.
+
+    Names are compared as this package writes them, so one of the models may be PEFT's. The bases
+    are not compared.
+
+    Args:
+        first: A model adapted by ``apply_lora``, by PEFT or by hand.
+        second: Another one.
+        limit: The largest absolute difference allowed between two elements.
+
+    Raises:
+        AssertionError: A tensor is in one model alone, or differs; or there is no adapter.
+    """
+    tensors = _trained(first)
+    others = _trained(second)
+    if not any("lora_B" in name.split(".") for name in tensors):
+        raise AssertionError("no parameter is a lora_B: apply the adapter first")
+    lines = []
+    if alone := sorted(tensors.keys() - others.keys()):
+        lines.append(_list("in the first model alone", alone))
+    if alone := sorted(others.keys() - tensors.keys()):
+        lines.append(_list("in the second model alone", alone))
+    apart = []
+    for name in tensors.keys() & others.keys():
+        gap = _largest_gap(tensors[name].detach().cpu(), others[name].detach().cpu())
+        if not gap <= limit:  # not ">", so that a NaN fails
+            apart.append(f"{name} (by up to {gap:.3g})")
+    if apart:
+        lines.append(_list("these differ", sorted(apart)))
+    if lines:
+        raise AssertionError("\n".join(lines))
+
+
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Collect an adapter's parameters and all else that trains, under this package's names."""
+    tensors = {}
+    for name, parameter in named_parameters(model):
+        segments = name.split(".")
+        # PEFT freezes what it loads for inference; a head is then in modules_to_save.
+        is_of_adapter = not {*ADAPTER_SEGMENTS, "modules_to_save"}.isdisjoint(segments)
+        if not parameter.requires_grad and not is_of_adapter:
+            continue
+        if segments[:2] == ["base_model", "model"]:
+            segments = segments[2:]
+        segments = [part for part in segments if part not in ("default", "modules_to_save")]
+        if segments[-2:-1] and segments[-2] in ADAPTER_SEGMENTS:
+            segments = segments[:-1]  # PEFT's lora_A is a layer with a weight
+        tensors[".".join(segments)] = parameter
+    return tensors
 
 
 @contextmanager

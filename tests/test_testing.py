@@ -14,10 +14,13 @@ from clinora.llama import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassif
 from clinora.lora import LoRAConfig, LoRALinear, apply_lora
 from clinora.testing import (
     assert_adapter_takes_part,
+    assert_adapters_equal,
     assert_merge_moves_at_most,
+    assert_saves_at_least,
     assert_trains_at_most,
     assert_trains_exactly,
     base_unchanged,
+    every_layer_learns,
     output_unchanged,
 )
 
@@ -639,3 +642,122 @@ def test_the_documented_example(twins, notes, fill_b):
         model(ids, lengths).square().sum().backward()
         optimizer.step()
     assert_merge_moves_at_most(model, 1e-5, ids, lengths)
+
+
+# --- savings ---
+
+
+def test_savings_are_the_parameters_of_full_fine_tuning_over_those_trained(adapt):
+    """Up 6·8 + 8, norm 16, down 8·6 + 6, score 6·3 + 3; A and B of rank 2: 2·(6 + 8) twice."""
+    model = adapt(Net())
+    full = 56 + 16 + 54 + 21
+    trained = 2 * 2 * (6 + 8) + 21
+    assert_saves_at_least(model, times=full / trained)
+    with pytest.raises(AssertionError, match=rf"trains {full} parameters, this model {trained}: "):
+        assert_saves_at_least(model, times=full / trained + 1e-6)
+
+
+def test_the_savings_of_a_model_of_70_billion_are_counted_without_weights():
+    shape = LlamaConfig(
+        vocab_size=128256, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80,
+        num_attention_heads=64, num_key_value_heads=8, max_position_embeddings=8192,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = LlamaForCausalLM(shape)
+    apply_lora(model, LoRAConfig(rank=8))
+    # r·(in + out) of q (8192 → 8192) and v (8192 → 1024) in 80 layers.
+    trained = 80 * 8 * (8192 + 8192 + 8192 + 1024)
+    assert_saves_at_least(model, times=70_553_706_496 // trained)
+
+
+@pytest.mark.parametrize("times", [float("nan"), 1e9])
+def test_savings_that_are_not_reached_fail(times):
+    with pytest.raises(AssertionError, match="times fewer, expected at least"):
+        assert_saves_at_least(with_ours(Net()), times=times)
+
+
+def test_savings_of_what_does_not_train_are_none():
+    with pytest.raises(AssertionError, match="none of 147 parameters trains"):
+        assert_saves_at_least(Net().requires_grad_(False), times=1)
+
+
+# --- learning ---
+
+
+def train_step(model, x):
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model.train()(x).square().sum().backward()
+    optimizer.step()
+
+
+def test_a_step_teaches_every_layer(adapt):
+    model = adapt(Net())
+    with every_layer_learns(model):
+        train_step(model, torch.randn(5, 6))
+
+
+def test_a_layer_that_the_optimiser_does_not_have_learns_nothing(adapt):
+    model = adapt(Net())
+    for name, parameter in model.named_parameters():
+        if "up" in name and "lora_B" in name:
+            parameter.requires_grad_(False)
+    with (
+        pytest.raises(
+            AssertionError, match=r"of 2 adapted layers, these did not learn .*up"
+        ),
+        every_layer_learns(model),
+    ):
+        train_step(model, torch.randn(5, 6))
+
+
+def test_without_an_adapter_nothing_learns():
+    with pytest.raises(AssertionError, match="apply the adapter first"), every_layer_learns(Net()):
+        pass
+
+
+# --- equal adapters ---
+
+
+def test_ours_and_pefts_adapter_are_equal_by_name_and_value():
+    torch.manual_seed(0)
+    ours = with_ours(Net())
+    theirs = with_peft(Net())
+    own = dict(ours.named_parameters())
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if parameter.requires_grad:
+                short = name.removeprefix("base_model.model.").replace(".modules_to_save", "")
+                parts = short.replace(".default", "")
+                own[parts.replace("A.weight", "A").replace("B.weight", "B")].copy_(parameter)
+    assert_adapters_equal(ours, theirs)
+    theirs.requires_grad_(False)  # as PEFT loads an adapter for inference
+    assert_adapters_equal(theirs, ours)
+
+
+def test_adapters_that_differ_are_told_apart(adapt):
+    torch.manual_seed(0)
+    model = adapt(Net())
+    other = copy.deepcopy(model)
+    assert_adapters_equal(model, other)
+    (name,) = [n for n, _ in other.named_parameters() if "down" in n and "lora_B" in n]
+    with torch.no_grad():
+        other.get_parameter(name)[1, 1] += 0.25
+    with pytest.raises(AssertionError, match=r"these differ \(1\): down\.lora_B \(by up to 0.25\)"):
+        assert_adapters_equal(model, other)
+    assert_adapters_equal(model, other, limit=0.25)
+    with torch.no_grad():
+        other.get_parameter(name)[1, 1] = float("nan")
+    with pytest.raises(AssertionError, match="these differ"):
+        assert_adapters_equal(model, other, limit=1e9)
+
+
+def test_a_layer_of_one_model_alone_is_named():
+    model = with_ours(Net())
+    other = Net()
+    apply_lora(other, LoRAConfig(rank=2, targets=("up",)))
+    with pytest.raises(AssertionError, match=r"first model alone \(2\): down.lora_A, down.lora_B"):
+        assert_adapters_equal(model, other)
+    with pytest.raises(AssertionError, match=r"second model alone \(2\): down.lora_A"):
+        assert_adapters_equal(other, model)
+    with pytest.raises(AssertionError, match="apply the adapter first"):
+        assert_adapters_equal(Net(), Net())
