@@ -702,9 +702,7 @@ def test_a_layer_that_the_optimiser_does_not_have_learns_nothing(adapt):
         if "up" in name and "lora_B" in name:
             parameter.requires_grad_(False)
     with (
-        pytest.raises(
-            AssertionError, match=r"of 2 adapted layers, these did not learn .*up"
-        ),
+        pytest.raises(AssertionError, match=r"of 2 adapted layers, these did not learn .*up"),
         every_layer_learns(model),
     ):
         train_step(model, torch.randn(5, 6))
