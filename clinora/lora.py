@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -80,6 +81,8 @@ class LoRAConfig:
         ValueError: A value is of another type or out of its range, or there is no target.
     """
 
+    variant: ClassVar[str] = "LoRA"  # its name in tables
+
     rank: int = 8
     alpha: float = 16
     dropout: float = 0.05
@@ -120,6 +123,11 @@ class LoRAConfig:
         if self.rank_stabilized:
             return self.alpha / math.sqrt(self.rank)
         return self.alpha / self.rank
+
+    @property
+    def equation(self) -> str:
+        """The weight that takes the place of W, for people to read."""
+        return f"W + (α/{'√r' if self.rank_stabilized else 'r'})·B·A"
 
     def for_layer(self, name: str) -> "LoRAConfig":
         """Give the configuration of one layer, with the rank and α that the patterns choose."""

@@ -47,7 +47,7 @@ def model_table(classifier: Classifier) -> str:
         f"{classifier.token_limit:,} tokens of a note are read",
         "activation": "SiLU, gated",
         "norm": f"RMSNorm, eps {config.rms_norm_eps:g}",
-        "LoRA": f"{', '.join(lora.targets)}; rank {lora.rank}, alpha {lora.alpha:g}, "
+        lora.variant: f"{', '.join(lora.targets)}; rank {lora.rank}, alpha {lora.alpha:g}, "
         f"dropout {lora.dropout:g}",
         "head": f"Linear({config.hidden_size} → {len(classifier.labels)})",
         "trainable": f"{count.trainable:,} parameters, {share:.3%}: "

@@ -9,6 +9,7 @@ Shapes: in and out are the widths of the adapted layer, r its rank.
 
 import math
 from dataclasses import dataclass, fields
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,13 @@ class DoRAConfig(LoRAConfig):
     starts as the norms of W's rows and is trained beside A and B. It costs the product B·A and
     the norms, out × in numbers, in each forward pass.
     """
+
+    variant: ClassVar[str] = "DoRA"
+
+    @property
+    def equation(self) -> str:
+        # super() alone does not work in a dataclass with slots, which is created twice.
+        return f"m ∘ V/‖V‖ with V = {super(DoRAConfig, self).equation}"
 
     def new_layer(self, linear: nn.Linear) -> "DoRALinear":
         return DoRALinear(linear, self)
@@ -85,6 +93,13 @@ class PiSSAConfig(LoRAConfig):
     as PEFT's conversion does.
     """
 
+    variant: ClassVar[str] = "PiSSA"
+
+    @property
+    def equation(self) -> str:
+        factor = "α/√r" if self.rank_stabilized else "α/r"
+        return f"W + ({factor})·(B·A − B₀·A₀)"
+
     def largest_rank(self, linear: nn.Linear) -> int:
         """Half of a layer's smaller side, since the saved update has rank 2r."""
         return min(linear.weight.shape) // 2
@@ -116,6 +131,8 @@ class OLoRAConfig(PiSSAConfig):
 
     All else is as in ``PiSSAConfig``.
     """
+
+    variant: ClassVar[str] = "OLoRA"
 
     def first_factors(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         Q, R = torch.linalg.qr(weight)

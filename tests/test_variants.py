@@ -295,3 +295,21 @@ def test_a_configuration_of_a_variant_keeps_its_kind():
     config = PiSSAConfig(rank=4)
     assert type(dataclasses.replace(config, rank=2)) is PiSSAConfig
     assert config != LoRAConfig(rank=4)
+
+
+EQUATIONS = {
+    LoRAConfig: ("LoRA", "W + (α/r)·B·A", "W + (α/√r)·B·A"),
+    DoRAConfig: (
+        "DoRA",
+        "m ∘ V/‖V‖ with V = W + (α/r)·B·A",
+        "m ∘ V/‖V‖ with V = W + (α/√r)·B·A",
+    ),
+    PiSSAConfig: ("PiSSA", "W + (α/r)·(B·A − B₀·A₀)", "W + (α/√r)·(B·A − B₀·A₀)"),
+    OLoRAConfig: ("OLoRA", "W + (α/r)·(B·A − B₀·A₀)", "W + (α/√r)·(B·A − B₀·A₀)"),
+}
+
+
+@pytest.mark.parametrize("kind", VARIANTS)
+def test_the_page_and_the_report_show_the_equation_of_the_variant(kind):
+    stabilized = kind(rank_stabilized=True)
+    assert (kind.variant, kind().equation, stabilized.equation) == EQUATIONS[kind]

@@ -351,13 +351,13 @@ def _internals_tab(batcher: Batcher) -> None:
         dtype = str(classifier.dtype).removeprefix("torch.")
         return (
             f"Largest difference of a probability: {100 * difference:.2g} points. The merged "
-            f"weight W + (α/r)·B·A is rounded once, to {dtype}; the model that is served was not "
+            f"weight {lora.equation} is rounded once, to {dtype}; the model that is served was not "
             "changed."
         )
 
     gr.Markdown(
         f"The loaded adapter: rank {lora.rank}, α = {lora.alpha:g}, on {', '.join(lora.targets)}. "
-        "It adds (α/r)·B·A to each of these weights W, with A (r × in) and B (out × r)."
+        f"In these layers {lora.equation} takes the place of W, with A (r × in) and B (out × r)."
     )
     with gr.Row():
         rank = gr.Slider(1, max(64, lora.rank), lora.rank, step=1, label="Rank r")
