@@ -154,7 +154,7 @@ class LoRALinear(nn.Module):
     whether the module that holds it ran without calling it.
     """
 
-    trained = ("lora_A", "lora_B")
+    trained = ("lora_A", "lora_B")  # names of the trained parameters
 
     def __init__(self, base: nn.Linear, config: LoRAConfig) -> None:
         super().__init__()
