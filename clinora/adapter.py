@@ -18,7 +18,14 @@ from clinora.checkpoint import (
     write_atomically,
 )
 from clinora.llama import LlamaForCausalLM, LlamaForSequenceClassification
-from clinora.lora import LoRAConfig, LoRALinear, insert_lora, lora_layers, lora_state_dict
+from clinora.lora import (
+    ADAPTER_SEGMENTS,
+    LoRAConfig,
+    LoRALinear,
+    insert_lora,
+    lora_layers,
+    lora_state_dict,
+)
 from clinora.modules import (
     find_modules,
     gathered,
@@ -257,17 +264,18 @@ def load_adapter(model: nn.Module, folder: str | Path) -> LoRAConfig:
     return config
 
 
-def saved_classes(folder: str | Path) -> int:
-    """Read how many classes the head of a saved adapter has.
+def saved_whole(folder: str | Path) -> dict[str, Tensor]:
+    """Read the tensors of the modules that an adapter holds whole, such as a head.
 
     Raises:
-        CheckpointError: The file is missing or damaged, or has no head.
+        CheckpointError: The file is missing or damaged.
     """
-    path = Path(folder, ADAPTER_WEIGHTS)
-    for name, tensor in read_tensors(path).items():
-        if _from_peft(name) == "score.weight":
-            return len(tensor)
-    raise CheckpointError(f"{path} has no score.weight: the adapter was saved without a head")
+    whole = {}
+    for peft_name, tensor in read_tensors(Path(folder, ADAPTER_WEIGHTS)).items():
+        name = _from_peft(peft_name)
+        if ADAPTER_SEGMENTS.isdisjoint(name.split(".")):
+            whole[name] = tensor
+    return whole
 
 
 def _peft_targets(model: nn.Module, options: dict) -> dict[str, nn.Module]:

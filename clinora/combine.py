@@ -13,13 +13,13 @@ Shapes: in and out are the widths of an adapted layer, r its rank.
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from clinora.adapter import load_adapter, saved_classes
+from clinora.adapter import load_adapter, saved_whole
 from clinora.llama import LlamaForSequenceClassification
 from clinora.lora import LoRAConfig, insert_lora, lora_layers, lora_state_dict
 from clinora.modules import find_modules, named_modules, unwrap
@@ -40,9 +40,10 @@ def load_adapters(model: nn.Module, folders: Mapping[str, str | Path]) -> dict[s
     """
     models = {}
     for name, folder in folders.items():
-        twin = share_weights(model)
-        if isinstance(twin, LlamaForSequenceClassification):
-            _set_classes(twin, saved_classes(folder))
+        whole = saved_whole(folder)
+        twin = share_weights(model, but=whole)
+        if isinstance(twin, LlamaForSequenceClassification) and "score.weight" in whole:
+            _set_classes(twin, len(whole["score.weight"]))
         load_adapter(twin, folder)
         models[name] = twin
     return models
@@ -110,7 +111,7 @@ def add_adapters(
         rank_pattern=others,
         alpha_pattern=others,
     )
-    added = share_weights(model)
+    added = share_weights(model, but=wholes[0])
     if isinstance(added, LlamaForSequenceClassification):
         _set_classes(added, unwrap(first).score.out_features)
         added.head_trained = True
@@ -123,15 +124,15 @@ def add_adapters(
     return added
 
 
-def share_weights(model: nn.Module) -> nn.Module:
-    """Copy a model whose parameters are the same memory, until LoRA makes some of its own.
-
-    ``apply_lora`` copies the modules that it trains whole, and freezes the others.
-    """
+def share_weights(model: nn.Module, but: Collection[str]) -> nn.Module:
+    """Copy a model so that all parameters share memory with the original's, except those named."""
     bare = unwrap(model)
     shared = {}
-    for parameter in bare.parameters():
-        shared[id(parameter)] = nn.Parameter(parameter.detach(), parameter.requires_grad)
+    for name, parameter in bare.named_parameters():
+        values = parameter.detach()
+        if name in but:
+            values = values.clone()
+        shared[id(parameter)] = nn.Parameter(values, parameter.requires_grad)
     return copy.deepcopy(bare, shared)
 
 

@@ -544,8 +544,7 @@ def _train_in_float32(modules: Iterable[nn.Module]) -> None:
     dtypes = {module: next(module.parameters()).dtype for module in called}
     for module, dtype in dtypes.items():
         for parameter in module.requires_grad_(True).parameters():
-            # A copy, because models may share the weights of one base.
-            parameter.data = parameter.data.to(_master_dtype(parameter), copy=True)
+            parameter.data = parameter.data.to(_master_dtype(parameter))
         first = next(module.parameters())
         if first.dtype == dtype or hasattr(module, "dtype_outside"):
             continue  # nothing to cast, or an earlier adapter's casts are still there

@@ -447,6 +447,24 @@ def test_every_note_has_the_same_share_of_a_steps_gradient(tokens_per_batch):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
 
 
+def test_loraplus_moves_b_further_and_nothing_else():
+    """AdamW's first step is the learning rate times a function of the gradient alone."""
+    moved = {}
+    for ratio in (1.0, 4.0):
+        classifier = fresh()
+        config = TrainingConfig(lora_plus_ratio=ratio, weight_decay=0.0, learning_rate=1e-3)
+        learner = Learner(classifier, config)
+        before = {name: p.detach().clone() for name, p in learner.trained.items()}
+        examples = encode(classifier, [Note(f"visit {i} fever", (i % 2,)) for i in range(16)])
+        loss = learner.forward_and_backward(examples, [[list(range(16))]])
+        learner.step(10, loss)
+        moved[ratio] = {name: p.detach() - before[name] for name, p in learner.trained.items()}
+    for name, change in moved[1.0].items():
+        factor = 4 if name.endswith("lora_B") else 1
+        torch.testing.assert_close(moved[4.0][name], factor * change, rtol=1e-3, atol=1e-8)
+        assert change.any() or name.endswith("lora_A")  # A has no gradient while B is zero
+
+
 def test_the_learning_rate_warms_up_linearly_and_falls_as_a_cosine():
     config = TrainingConfig(steps=110, warmup=10 / 110)
     factors = [learning_rate_factor(step, config) for step in range(1, 111)]
