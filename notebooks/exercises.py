@@ -1,7 +1,8 @@
 """Checks of the exercises: ``check("3.1", answer)`` prints "Correct" or "Not yet".
 
-Each check computes the answer in another way than the chapter's folded answer does. A blank answer
-is ``...``, and an answer that raises an error is not correct yet.
+Each check computes the answer in another way than the chapter's folded answer does. A blank is
+``...``. An answer of a wrong type or shape is not correct yet; other errors, such as a misspelt
+name in a function, are raised.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ def check(exercise: str, answer: object) -> None:
 
 
 def is_correct(exercise: str, answer: object) -> bool:
-    """Tell whether an answer is correct; a blank one, or one that raises an error, is not."""
+    """Tell whether an answer is correct; a blank, or one of a wrong type or shape, is not."""
     try:
         return bool(CHECKS[exercise](answer))
     except (TypeError, ValueError, RuntimeError, IndexError, AttributeError, ArithmeticError):
@@ -92,7 +93,7 @@ def _merged_weight(answer: Callable[[Tensor, Tensor, Tensor, float], Tensor]) ->
     W, A, B, x = _random((5, 6), (2, 6), (5, 2), (6,))
     before = W.clone()
     merged = answer(W, A, B, 3)
-    return torch.equal(W, before) and _close(merged @ x, W @ x + 1.5 * (B @ (A @ x)), 1e-6)
+    return torch.equal(W, before) and _close(merged @ x, before @ x + 1.5 * (B @ (A @ x)), 1e-6)
 
 
 def _gradients(answer: Callable[..., tuple[Tensor, Tensor]]) -> bool:
