@@ -349,8 +349,11 @@ def merge_lora(model: nn.Module) -> nn.Module:
 
     Changes the model, or a part of one, in place and returns it. A module that was trained whole
     gets back the dtype that it had, or that the model was cast to since. Nothing else of LoRA is
-    left. To undo it, load the base again: subtracting the update does not restore W (in bfloat16
-    nearly a third of its entries differ).
+    left. To undo it, load the base again: subtracting the update does not restore W.
+
+    A weight in bfloat16 or float16 is rounded, which loses a part of a small ΔW. Of a random ΔW of
+    rank 8, ‖(W' − W) − ΔW‖/‖ΔW‖ in bfloat16 is 1% where ‖ΔW‖/‖W‖ is 20%, about a sixth where it is
+    1%, and three quarters where it is 0.1%. With a float32 weight it is negligible.
 
     Raises:
         ValueError: The model has no LoRA layer; or it ran without ever calling a layer whose B is
