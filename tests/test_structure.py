@@ -14,7 +14,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 ORDER = [
     ["kernels", "modules", "targets"],
     ["lora", "llama"],
-    ["variants", "budget", "testing", "files", "checkpoint", "adapter"],
+    ["variants", "quantize", "budget", "testing", "files", "checkpoint", "adapter"],
     ["tables", "tokenizer", "notes", "device"],
     ["calibration", "run", "classifier"],
     ["explain", "baselines", "evaluation"],
