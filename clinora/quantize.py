@@ -19,6 +19,7 @@ tensor([[ 0.4922, -1.0501,  0.0000,  2.0000]])
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -52,9 +53,9 @@ QUANTIZATIONS = ("none", "nf4", "nf4-double")
 class NF4Tensor(Tensor):
     """A frozen weight in 4 bits that other code can use as a tensor of its shape and dtype.
 
-    ``F.linear`` keeps only the codes for the backward pass. ``clone``, ``detach``, a move to another
-    device and a cast to another floating-point dtype keep the codes, too. Any other operation, such
-    as ``weight + update``, reads the dequantised weight and gives a plain tensor.
+    ``F.linear`` keeps only the codes for the backward pass. ``clone``, ``detach``, a move to
+    another device and a cast to another floating-point dtype keep the codes, too. Any other
+    operation, such as ``weight + update``, reads the dequantised weight and gives a plain tensor.
 
     Attributes:
         codes: (blocks, 32) uint8. A byte holds the codes of two weights, the first in its upper
@@ -75,7 +76,6 @@ class NF4Tensor(Tensor):
     mean_scale: Tensor | None
     scale_table: Tensor | None
 
-    @staticmethod
     def __new__(
         cls, parts: dict[str, Tensor], shape: torch.Size, dtype: torch.dtype
     ) -> "NF4Tensor":
@@ -181,7 +181,7 @@ class NF4Tensor(Tensor):
         return func(*args, **kwargs)
 
 
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: A002
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``F.linear`` with an NF4 weight; the names of the arguments are PyTorch's."""
     if not isinstance(weight, NF4Tensor):  # the input or the bias is one
         with torch._C.DisableTorchFunctionSubclass():
@@ -263,7 +263,7 @@ def _quantize_scales(scales: Tensor) -> dict[str, Tensor]:
     blocks = F.pad(rest, (0, -len(rest) % SCALE_BLOCK)).view(-1, SCALE_BLOCK)
     largest = blocks.abs().amax(1)
     units = blocks * (1 / largest.clamp(min=1e-38))[:, None]
-    table = _scale_table().to(scales.device)
+    table = _scale_table(scales.device)
     midpoints = (table[1:] + table[:-1]) / 2
     codes = torch.bucketize(units, midpoints).to(torch.uint8)
     codes = codes.flatten()[: len(rest)].contiguous()
@@ -329,7 +329,8 @@ def _cells(device: torch.device) -> tuple[Tensor, Tensor]:
     return lower.to(device, torch.uint8), midpoint.to(device)
 
 
-def _scale_table() -> Tensor:
+@lru_cache  # the weights on one device share it
+def _scale_table(device: torch.device) -> Tensor:
     """The 256 values of a quantised scale (Dettmers et al. 2022, "8-bit optimizers", section 1.3).
 
     In each decade from 10⁻⁷ to 1 they lie at equal distances, twice as many as in the one below.
@@ -339,4 +340,4 @@ def _scale_table() -> Tensor:
         edges = torch.linspace(0.1, 1, 2**decade + 1)
         centres = (edges[1:] + edges[:-1]) / 2 * 10.0 ** (decade - 6)
         values += [centres, -centres]
-    return torch.cat(values).sort().values
+    return torch.cat(values).sort().values.to(device)
