@@ -4,7 +4,7 @@
     python -m benchmarks.nf4 FOLDER --batch 1 [--layers 4] [--memory] [--checkpointing]
 
 "none" is the base in the dtype that train.py chooses. The peak memory is that of a process that
-loads the base and trains two steps. It includes Python and PyTorch, whose memory "imports" states.
+loads the base and trains one step. It includes Python and PyTorch, whose memory "imports" states.
 """
 
 import argparse
@@ -13,7 +13,10 @@ import statistics
 import sys
 from collections.abc import Callable
 
+import torch
+
 from benchmarks import common
+from clinora.device import keep_freed_memory
 from clinora.quantize import QUANTIZATIONS
 
 
@@ -38,7 +41,7 @@ def measure(args: argparse.Namespace) -> None:
 
 
 def measure_memory(args: argparse.Namespace) -> None:
-    """Compare the peak memory of processes that train two steps each."""
+    """Compare the peak memory of processes that train one step each."""
     words = [args.base, *common.words_of(args, "base", "memory", "side", "checkpointing")]
     if args.checkpointing:
         words.append("--checkpointing")
@@ -53,11 +56,11 @@ def measure_memory(args: argparse.Namespace) -> None:
 
 
 def one_side(args: argparse.Namespace) -> None:
-    """Train two steps on one base, and print the peak memory before and after."""
+    """Train one step on one base, and print the peak memory before and after."""
+    torch.set_num_threads(args.threads or torch.get_num_threads())
+    keep_freed_memory()  # as train.py does
     imports = common.peak_bytes()
-    step = new_step(args, args.side)
-    for _ in range(2):
-        step()
+    new_step(args, args.side)()
     print(json.dumps({"imports": imports, "peak": common.peak_bytes()}))
 
 
@@ -72,10 +75,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--memory", action="store_true", help="measure peak memory, not time")
     parser.add_argument("--side", choices=QUANTIZATIONS, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    common.begin(args)
     if args.side:
         one_side(args)
-    elif args.memory:
+        return 0
+    common.begin(args)
+    if args.memory:
         measure_memory(args)
     else:
         measure(args)
