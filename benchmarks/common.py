@@ -144,10 +144,12 @@ def our_model(
     layers: int | None = None,
     adapt: bool = True,
     device: torch.device = CPU,
+    quantize: str = "none",
 ) -> nn.Module:
     """Load a base as train.py does, with its first layers only and a new head."""
-    dtype = compute_dtype(device)
-    model = clinora.load_model(base, num_labels=labels, dtype=dtype).to(device)
+    model = clinora.load_model(
+        base, num_labels=labels, dtype=compute_dtype(device), quantize=quantize
+    ).to(device)
     if layers is not None:
         del model.model.layers[layers:]
     if adapt:

@@ -3,7 +3,7 @@
 LoRA at rank r trains r·(out + in) numbers beside a frozen weight of out·in, so it saves as long
 as r·(out + in) < out·in (Hu et al. 2021, section 4.1). Training holds in memory:
 
-    weights      frozen ones in the base's dtype, trained ones in float32
+    weights      frozen ones in the base's dtype or in NF4, trained ones in float32
     gradients    4 bytes for each trained parameter
     optimiser    8 bytes for each trained parameter: AdamW's two moments
     activations  what the forward pass saves for the backward pass
@@ -24,6 +24,7 @@ V vocabulary, C classes, L layers, r rank. N is a number of positions: B·T, or 
 from dataclasses import dataclass
 
 from clinora.llama import LlamaConfig
+from clinora.quantize import check_quantization, quantized_bytes
 
 METHODS = ("lora", "head", "full")
 ELEMENT_BYTES = {"bf16": 2, "fp32": 4}  # a frozen weight, or an element in a matrix product
@@ -45,9 +46,11 @@ class FineTuning:
         rank: r, for "lora" only.
         targets: Names of the linear layers that LoRA adapts, for "lora" only. Its dropout is
             assumed to be on.
+        quantize: "none", "nf4" or "nf4-double": how the weights of the decoder's linear layers are
+            quantised; not for "full".
 
     Raises:
-        ValueError: A value is unknown or out of its range.
+        ValueError: A value is unknown or out of its range, or "full" comes with quantised weights.
     """
 
     method: str
@@ -56,6 +59,7 @@ class FineTuning:
     precision: str
     rank: int = 0
     targets: tuple[str, ...] = ()
+    quantize: str = "none"
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -67,6 +71,11 @@ class FineTuning:
             raise ValueError(f"batch is {self.batch}: expected at least 1")
         if self.tokens < 1:
             raise ValueError(f"tokens is {self.tokens}: expected at least 1")
+        check_quantization(self.quantize)
+        if self.full and self.quantize != "none":
+            raise ValueError(
+                "quantised weights cannot be trained: give quantize='none' with 'full'"
+            )
 
     @property
     def full(self) -> bool:
@@ -153,10 +162,16 @@ def break_even_rank(out_features: int, in_features: int) -> int:
     return (out_features * in_features - 1) // (out_features + in_features)
 
 
-def _held_bytes(frozen: int, trained: int, precision: str) -> tuple[int, int, int]:
+def _linear_bytes(weights: int, precision: str, quantize: str) -> int:
+    """Count the bytes of the frozen weight of a decoder's linear layer."""
+    if quantize == "none":
+        return ELEMENT_BYTES[precision] * weights
+    return quantized_bytes(weights, quantize)
+
+
+def _held_bytes(frozen_bytes: int, trained: int) -> tuple[int, int, int]:
     """Count the bytes of weights, gradients and AdamW's moments."""
-    weights = ELEMENT_BYTES[precision] * frozen + MASTER_BYTES * trained
-    return weights, MASTER_BYTES * trained, ADAMW_BYTES * trained
+    return frozen_bytes + MASTER_BYTES * trained, MASTER_BYTES * trained, ADAMW_BYTES * trained
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,13 +202,15 @@ class Target:
         """Parameters that LoRA trains here: L·r·(out + in)."""
         return self.layers * self.rank * (self.out_features + self.in_features)
 
-    def held_bytes(self, method: str, precision: str) -> tuple[int, int, int]:
+    def held_bytes(
+        self, method: str, precision: str, quantize: str = "none"
+    ) -> tuple[int, int, int]:
         """Count the bytes of weights, gradients and AdamW's moments here, without biases."""
         if method == "full":
-            return _held_bytes(0, self.full, precision)
-        if method == "lora":
-            return _held_bytes(self.full, self.lora, precision)
-        return _held_bytes(self.full, 0, precision)
+            return _held_bytes(0, self.full)
+        each = self.out_features * self.in_features
+        frozen_bytes = self.layers * _linear_bytes(each, precision, quantize)
+        return _held_bytes(frozen_bytes, self.lora if method == "lora" else 0)
 
     @property
     def times_fewer(self) -> float:
@@ -430,7 +447,14 @@ def budget(config: LlamaConfig, tuning: FineTuning, num_labels: int) -> Budget:
         adapter = sum(target.lora for target in targets)
         parameters += adapter
         trainable += adapter
-    weights, gradients, optimizer = _held_bytes(parameters - trainable, trainable, tuning.precision)
+    frozen_bytes = ELEMENT_BYTES[tuning.precision] * (parameters - trainable)
+    if tuning.quantize != "none":
+        for out_features, in_features in linear_shapes(config).values():
+            each = out_features * in_features
+            saved = _linear_bytes(each, tuning.precision, "none")
+            saved -= _linear_bytes(each, tuning.precision, tuning.quantize)
+            frozen_bytes -= config.num_hidden_layers * saved
+    weights, gradients, optimizer = _held_bytes(frozen_bytes, trainable)
     return Budget(
         method=tuning.method,
         parameters=parameters,

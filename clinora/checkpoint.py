@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from clinora.files import START_BYTES, recognise
 from clinora.llama import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+from clinora.quantize import check_quantization, quantize_nf4
 
 BUNDLED = Path(__file__).parent / "bundled"
 NAMED_BASES = ("bundled", "smollm2")
@@ -200,6 +201,7 @@ def load_model(
     revision: str | None = None,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
+    quantize: str = "none",
 ) -> LlamaForCausalLM | LlamaForSequenceClassification:
     """Load a base: a classifier with ``num_labels`` classes, or a causal LM if that is None.
 
@@ -207,18 +209,24 @@ def load_model(
     loading needs little more memory than the file's size. The ``score`` of a classifier is float32.
     If the file has none, it is new and random, and ``head_trained`` is False.
 
+    With ``quantize``, the weights of the decoder's linear layers are quantised one after another
+    and frozen; the embedding, the norms, biases and heads are not. Use such a base with LoRA.
+
     Args:
         source: "bundled", "smollm2", a folder, or a Hub id, which is downloaded.
         num_labels: C, the number of classes.
         revision: A commit, branch or tag on the Hub.
         dtype: Dtype of the weights; None: the file's.
         device: Where to put the weights.
+        quantize: "none"; "nf4", 4.5 bits a weight; or "nf4-double", with quantised scales, about
+            4.13 bits a weight.
 
     Raises:
         CheckpointError: The files are missing, damaged or of another model.
-        ValueError: ``config.json`` has an option that ``LlamaConfig`` does not support, or
-            ``num_labels`` is not a number of classes.
+        ValueError: ``config.json`` has an option that ``LlamaConfig`` does not support,
+            ``num_labels`` is not a number of classes, or ``quantize`` is none of these.
     """
+    check_quantization(quantize)
     if num_labels is not None and (type(num_labels) is not int or num_labels < 1):
         raise ValueError(
             f"num_labels is {num_labels!r}: expected a whole number of at least 1, or None for a "
@@ -231,7 +239,9 @@ def load_model(
             model = LlamaForCausalLM(config)
         else:
             model = LlamaForSequenceClassification(config, num_labels)
-    tensors = _with_standard_names(_read_weights(found.folder))
+    in_files = _read_weights(found.folder)
+    names = _standard_names(in_files)
+    tensors = {name: in_files[name_in_file] for name_in_file, name in names.items()}
     # A tied language-model head is the embedding, and a classifier has no language-model head.
     lm_head = None
     if num_labels is not None or config.tie_word_embeddings:
@@ -254,30 +264,54 @@ def load_model(
         )
     if dtype is None:
         dtype = tensors[EMBEDDING].dtype
+    if quantize != "none":
+        linears = _decoder_linears(model)
+        for name_in_file, tensor in _read_one_by_one(found.folder):
+            name = names.get(name_in_file)
+            if name in linears:
+                tensors[name] = _quantized(name, tensor.to(device), dtype, quantize)
+                linears[name].weight.requires_grad_(False)
     for name, tensor in tensors.items():
         is_head = name == "score.weight"
         tensors[name] = tensor.to(device, torch.float32 if is_head else dtype)
     model.load_state_dict(tensors, assign=True)
     model.source = found
+    model.quantization = quantize
     return model
 
 
-def _with_standard_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Name a base's tensors as ``LlamaForCausalLM`` does, which not all public files do.
+def _decoder_linears(model: LlamaForCausalLM | LlamaForSequenceClassification) -> dict:
+    """Give the linear layers of the decoder by the names of their weights."""
+    linears = {}
+    for name, module in model.model.named_modules(prefix="model"):
+        if isinstance(module, nn.Linear):
+            linears[f"{name}.weight"] = module
+    return linears
+
+
+def _quantized(name: str, weight: Tensor, dtype: torch.dtype, quantize: str) -> Tensor:
+    try:
+        return quantize_nf4(weight, dtype, double=quantize == "nf4-double")
+    except ValueError as error:
+        raise CheckpointError(f"{name} cannot be quantised: {error}") from None
+
+
+def _standard_names(names: Collection[str]) -> dict[str, str]:
+    """Give the names in ``LlamaForCausalLM`` of a base's tensors, by their names in the files.
 
     A decoder that was saved without a head has names without ``model.``. Old files also hold the
     rotary frequencies, which are left out: the model computes them.
     """
-    renamed = {}
-    for name, tensor in tensors.items():
+    standard = {}
+    for name in names:
         if name.endswith(".rotary_emb.inv_freq"):
             continue
+        standard[name] = name
         full_name = f"model.{name}"
         # If the file holds both, the shorter name stays, and is refused as unexpected.
-        if name.startswith(("embed_tokens.", "layers.", "norm.")) and full_name not in tensors:
-            name = full_name
-        renamed[name] = tensor
-    return renamed
+        if name.startswith(("embed_tokens.", "layers.", "norm.")) and full_name not in names:
+            standard[name] = full_name
+    return standard
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
@@ -298,6 +332,18 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
             )
         tensors |= found
     return tensors
+
+
+def _read_one_by_one(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Map a base's tensors again, each by itself.
+
+    What was read of a file stays in memory as long as its mapping, so a mapping of the whole file
+    would grow to the size of the file.
+    """
+    for path in _weight_files(folder):
+        for name in read_tensors(path):
+            with safe_open(path, framework="pt") as file:
+                yield name, file.get_tensor(name)
 
 
 def _weight_files(folder: Path) -> dict[Path, set[str] | None]:

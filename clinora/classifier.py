@@ -181,6 +181,7 @@ class Classifier:
         token_limit: int = TOKEN_LIMIT,
         device: str = "auto",
         precision: str = "auto",
+        quantize: str = "none",
     ) -> "Classifier":
         """Assemble an untrained classifier, ready to train.
 
@@ -193,11 +194,17 @@ class Classifier:
             token_limit: How many tokens of a note to read.
             device: "auto", "cpu", "cuda" or "mps".
             precision: "auto", "bf16", "fp16" or "fp32".
+            quantize: "none", "nf4" or "nf4-double", as in ``load_model``; the last two need LoRA.
 
         Raises:
             CheckpointError: The base is missing or damaged, or has no tokenizer.
             ValueError: This machine has no such device, or the parts do not fit together.
         """
+        if lora is None and quantize != "none":
+            raise ValueError(
+                f"quantize is {quantize!r}, but quantised weights cannot be trained: give a "
+                "LoRAConfig"
+            )
         torch.manual_seed(seed)
         chosen_device = choose_device(device)
         # Before the weights, which may take long to load.
@@ -208,6 +215,7 @@ class Classifier:
             revision=revision,
             dtype=choose_dtype(chosen_device, precision),
             device=chosen_device,
+            quantize=quantize,
         )
         if lora is not None:
             apply_lora(model, lora)
@@ -221,6 +229,7 @@ class Classifier:
         base: str | Path | None = None,
         device: str = "auto",
         precision: str = "auto",
+        quantize: str = "auto",
     ) -> "Classifier":
         """Load a run.
 
@@ -230,6 +239,8 @@ class Classifier:
                 or a Hub id.
             device: "auto", "cpu", "cuda" or "mps".
             precision: "auto", "bf16", "fp16" or "fp32".
+            quantize: "auto", as in training; or "none", "nf4" or "nf4-double", as in
+                ``load_model``.
 
         Raises:
             CheckpointError: A file is missing or damaged, or the base is not the recorded one.
@@ -255,6 +266,7 @@ class Classifier:
             num_labels=len(record.labels),
             dtype=choose_dtype(chosen_device, precision),
             device=chosen_device,
+            quantize=record.quantization if quantize == "auto" else quantize,
         )
         model.source = source
         load_adapter(model, folder)
@@ -277,6 +289,7 @@ class Classifier:
             labels=self.labels,
             token_limit=self.token_limit,
             base=BaseRecord.of(self.model.source),
+            quantization=self.model.quantization,
             calibration=self.calibration,
             data=self.data,
             training_options=self.training_options,

@@ -62,6 +62,7 @@ def predict_with_ray(
     *,
     base: str | None = None,
     precision: str = "auto",
+    quantize: str = "auto",
     actors: int = 1,
     gpus_per_actor: float = 0.0,
     text_column: str = TEXT_COLUMN,
@@ -83,6 +84,7 @@ def predict_with_ray(
         out: The output folder.
         base: The base, if it is not where the run recorded it.
         precision: "auto", "bf16", "fp16" or "fp32".
+        quantize: "auto", as in training; or "none", "nf4" or "nf4-double".
         actors: How many copies of the classifier compute.
         gpus_per_actor: GPUs of each actor: 0 (the CPU), 1, or a share of one.
         text_column: The column of the notes.
@@ -119,13 +121,25 @@ def predict_with_ray(
         text_column=text_column,
         keep=keep,
         output_format=output_format,
-        machine={"engine": "ray", "device": device, "precision": precision},
+        machine={
+            "engine": "ray",
+            "device": device,
+            "precision": precision,
+            "quantization": quantize,
+        },
     )
     with running_ray():
         import ray
 
         cpus = share_cpus([node for node in ray.nodes() if node["Alive"]], actors, gpus_per_actor)
-        load = {"run": run, "base": base, "device": device, "precision": precision, "threads": cpus}
+        load = {
+            "run": run,
+            "base": base,
+            "device": device,
+            "precision": precision,
+            "quantize": quantize,
+            "threads": cpus,
+        }
 
         def score_table(table: Table) -> Generator[ScoredPart, None, None]:
             parts = make_dataset(source, table.columns, out, output_format)
@@ -350,7 +364,13 @@ class Scorer:
     """An actor: a classifier that was loaded once and scores parts."""
 
     def __init__(
-        self, run: str, base: str | None, device: str, precision: str, threads: int
+        self,
+        run: str,
+        base: str | None,
+        device: str,
+        precision: str,
+        quantize: str,
+        threads: int,
     ) -> None:
         torch.set_num_threads(threads)
         keep_freed_memory()
@@ -358,7 +378,9 @@ class Scorer:
         self.classifier: Classifier | None = None
         self.error: ValueError | None = None
         try:
-            self.classifier = Classifier.load(run, base=base, device=device, precision=precision)
+            self.classifier = Classifier.load(
+                run, base=base, device=device, precision=precision, quantize=quantize
+            )
         except Exception as error:  # Ray would show a traceback
             self.error = ValueError(f"the run cannot be loaded on {socket.gethostname()}: {error}")
 

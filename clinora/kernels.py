@@ -32,7 +32,8 @@ def _in_torch_func() -> bool:
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
-def _needs_plain_operations() -> bool:
+def needs_plain_operations() -> bool:
+    """Tell whether torch.compile or a transform of torch.func is at work."""
     return torch.compiler.is_compiling() or _in_torch_func()
 
 
@@ -73,7 +74,7 @@ def rms_normalize(x: Tensor, eps: float) -> Tensor:
     Returns:
         (..., D), in the dtype of x.
     """
-    if x.element_size() == 2 and not _needs_plain_operations():
+    if x.element_size() == 2 and not needs_plain_operations():
         return HalfPrecisionNorm.apply(x, eps)
     return _plain_norm(x, eps)
 
@@ -139,7 +140,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         (B, H, T, E). Position t has attended to positions 0 to t.
     """
     on_cpu_in_bfloat16 = q.device.type == "cpu" and _are_bfloat16(q, k, v)
-    if on_cpu_in_bfloat16 and q.size(2) >= TILED_FROM and not _needs_plain_operations():
+    if on_cpu_in_bfloat16 and q.size(2) >= TILED_FROM and not needs_plain_operations():
         return TiledAttention.apply(q, k, v)
     return _attend(q, k, v, is_causal=True)
 
@@ -293,7 +294,7 @@ def gated_silu(gate: Tensor, up: Tensor) -> Tensor:
     Returns:
         (..., I).
     """
-    if _needs_plain_operations():
+    if needs_plain_operations():
         return _plain_gated_silu(gate, up)
     return GatedSiLU.apply(gate, up)
 
@@ -345,7 +346,7 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
         The shape and dtype of x.
     """
     dropped = min(round(256 * p), 255)  # of a byte's 256 values
-    if not training or dropped == 0 or x.device.type != "cpu" or _needs_plain_operations():
+    if not training or dropped == 0 or x.device.type != "cpu" or needs_plain_operations():
         return F.dropout(x, p, training)
     # random_ needs these bounds: by default it never sets the top bit of an int64, and every
     # eighth byte would be below 128.

@@ -240,8 +240,8 @@ def apply_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
     Raises:
         ValueError: A target does not exist or is not a plain linear layer (``check_linear``); the
             rank exceeds a layer's smaller side; the model is adapted already; or a module in
-            ``also_train`` has no parameters, shares weights with a frozen module or contains a
-            target.
+            ``also_train`` has no parameters, has quantised weights, shares weights with a frozen
+            module or contains a target.
     """
     if adapted := [name for name, _ in lora_layers(model)]:
         raise ValueError(
@@ -520,12 +520,15 @@ def _frozen_heads(model: nn.Module) -> list[str]:
 def _check_trained_whole(
     model: nn.Module, trained_whole: dict[str, nn.Module], targets: Iterable[str]
 ) -> None:
-    """Refuse a module in ``also_train`` that has no weights, shares them or contains a target."""
+    """Refuse a module in ``also_train`` that cannot be trained whole or contains a target."""
     owners = {}  # parameter → the module that trains it
     for name, module in trained_whole.items():
         parameters = list(module.parameters())
         if not parameters:
             raise ValueError(f"{name} has no parameters to train: leave it out of also_train")
+        # Quantised weights say that they cannot be trained.
+        if not all(getattr(parameter, "trainable", True) for parameter in parameters):
+            raise ValueError(f"{name} holds quantised weights: leave it out of also_train")
         owners.update(dict.fromkeys(parameters, name))
     for name, parameter in named_parameters(model):
         if parameter in owners and not is_inside(name, trained_whole):

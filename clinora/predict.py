@@ -223,6 +223,7 @@ def predict_file(
         machine={
             "device": classifier.model.score.weight.device.type,
             "precision": str(classifier.dtype).removeprefix("torch."),
+            "quantization": classifier.model.quantization,
         },
     )
     return run_job(
@@ -298,7 +299,7 @@ def identify(
     output_format: str,
     machine: dict[str, str],
 ) -> dict:
-    """Give what determines the bytes of the parts; ``machine`` holds device and precision.
+    """Give what determines the bytes of the parts; ``machine`` says where and how to compute.
 
     Raises:
         OSError: The input or a file of the run cannot be read.

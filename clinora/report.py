@@ -35,9 +35,12 @@ def model_table(classifier: Classifier) -> str:
     lora = model.lora_config
     count = count_parameters(model)
     share = count.trainable / count.total
+    base = model.source.name
+    if model.quantization != "none":
+        base += f", quantised as {model.quantization}"
     rows = {
         "model type": "Llama decoder with a sequence classification head",
-        "base": model.source.name,
+        "base": base,
         "parameters": f"{count.total:,}",
         "layers": f"{config.num_hidden_layers} decoder layers, {config.num_attention_heads} heads, "
         f"{config.num_key_value_heads} for keys and values",

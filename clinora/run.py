@@ -23,6 +23,7 @@ from clinora.checkpoint import (
 )
 from clinora.llama import LlamaConfig
 from clinora.notes import Note, Notes, check_class_names
+from clinora.quantize import check_quantization
 
 RUN_FILE = "clinora.json"
 SCHEMA = 1
@@ -146,6 +147,7 @@ class RunRecord:
         labels: Names of the classes, by index.
         token_limit: The most tokens of a note that are read.
         base: The base model.
+        quantization: How its weights were quantised in training: "none", "nf4" or "nf4-double".
         calibration: How confidence is computed; None if the run was not calibrated.
         data: The notes that it was trained on; None if they were not recorded.
         training_options: The options of ``TrainingConfig``, and the precision; may be empty.
@@ -155,6 +157,7 @@ class RunRecord:
     labels: tuple[str, ...]
     token_limit: int
     base: BaseRecord
+    quantization: str
     calibration: Calibration | None
     data: DataRecord | None
     training_options: dict[str, Any]
@@ -168,13 +171,15 @@ class RunRecord:
             CheckpointError: The file is missing, has another schema, or lacks a valid value.
         """
         path = folder / RUN_FILE
-        # If the training was not recorded, the file has none of these.
-        defaults = {"notes": None, "training": {}, "versions": {}}
+        # If the training was not recorded, the file has none of the first three.
+        defaults = {"notes": None, "training": {}, "versions": {}, "quantization": "none"}
         values = defaults | read_json(path)
         if values.get("schema") != SCHEMA:
             raise CheckpointError(f"{path}: schema {values.get('schema')!r}, expected {SCHEMA}")
         labels = _take(values, "labels", list, path)
+        quantization = _take(values, "quantization", str, path)
         try:
+            check_quantization(quantization)
             check_class_names(labels)
         except ValueError as error:
             raise CheckpointError(f"{path}: {error}") from None
@@ -182,6 +187,7 @@ class RunRecord:
             labels=tuple(labels),
             token_limit=_take(values, "token_limit", int, path),
             base=_read_base(_take(values, "base", dict, path), path),
+            quantization=quantization,
             calibration=_read_calibration(_take(values, "calibration", dict | None, path), path),
             data=_read_data(_take(values, "notes", dict | None, path), path),
             training_options=_take(values, "training", dict, path),
@@ -204,6 +210,8 @@ class RunRecord:
         values["schema"] = SCHEMA
         values["labels"] = list(self.labels)
         values["base"] = dataclasses.asdict(self.base)
+        if self.quantization != "none":
+            values["quantization"] = self.quantization
         values["token_limit"] = self.token_limit
         values["calibration"] = None
         if self.calibration is not None:

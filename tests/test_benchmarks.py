@@ -22,7 +22,7 @@ from clinora.lora import apply_lora
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = ("gpu", "job", "lengths", "inference", "start", "scaling", "shape", "step")
+SCRIPTS = ("gpu", "job", "lengths", "inference", "start", "scaling", "shape", "step", "nf4")
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -132,6 +132,8 @@ def in_this_process(module, *words):
         ["scaling", "--width", "64", "--notes", "1", "--tokens", "8", "--layers", "1"],
         ["step", "bundled", "--batch", "2", "--tokens", "8"],
         ["step", "bundled", "--batch", "2", "--tokens", "8", "--memory"],
+        ["nf4", "bundled", "--batch", "2", "--tokens", "8"],
+        ["nf4", "bundled", "--batch", "2", "--tokens", "8", "--checkpointing", "--memory"],
     ],
     ids=" ".join,
 )
@@ -144,7 +146,11 @@ def test_a_benchmark_runs_at_a_small_size(words, capsys, monkeypatch):
         monkeypatch.setattr(common, "seconds_of", functools.cache(common.seconds_of))
     module = importlib.import_module(f"benchmarks.{words[0]}")
     assert module.main([*words[1:], "--repetitions", "1", "--threads", "1"]) == 0
-    assert "theirs" in capsys.readouterr().out or words[0] == "scaling"
+    printed = capsys.readouterr().out
+    if words[0] == "nf4":
+        assert "nf4-double" in printed
+    elif words[0] != "scaling":
+        assert "theirs" in printed
 
 
 @pytest.mark.slow

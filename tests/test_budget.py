@@ -24,6 +24,7 @@ from clinora.commands.budget import main
 from clinora.kernels import TILED_FROM
 from clinora.llama import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 from clinora.lora import LoRAConfig, apply_lora, count_parameters
+from clinora.quantize import NF4Tensor, quantize_nf4
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -70,6 +71,11 @@ def classifier(config: LlamaConfig, tuning: FineTuning) -> LlamaForSequenceClass
     model = LlamaForSequenceClassification(config, 5)
     if tuning.precision == "bf16" and tuning.method != "full":
         model.bfloat16()
+    if tuning.quantize != "none":
+        for module in model.model.modules():
+            if isinstance(module, torch.nn.Linear):
+                weight = quantize_nf4(module.weight, double=tuning.quantize == "nf4-double")
+                module.weight = torch.nn.Parameter(weight, requires_grad=False)
     if tuning.method == "lora":
         apply_lora(model, LoRAConfig(rank=tuning.rank, targets=tuning.targets))
     if tuning.method == "head":
@@ -95,10 +101,15 @@ def is_copied_parameter(tensor: torch.Tensor) -> bool:
 def measured_activation_bytes(config: LlamaConfig, tuning: FineTuning, lengths: list[int]) -> int:
     """The storages that autograd saves in a forward pass, each once, parameters aside."""
     model = classifier(config, tuning)
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    parameters = set()
+    for p in model.parameters():
+        if not isinstance(p, NF4Tensor):
+            parameters.add(p.untyped_storage().data_ptr())
     saved = {}  # holds the tensors, or another one could be put at a freed one's address
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if isinstance(tensor, NF4Tensor):  # a parameter
+            return tensor
         kept = tensor.detach()
         address = kept.untyped_storage().data_ptr()
         if address not in parameters and not is_copied_parameter(tensor):
@@ -278,6 +289,40 @@ def test_bytes_of_a_target_are_those_of_a_step(method, precision):
         )
 
 
+def held_bytes(parameter: torch.Tensor) -> int:
+    """The bytes of a parameter; the table of quantised scales, shared by all, does not count."""
+    if not isinstance(parameter, NF4Tensor):
+        return parameter.nbytes
+    parts = [getattr(parameter, part) for part in ("codes", "scales")]
+    if parameter.mean_scale is not None:
+        parts += [parameter.scales_of_scales, parameter.mean_scale]
+    return sum(part.nbytes for part in parts)
+
+
+@pytest.mark.parametrize("quantize", ["nf4", "nf4-double"])
+@pytest.mark.parametrize("method", ["lora", "head"])
+def test_bytes_of_a_quantised_base_are_those_it_holds(method, quantize):
+    names = ("v_proj", "up_proj")
+    tuning = FineTuning(
+        method=method, batch=2, tokens=4, precision="bf16", rank=2, targets=names, quantize=quantize
+    )
+    held = {n: held_bytes(p) for n, p in classifier(SMALL, tuning).named_parameters()}
+    assert budget(SMALL, tuning, 5).weights == sum(held.values())
+    for target in lora_targets(SMALL, 2, names):
+        own = [size for name, size in held.items() if target.name in name.split(".")]
+        assert target.held_bytes(method, "bf16", quantize)[0] == sum(own)
+
+
+@pytest.mark.parametrize("quantize", ["nf4", "nf4-double"])
+def test_a_quantised_base_saves_the_same_activations(quantize):
+    tuning = FineTuning(
+        method="lora", batch=2, tokens=64, precision="bf16", rank=4, targets=LINEARS,
+        quantize=quantize,
+    )  # fmt: skip
+    measured = measured_activation_bytes(SMALL, tuning, [64, 9])
+    assert saved_activation_bytes(SMALL, tuning) == measured
+
+
 ACTIVATION_SHAPES = {
     "4 layers of width 256, 4 × 128, q and v": (
         replace(SMALL, hidden_size=256, intermediate_size=688, num_hidden_layers=4),
@@ -350,6 +395,8 @@ def test_activations_are_exact_on_both_sides_of_tiled_attention(method, tokens):
         ({"targets": ("q",)}, "no layer is named 'q'"),
         ({"targets": ()}, "targets is empty"),
         ({"rank": 0}, "rank 0 does not fit q_proj"),
+        ({"quantize": "nf8"}, "quantize is 'nf8'"),
+        ({"method": "full", "quantize": "nf4"}, "quantised weights cannot be trained"),
     ],
 )
 def test_impossible_tunings_are_refused(change, message):
@@ -397,10 +444,14 @@ def test_command_prints_every_targets_bytes(tmp_path, capsys):
 
 @pytest.mark.parametrize("method", ["lora", "head", "full"])
 def test_command_prints_every_method_in_megabytes(config_file, capsys, method):
-    flags = {"rank": 5, "batch": 6, "tokens": 700, "labels": 9, "precision": "fp32"}
+    flags = {
+        "rank": 5, "batch": 6, "tokens": 700, "labels": 9, "precision": "fp32", "quantize": "nf4",
+    }  # fmt: skip
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     main([str(config_file), "--targets", "q_proj", "o_proj", *words])
     labels = flags.pop("labels")
+    if method == "full":
+        flags.pop("quantize")
     b = budget(SMALL, FineTuning(method=method, targets=("q_proj", "o_proj"), **flags), labels)
     sizes = (b.weights, b.gradients, b.optimizer, b.activations)
     assert cells(capsys.readouterr().out, table=2)[method] == [

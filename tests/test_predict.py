@@ -327,6 +327,7 @@ def test_a_job_is_only_resumed_with_what_it_was_begun_with(small_parts, notes, t
         "keep": ["--keep", "id", "transcription"],
         "format": ["--format", "jsonl"],
         "precision": ["--precision", "bf16"],
+        "quantization": ["--quantize", "nf4"],
     }
     for name, change in changes.items():
         assert name in refused(capsys, *options, *change, "--resume")

@@ -14,7 +14,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 ORDER = [
     ["kernels", "modules", "targets"],
     ["lora", "llama"],
-    ["variants", "budget", "testing", "files", "checkpoint", "adapter", "combine"],
+    ["variants", "quantize", "budget", "testing", "files", "checkpoint", "adapter", "combine"],
     ["tables", "tokenizer", "notes", "device"],
     ["calibration", "run", "classifier"],
     ["explain", "baselines", "evaluation"],

@@ -40,6 +40,16 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_run_quantize_option(parser: argparse.ArgumentParser) -> None:
+    """Add ``--quantize`` of a command that loads a run."""
+    parser.add_argument(
+        "--quantize",
+        default="auto",
+        help="weights of the base: auto (as in training), none, nf4 (4.5 bits a weight) or "
+        "nf4-double (4.13 bits a weight) (default: %(default)s)",
+    )
+
+
 def as_typed(prog: str, command: str) -> str:
     """Return a command in the form in which the user typed ``prog``.
 

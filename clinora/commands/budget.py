@@ -17,6 +17,7 @@ def build_parser(prog: str = "clinora budget") -> argparse.ArgumentParser:
     """Define the options."""
     from clinora.budget import ELEMENT_BYTES
     from clinora.lora import LoRAConfig
+    from clinora.quantize import QUANTIZATIONS
 
     lora = LoRAConfig()
     parser = new_parser(prog, __doc__.format(prog=prog))
@@ -44,6 +45,13 @@ def build_parser(prog: str = "clinora budget") -> argparse.ArgumentParser:
         choices=ELEMENT_BYTES,
         default="bf16",
         help="precision to train in (default: %(default)s)",
+    )
+    add(
+        "--quantize",
+        choices=QUANTIZATIONS,
+        default="none",
+        help="weights of the base's linear layers with LoRA or with the head alone; full training "
+        "is counted without (default: %(default)s)",
     )
     return parser
 
@@ -74,13 +82,16 @@ def print_budget(args: argparse.Namespace) -> None:
             precision=args.precision,
             rank=args.rank,
             targets=tuple(args.targets),
+            quantize="none" if method == "full" else args.quantize,
         )
         budgets.append(budget(config, tuning, args.labels))
     print(_target_table(targets))
     print()
-    print(_bytes_table(targets, args.precision))
+    print(_bytes_table(targets, args.precision, args.quantize))
     print()
     shape = f"{args.batch} × {args.tokens} tokens, {args.labels} classes, {args.precision}"
+    if args.quantize != "none":
+        shape += f", base in {args.quantize}"
     print(f"{shape}; MB:")
     print(_budget_table(budgets))
 
@@ -110,7 +121,7 @@ def _target_table(targets: list["Target"]) -> str:
     return _table(rows)
 
 
-def _bytes_table(targets: list["Target"], precision: str) -> str:
+def _bytes_table(targets: list["Target"], precision: str, quantize: str) -> str:
     titles = (
         "LoRA weights", "LoRA gradients", "LoRA AdamW",
         "full weights", "full gradients", "full AdamW",
@@ -118,7 +129,8 @@ def _bytes_table(targets: list["Target"], precision: str) -> str:
     totals = [0] * len(titles)
     rows = [(f"MB, {precision}", *titles)]
     for target in targets:
-        sizes = [*target.held_bytes("lora", precision), *target.held_bytes("full", precision)]
+        lora = target.held_bytes("lora", precision, quantize)
+        sizes = [*lora, *target.held_bytes("full", precision)]
         for column, size in enumerate(sizes):
             totals[column] += size
         rows.append((target.name, *map(_megabytes, sizes)))

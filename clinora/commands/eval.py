@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from clinora.commands import (
     add_machine_options,
+    add_run_quantize_option,
     as_typed,
     check_run,
     make_folder,
@@ -47,6 +48,7 @@ def build_parser(prog: str = "clinora eval") -> argparse.ArgumentParser:
         action="store_true",
         help="quote wrongly predicted notes in the report (default: off)",
     )
+    add_run_quantize_option(parser)
     add_machine_options(parser)
     return parser
 
@@ -72,7 +74,11 @@ def evaluate_run(args: argparse.Namespace, prog: str) -> None:
 
     keep_freed_memory()
     classifier = Classifier.load(
-        args.run, base=args.base, device=args.device, precision=args.precision
+        args.run,
+        base=args.base,
+        device=args.device,
+        precision=args.precision,
+        quantize=args.quantize,
     )
     data = classifier.data
     if data is None:

@@ -15,6 +15,7 @@ from typing import Any
 from clinora.commands import (
     STOPPED,
     add_machine_options,
+    add_run_quantize_option,
     as_typed,
     check_run,
     end_with,
@@ -63,6 +64,7 @@ def build_parser(prog: str = "clinora predict") -> argparse.ArgumentParser:
         type=float,
         help="with ray: GPUs of each copy, 1 or a share of one (default: 0, the CPU)",
     )
+    add_run_quantize_option(parser)
     add_machine_options(parser)
     return parser
 
@@ -110,7 +112,11 @@ def predict_here(args: argparse.Namespace, options: dict[str, Any]) -> Path:
     keep_freed_memory()
     keep_few_kernels()
     classifier = Classifier.load(
-        args.run, base=args.base, device=args.device, precision=args.precision
+        args.run,
+        base=args.base,
+        device=args.device,
+        precision=args.precision,
+        quantize=args.quantize,
     )
     return predict_file(classifier, args.run, args.notes, args.out, **options)
 
@@ -122,5 +128,11 @@ def predict_on_cluster(args: argparse.Namespace, options: dict[str, Any]) -> Pat
     from clinora.cluster import predict_with_ray
 
     return predict_with_ray(
-        args.run, args.notes, args.out, base=args.base, precision=args.precision, **options
+        args.run,
+        args.notes,
+        args.out,
+        base=args.base,
+        precision=args.precision,
+        quantize=args.quantize,
+        **options,
     )

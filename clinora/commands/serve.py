@@ -17,6 +17,7 @@ import sys
 from clinora.commands import (
     STOPPED,
     add_machine_options,
+    add_run_quantize_option,
     as_typed,
     check_run,
     new_parser,
@@ -54,6 +55,7 @@ def build_parser(prog: str = "clinora serve") -> argparse.ArgumentParser:
         help="proxy (address or network) whose X-Forwarded-For and X-Forwarded-Proto headers are "
         "trusted; may be repeated (default: none)",
     )
+    add_run_quantize_option(parser)
     add_machine_options(parser)
     return parser
 
@@ -86,7 +88,11 @@ def serve_run(args: argparse.Namespace, prog: str) -> None:
         if args.auth_file is not None:
             users = read_passwords(args.auth_file)
         classifier = Classifier.load(
-            args.run, base=args.base, device=args.device, precision=args.precision
+            args.run,
+            base=args.base,
+            device=args.device,
+            precision=args.precision,
+            quantize=args.quantize,
         )
         if is_loopback(args.host):
             hosts = [*args.allow_host, args.host]
