@@ -35,7 +35,7 @@ from clinora.modules import (
     unwrap,
     without_wrappers,
 )
-from clinora.targets import ALL_LINEAR, check_linear, find_targets, layer_number
+from clinora.targets import ALL_LINEAR, check_linear, find_targets
 from clinora.variants import DoRAConfig, OLoRAConfig, PiSSAConfig
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -291,7 +291,7 @@ def _peft_targets(model: nn.Module, options: dict) -> dict[str, nn.Module]:
             matches = re.fullmatch(targets, path) is not None
         else:
             matches = any(f".{path}".endswith(f".{target}") for target in targets)
-        if layers and layer_number(path) not in layers:
+        if layers and path not in targets and _peft_layer_number(path) not in layers:
             matches = False
         if matches and not any(f".{name}." in f".{path}." for name in whole):
             found[path] = module
@@ -304,6 +304,12 @@ def _peft_layers(options: dict) -> list:
     if layers is None:
         return []
     return layers if isinstance(layers, list) else [layers]
+
+
+def _peft_layer_number(path: str) -> int | None:
+    """Give the number of a module's layer: the first that has two segments in front, as in PEFT."""
+    found = re.match(r".*?\.[^.]*\.(\d+)\.", path)
+    return int(found[1]) if found else None
 
 
 def _peft_modules_to_save(model: nn.Module, options: dict) -> dict[str, nn.Module]:

@@ -126,8 +126,11 @@ class Classifier:
         token_limit: How many tokens of a note are read.
         calibration: How confidence is computed; None if the run was not calibrated.
         dtype: The dtype that autocast computes in; by default, that of the base.
+        quantization: How the weights of the base were quantised in training: "none", "nf4" or
+            "nf4-double".
         data: The notes that the model was trained on; None if they were not recorded.
-        training_options: The options that it was trained with; may be empty.
+        training_options: The options that it was trained with, the precision, and the variant and
+            rank of LoRA; may be empty.
         versions: The versions of the libraries that trained it; may be empty.
 
     Raises:
@@ -165,6 +168,7 @@ class Classifier:
         self.token_limit = token_limit
         self.calibration = calibration
         self.dtype = dtype or model.model.embed_tokens.weight.dtype
+        self.quantization = model.quantization
         self.data: DataRecord | None = None
         self.training_options: dict[str, Any] = {}
         self.versions: dict[str, str] = {}
@@ -271,6 +275,7 @@ class Classifier:
         model.source = source
         load_adapter(model, folder)
         classifier = cls(model, tokenizer, record.labels, record.token_limit, record.calibration)
+        classifier.quantization = record.quantization
         classifier.data = record.data
         classifier.training_options = record.training_options
         classifier.versions = record.versions
@@ -289,7 +294,7 @@ class Classifier:
             labels=self.labels,
             token_limit=self.token_limit,
             base=BaseRecord.of(self.model.source),
-            quantization=self.model.quantization,
+            quantization=self.quantization,
             calibration=self.calibration,
             data=self.data,
             training_options=self.training_options,
@@ -311,7 +316,11 @@ class Classifier:
         if self.data is not None:
             seen |= self.data.seen
         self.data = DataRecord(seen=seen)
+        self.quantization = self.model.quantization
         self.training_options = options | {"precision": str(self.dtype).removeprefix("torch.")}
+        lora: LoRAConfig | None = getattr(self.model, "lora_config", None)
+        if lora is not None:  # PiSSA is saved as LoRA of another rank
+            self.training_options |= {"variant": lora.variant, "rank": lora.rank}
         self.versions = {"clinora": version("clinora"), "torch": torch.__version__}
 
     def __repr__(self) -> str:

@@ -12,6 +12,7 @@ Shapes: in and out are the widths of an adapted layer, r its rank.
 """
 
 import copy
+import math
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from clinora.adapter import load_adapter, saved_whole
 from clinora.llama import LlamaForSequenceClassification
 from clinora.lora import LoRAConfig, insert_lora, lora_layers, lora_state_dict
-from clinora.modules import find_modules, named_modules, unwrap
+from clinora.modules import find_modules, named_modules, unwrap, without_wrappers
 from clinora.variants import DoRALinear
 
 
@@ -67,14 +68,16 @@ def add_adapters(
         A new model that shares the base's weights.
 
     Raises:
-        ValueError: A name is unknown; no adapter takes part; one of them is DoRA, whose update is
-            no product of two factors; their modules that were trained whole differ in name or
-            shape; or the summed rank exceeds a layer's smaller side.
+        ValueError: A name is unknown; no adapter takes part; a weight is not finite; one of the
+            adapters is DoRA, whose update is no product of two factors; their modules that were
+            trained whole differ in name or shape; or the summed rank is too large for a layer.
     """
     if not weights or not weights.keys() <= models.keys():
         raise ValueError(
             f"the adapters to add are {list(weights)}: expected some of {list(models)}"
         )
+    if not all(math.isfinite(weight) for weight in weights.values()):
+        raise ValueError(f"weights is {dict(weights)}: expected finite numbers")
     stacked_A: dict[str, list[Tensor]] = {}  # layer → (r × in) of each adapter
     stacked_B: dict[str, list[Tensor]] = {}  # layer → (out × r)
     wholes = []  # of each adapter: tensor of a module that was trained whole → its weighted value
@@ -112,9 +115,9 @@ def add_adapters(
         alpha_pattern=others,
     )
     added = share_weights(model, but=wholes[0])
-    if isinstance(added, LlamaForSequenceClassification):
-        _set_classes(added, unwrap(first).score.out_features)
-        added.head_trained = True
+    if isinstance(added, LlamaForSequenceClassification) and "score.weight" in tensors:
+        _set_classes(added, len(tensors["score.weight"]))
+        added.head_trained = unwrap(first).head_trained
     modules = dict(named_modules(added))
     linears = {name: modules[name] for name in ranks}
     insert_lora(added, config, linears, find_modules(added, config.also_train))
@@ -130,7 +133,7 @@ def share_weights(model: nn.Module, but: Collection[str]) -> nn.Module:
     shared = {}
     for name, parameter in bare.named_parameters():
         values = parameter.detach()
-        if name in but:
+        if without_wrappers(name) in but:
             values = values.clone()
         shared[id(parameter)] = nn.Parameter(values, parameter.requires_grad)
     return copy.deepcopy(bare, shared)

@@ -143,7 +143,7 @@ class LayerUpdate:
 
 @torch.no_grad()
 def layer_updates(model: nn.Module) -> list[LayerUpdate]:
-    """Measure what LoRA changed in each layer, in float64.
+    """Measure what LoRA changed in each layer, with singular values in float64.
 
     With B = Q₁·R₁ and Aᵀ = Q₂·R₂, the singular values of BA are those of the r × r core R₁·R₂ᵀ, so
     the out × in matrix BA is not formed. DoRA's ΔW has no such factors and is formed.

@@ -485,6 +485,7 @@ class LlamaForCausalLM(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.model = Llama(config)
+        self.quantization = "none"  # load_model changes it if it quantises the weights
         self.lm_head = None
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -513,6 +514,7 @@ class LlamaForSequenceClassification(nn.Module):
         self.score = nn.Linear(config.hidden_size, num_labels, bias=False)
         nn.init.normal_(self.score.weight, std=config.initializer_range)
         self.head_trained = False
+        self.quantization = "none"  # load_model changes it if it quantises the weights
 
     def forward(self, ids: Tensor, lengths: Tensor) -> Tensor:
         """Classify: ids (B, T) padded on the right, lengths (B,) from 1 to T → logits (B, C)."""

@@ -135,9 +135,15 @@ class LoRAConfig:
         alpha = first_match(self.alpha_pattern, name, self.alpha)
         return replace(self, rank=rank, alpha=alpha, rank_pattern={}, alpha_pattern={})
 
-    def largest_rank(self, linear: nn.Linear) -> int:
-        """Give the largest rank that an update of a layer can have."""
-        return min(linear.weight.shape)
+    def check_layer(self, name: str, linear: nn.Linear) -> None:
+        """Check that the configuration fits a layer.
+
+        Raises:
+            ValueError: The rank exceeds the smaller side of the layer's weight.
+        """
+        largest = min(linear.weight.shape)
+        if self.rank > largest:
+            raise ValueError(f"rank {self.rank} is too large for {name}: at most {largest}")
 
     def new_layer(self, linear: nn.Linear) -> "LoRALinear":
         """Create the layer that takes the place of a linear layer; variants.py has other kinds."""
@@ -284,9 +290,8 @@ def insert_lora(
     own = {name: config.for_layer(name) for name in linears}  # with the rank and α of the layer
     for name, linear in linears.items():
         check_linear(name, linear)
-        largest = own[name].largest_rank(linear)
-        if own[name].rank > largest:
-            raise ValueError(f"rank {own[name].rank} is too large for {name}: at most {largest}")
+        own[name].check_layer(name, linear)
+    _check_same_in_all_places(linears, own)
     _check_trained_whole(model, trained_whole, linears)
     if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
         # It would not average the gradients of parameters that it has not seen.
@@ -309,7 +314,7 @@ def insert_lora(
 
 @contextmanager
 def lora_strength(model: nn.Module, strength: float) -> Iterator[None]:
-    """Multiply the scaling of every layer inside a ``with`` block; blocks nest and restore.
+    """Multiply the update of every layer inside a ``with`` block; blocks nest and restore.
 
     1 is the adapter as trained. 0 gives the base's layers (a trained head stays on). It changes
     the model itself, so all threads see it. With activation checkpointing the backward pass
@@ -399,7 +404,7 @@ class ParameterCount:
         total: All parameters, tied ones counted once.
         trainable: Those that require a gradient.
         lora: The elements of every A and B, and of DoRA's magnitudes.
-        other: Trainable ones outside A and B, such as a head's.
+        other: Trainable ones outside these, such as a head's.
     """
 
     total: int
@@ -515,6 +520,17 @@ def _frozen_heads(model: nn.Module) -> list[str]:
         if parameters and not any(parameter.requires_grad for parameter in parameters):
             frozen.append(name)
     return frozen
+
+
+def _check_same_in_all_places(
+    linears: Mapping[str, nn.Linear], configs: Mapping[str, LoRAConfig]
+) -> None:
+    """Refuse a layer that is used twice and has different configurations under its names."""
+    first_name = {}
+    for name, linear in linears.items():
+        first = first_name.setdefault(linear, name)
+        if configs[name] != configs[first]:
+            raise ValueError(f"{first} and {name} are one layer, with two ranks or values of alpha")
 
 
 def _check_trained_whole(
@@ -685,7 +701,9 @@ def _check_pattern(name: str, pattern: object) -> None:
     try:
         re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"{name} holds {pattern!r}, no regular expression: {error}") from None
+        raise ValueError(
+            f"{name} holds {pattern!r}, which is not a valid regular expression: {error}"
+        ) from None
 
 
 def _is_list_of(kind: type, values: object) -> bool:

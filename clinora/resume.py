@@ -18,7 +18,8 @@ from clinora.checkpoint import CheckpointError, write_atomically
 from clinora.device import gathered, world
 
 CHECKPOINTS_KEPT = 2
-LOOP_VERSION = 2  # changes when the same options no longer lead to the same steps
+# Changes when the same options no longer lead to the same steps, or are recorded otherwise.
+LOOP_VERSION = 3
 
 
 @dataclass(frozen=True, slots=True)

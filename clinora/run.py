@@ -150,7 +150,8 @@ class RunRecord:
         quantization: How its weights were quantised in training: "none", "nf4" or "nf4-double".
         calibration: How confidence is computed; None if the run was not calibrated.
         data: The notes that it was trained on; None if they were not recorded.
-        training_options: The options of ``TrainingConfig``, and the precision; may be empty.
+        training_options: The options of ``TrainingConfig``, the precision, and the variant and rank
+            of LoRA; may be empty.
         versions: The versions of the libraries that trained it; may be empty.
     """
 

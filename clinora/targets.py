@@ -50,7 +50,10 @@ def find_targets(
         names = list(find_modules(model, targets))
     where = ""
     if isinstance(targets, str) and find_modules(model, (targets,)):
-        where = " (a string is a pattern for the whole name: for all layers so named, give a tuple)"
+        where = (
+            " (a string is a regular expression for the whole name; to adapt every layer with this "
+            f"name, give the tuple {(targets,)})"
+        )
     if layers is not None:
         names = [name for name in names if layer_number(name) in layers]
         where += f" in the layers {', '.join(map(str, layers))}"
@@ -59,7 +62,9 @@ def find_targets(
             f"no layer matches {targets!r}{where}; this model's linear layers: {listed}"
         )
     modules = dict(named_modules(model))
-    return {name: modules[name] for name in names}
+    # A layer that is used twice is adapted in both places, so it is found under both names.
+    chosen = {modules[name] for name in names}
+    return {name: module for name, module in modules.items() if module in chosen}
 
 
 def layer_number(name: str) -> int | None:

@@ -33,7 +33,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from clinora.lora import ADAPTER_SEGMENTS, count_parameters, merge_lora
+from clinora.lora import ADAPTER_SEGMENTS, count_parameters, lora_layers, merge_lora
 from clinora.modules import named_parameters
 
 
@@ -232,7 +232,8 @@ def assert_adapters_equal(first: nn.Module, second: nn.Module, limit: float = 0.
     """Assert that two models have the same adapter: all that trains, by name, shape and value.
 
     Names are compared as this package writes them, so one of the models may be PEFT's. The bases
-    are not compared.
+    are not compared, and scalings only where both layers are of this package. PiSSA and OLoRA are
+    saved as LoRA of twice the rank, so what is loaded does not equal what was saved.
 
     Args:
         first: A model adapted by ``apply_lora``, by PEFT or by hand.
@@ -252,6 +253,11 @@ def assert_adapters_equal(first: nn.Module, second: nn.Module, limit: float = 0.
     if alone := sorted(others.keys() - tensors.keys()):
         lines.append(_list("in the second model alone", alone))
     apart = []
+    scalings = {name: layer.config.scaling for name, layer in lora_layers(second)}
+    for name, layer in lora_layers(first):
+        other = scalings.get(name, layer.config.scaling)
+        if other != layer.config.scaling:
+            apart.append(f"{name} (scaling {layer.config.scaling:g} and {other:g})")
     for name in tensors.keys() & others.keys():
         gap = _largest_gap(tensors[name].detach().cpu(), others[name].detach().cpu())
         if not gap <= limit:  # not ">", so that a NaN fails

@@ -464,9 +464,9 @@ class Learner:
 
 
 def new_optimizer(trained: dict[str, nn.Parameter], config: TrainingConfig) -> torch.optim.AdamW:
-    """Create AdamW with two groups, each with a ``ratio`` of the learning rate, as in PEFT's LoRA+.
+    """Create AdamW; each group of parameters has a ``ratio`` that multiplies the learning rate.
 
-    B and DoRA's magnitudes learn at ``lora_plus_ratio`` times the learning rate.
+    As in PEFT's LoRA+, B and DoRA's magnitudes learn at ``lora_plus_ratio`` times the rate.
     """
     slow = []
     fast = []

@@ -23,9 +23,9 @@ from clinora.lora import LoRAConfig, LoRALinear, is_autocast, no_autocast
 class DoRAConfig(LoRAConfig):
     """DoRA (Liu et al. 2024, section 4): m ∘ V/‖V‖ with V = W + s·B·A replaces W.
 
-    The norm is that of each row of V, of the weights that one output reads; the vector m (out)
-    starts as the norms of W's rows and is trained beside A and B. It costs the product B·A and
-    the norms, out × in numbers, in each forward pass.
+    The norm is that of each row of V, the weights that one output reads; the paper writes columns
+    of the transposed weight. The vector m (out) starts as the norms of W's rows and is trained
+    beside A and B. Each forward pass also computes B·A (out × in) and the norms.
     """
 
     variant: ClassVar[str] = "DoRA"
@@ -74,7 +74,10 @@ class DoRALinear(LoRALinear):
     def gain(self, weight: Tensor) -> Tensor:
         """m/‖V‖ (out,). The norm is a constant for the gradient (section 4.3)."""
         with no_autocast(weight.device.type), torch.no_grad():
-            norms = super().adapted(weight).norm(dim=1)
+            # torch.compile cannot follow super() here.
+            norms = LoRALinear.adapted(self, weight).norm(dim=1)
+        # A row of zeros, as in a pruned model, has no direction: its output stays zero.
+        norms = norms.clamp(min=torch.finfo(norms.dtype).tiny)
         return self.lora_magnitude_vector.to(norms.dtype) / norms
 
     def adapted(self, weight: Tensor) -> Tensor:
@@ -100,9 +103,20 @@ class PiSSAConfig(LoRAConfig):
         factor = "α/√r" if self.rank_stabilized else "α/r"
         return f"W + ({factor})·(B·A − B₀·A₀)"
 
-    def largest_rank(self, linear: nn.Linear) -> int:
-        """Half of a layer's smaller side, since the saved update has rank 2r."""
-        return min(linear.weight.shape) // 2
+    def check_layer(self, name: str, linear: nn.Linear) -> None:
+        """Check that the decomposition exists, and that an update of rank 2r can be saved.
+
+        Raises:
+            ValueError: The rank exceeds half of the smaller side, or a weight is not finite.
+        """
+        largest = min(linear.weight.shape) // 2
+        if self.rank > largest:
+            raise ValueError(
+                f"rank {self.rank} is too large for {name}: at most {largest}, half of its smaller "
+                f"side, because {self.variant} is saved as LoRA of twice the rank"
+            )
+        if not linear.weight.is_meta and not linear.weight.isfinite().all():
+            raise ValueError(f"the weight of {name} has values that are not finite")
 
     def new_layer(self, linear: nn.Linear) -> "ShiftedLoRALinear":
         return ShiftedLoRALinear(linear, self)

@@ -5,10 +5,14 @@ import threading
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    apply_activation_checkpointing,
+)
 
 import clinora
 from clinora.lora import LoRAConfig, apply_lora, lora_layers
 from clinora.variants import DoRAConfig, PiSSAConfig
+from tests.checkpoint_files import edit_json, edit_tensors
 
 LENGTHS = [5, 12, 9, 3]
 
@@ -155,6 +159,7 @@ def test_a_sum_can_be_saved_and_loaded(adapters, notes, tmp_path, difference):
         ({"x": 1}, r"the adapters to add are \['x'\]"),
         ({"a": 1, "c": 1}, "c is a DoRA adapter"),
         ({"a": 1, "three": 1}, "heads of the same classes"),
+        ({"a": float("nan")}, "expected finite numbers"),
         ({"a": 1, "wide": 1}, r"rank 18 is too large for .*v_proj: at most 16"),
     ],
 )
@@ -176,6 +181,59 @@ def test_an_adapted_model_is_no_base(adapters):
     base, folders = adapters({"a": LoRAConfig(rank=2)})
     with pytest.raises(ValueError, match="already adapted"):
         clinora.load_adapters(alone(base, folders["a"]), folders)
+
+
+def test_a_wrapped_base_stays_as_it_was(tmp_path):
+    """Activation checkpointing wraps modules inside the model, which changes their names."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = nn.Linear(6, 6)
+            self.norm = nn.LayerNorm(6)
+
+        def forward(self, x):
+            return self.norm(self.up(x))
+
+    def build():
+        torch.manual_seed(0)
+        return nn.Sequential(Block(), Block())
+
+    config = LoRAConfig(rank=2, targets=("up",), also_train=("norm",))
+    single = build()
+    apply_lora(single, config)
+    with torch.no_grad():
+        single[1].norm.weight.normal_()
+    clinora.save_adapter(single, tmp_path)
+    model = build()
+    apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, Block))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    clinora.load_adapters(model, {"one": tmp_path})
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_a_sum_without_heads_keeps_the_bases_head(adapters, reference, notes, tmp_path):
+    _, base = reference()
+    model = clinora.load_model(base, num_labels=5).eval()
+    assert model.head_trained
+    lora = clinora.load_model(base, num_labels=5).eval()
+    apply_lora(lora, LoRAConfig(rank=2, also_train=()))
+    with torch.no_grad():
+        for _, layer in lora_layers(lora):
+            layer.lora_B.normal_()
+    clinora.save_adapter(lora, tmp_path)
+    edit_tensors(tmp_path / "adapter_model.safetensors", remove_head)
+    edit_json(tmp_path / "adapter_config.json", modules_to_save=None)
+    models = clinora.load_adapters(model, {"one": tmp_path})
+    added = clinora.add_adapters(model, models, {"one": 1.0})
+    batch = notes(LENGTHS)
+    torch.testing.assert_close(added(*batch), lora(*batch), rtol=1e-5, atol=1e-5)
+    assert torch.equal(added.score.weight, model.score.weight)
+
+
+def remove_head(tensors):
+    for name in [name for name in tensors if "score" in name]:
+        del tensors[name]
 
 
 def test_models_of_other_libraries_share_their_weights(tmp_path):

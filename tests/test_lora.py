@@ -14,7 +14,7 @@ import torch
 import transformers
 from torch import nn
 
-from clinora.adapter import load_adapter
+from clinora.adapter import load_adapter, save_adapter
 from clinora.llama import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 from clinora.lora import (
     LoRAConfig,
@@ -681,6 +681,41 @@ def test_a_name_in_also_train_may_be_absent():
     assert model[4].weight.requires_grad
 
 
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"targets": ("q",), "layers": (0,)},
+        {"targets": ("layers.0.q",)},
+        {"targets": r"layers\.0\.q"},
+    ],
+)
+def test_a_layer_that_is_used_twice_is_found_under_both_names(choice, tmp_path):
+    def build():
+        torch.manual_seed(0)
+        shared = nn.Linear(6, 6)
+        return nn.ModuleDict({"layers": nn.ModuleList(nn.ModuleDict({"q": shared}) for _ in "ab")})
+
+    model = build()
+    names = apply_lora(model, LoRAConfig(rank=2, also_train=(), **choice))
+    assert names == ["layers.0.q", "layers.1.q"]
+    with torch.no_grad():
+        model["layers"][0]["q"].lora_B.normal_()
+    save_adapter(model, tmp_path)
+    again = build()
+    load_adapter(again, tmp_path)
+    x = torch.randn(3, 6)
+    assert torch.equal(again["layers"][1]["q"](x), model["layers"][0]["q"].eval()(x))
+
+
+def test_a_pattern_that_gives_one_layer_two_ranks_is_refused():
+    shared = nn.Linear(6, 6)
+    model = nn.ModuleDict({"a": shared, "b": shared})
+    with pytest.raises(
+        ValueError, match="a and b are one layer, with two ranks or values of alpha"
+    ):
+        apply_lora(model, LoRAConfig(targets=("a",), also_train=(), rank=2, rank_pattern={"b": 1}))
+
+
 def test_names_match_whole_segments():
     """With substrings, "proj" would adapt "q_proj", and "score" the new "score_norm"."""
     model = nn.ModuleDict({"proj": nn.Linear(4, 4), "q_proj": nn.Linear(4, 4)})
@@ -722,7 +757,7 @@ def test_other_ways_to_choose_layers(twins, choice, expected):
         ),
         (
             {"targets": "q_proj"},
-            r"no layer matches 'q_proj' .*whole name.*: for all layers .* tuple",
+            r"no layer matches 'q_proj' .*whole name.*the tuple \('q_proj',\)",
         ),
         ({"layers": (3, 4)}, r"no layer matches .* in the layers 3, 4"),
         ({"rank_pattern": {"k_proj": 2}}, "pattern 'k_proj' matches none of the layers"),
@@ -900,7 +935,7 @@ def test_a_model_without_lora_is_refused(use):
         ({"dropout": math.nan}, "dropout is nan"),
         ({"targets": ()}, "targets is empty"),
         ({"targets": ""}, "targets is empty"),
-        ({"targets": "(q"}, r"targets holds '\(q', no regular expression"),
+        ({"targets": "(q"}, r"targets holds '\(q', which is not a valid regular"),
         ({"targets": ("q_proj", "")}, r"targets is \('q_proj', ''\): expected a tuple of names"),
         ({"targets": (0, 2)}, r"targets is \(0, 2\): expected a tuple of names"),
         ({"targets": None}, "targets is None: expected a tuple of names"),
@@ -916,7 +951,7 @@ def test_a_model_without_lora_is_refused(use):
         ({"rank_pattern": {"q": 0}}, r"rank_pattern\['q'\] is 0: expected a whole number"),
         ({"rank_pattern": [2]}, r"rank_pattern is \[2\]: expected a dictionary"),
         ({"alpha_pattern": {"q": -1}}, r"alpha_pattern\['q'\] is -1: expected a positive number"),
-        ({"alpha_pattern": {"*": 1}}, r"alpha_pattern holds '\*', no regular expression"),
+        ({"alpha_pattern": {"*": 1}}, r"alpha_pattern holds '\*', which is not a valid regular"),
     ],
 )
 def test_a_bad_configuration_is_refused(changes, message):

@@ -749,6 +749,19 @@ def test_adapters_that_differ_are_told_apart(adapt):
         assert_adapters_equal(model, other, limit=1e9)
 
 
+def test_equal_tensors_with_another_scaling_are_no_equal_adapters():
+    model = Net()
+    apply_lora(model, LoRAConfig(rank=2, alpha=4, targets=("up",)))
+    torch.manual_seed(0)
+    other = Net()
+    apply_lora(other, LoRAConfig(rank=2, alpha=400, targets=("up",)))
+    with torch.no_grad():
+        for name, parameter in other.named_parameters():
+            parameter.copy_(model.get_parameter(name))
+    with pytest.raises(AssertionError, match=r"these differ \(1\): up \(scaling 2 and 200\)"):
+        assert_adapters_equal(model, other)
+
+
 def test_a_layer_of_one_model_alone_is_named():
     model = with_ours(Net())
     other = Net()

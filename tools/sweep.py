@@ -11,6 +11,7 @@ training.
 
 import argparse
 import json
+import math
 import shutil
 import sys
 from collections.abc import Mapping
@@ -93,8 +94,8 @@ def measure(method: str, rate: float, args: argparse.Namespace, notes: clinora.N
     else:
         steps = read_steps(run / METRICS)
         result["seconds"] = steps[-1]["seconds"]
-        losses = [step["validation_loss"] for step in steps if "validation_loss" in step]
-        result["validation_loss"] = min(losses)
+        losses = [step.get("validation_loss", math.nan) for step in steps]
+        result["validation_loss"] = min(filter(math.isfinite, losses), default=None)
         result["correct"] = classify(classifier, notes.on("test")).correct.astype(int).tolist()
     shutil.rmtree(run)
     return result
@@ -157,7 +158,7 @@ def sweep(args: argparse.Namespace) -> None:
             lines.append(json.dumps(result))
             write_atomically(path, ("\n".join(lines) + "\n").encode())
             outcome = "the loss is not finite"
-            if result["correct"] is not None:
+            if result["validation_loss"] is not None:
                 correct = sum(result["correct"]) / len(result["correct"])
                 outcome = f"validation loss {result['validation_loss']:.3f}, {correct:.1%} correct"
             print(f"{method}, learning rate {rate:g}: {outcome}", flush=True)

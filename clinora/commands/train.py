@@ -144,7 +144,8 @@ def build_parser(prog: str = "clinora train") -> argparse.ArgumentParser:
         "--targets",
         nargs="+",
         default=lora.targets,
-        help=f"layers that LoRA adapts (default: {' '.join(lora.targets)})",
+        help="layers that LoRA adapts: names, or all-linear for every linear layer but the head "
+        f"(default: {' '.join(lora.targets)})",
     )
     for option in dataclasses.fields(TrainingConfig):
         flag = f"--{option.name.replace('_', '-')}"
@@ -199,6 +200,7 @@ def train_and_report(args: argparse.Namespace, prog: str) -> None:
     from clinora.notes import NAMED_NOTES, choose_classes, read_notes
     from clinora.report import model_table, read_steps, results_table, write_report
     from clinora.run import base_hashes
+    from clinora.targets import ALL_LINEAR
     from clinora.training import METRICS, TrainingConfig, train
     from clinora.variants import VARIANTS
 
@@ -208,8 +210,11 @@ def train_and_report(args: argparse.Namespace, prog: str) -> None:
     names = [option.name for option in dataclasses.fields(TrainingConfig)]
     options = {name: getattr(args, name) for name in names}
     config = TrainingConfig(**options)
+    targets = tuple(args.targets)
+    if targets == (ALL_LINEAR,):
+        targets = ALL_LINEAR
     lora = VARIANTS[args.variant](
-        rank=args.rank, alpha=args.alpha, dropout=args.dropout, targets=tuple(args.targets)
+        rank=args.rank, alpha=args.alpha, dropout=args.dropout, targets=targets
     )
     check_promise(args.promise)
     if first:
@@ -277,7 +282,6 @@ def train_and_report(args: argparse.Namespace, prog: str) -> None:
         fingerprint=notes.fingerprint,
         split_fingerprint=notes.split_fingerprint,
     )
-    classifier.training_options["variant"] = args.variant
     classifier.calibration = calibrate(classifier, validation, args.promise)
     classifier.save(args.run)
     results, answers = assess(classifier, notes, test, learned_from=notes, seed=config.seed)
