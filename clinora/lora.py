@@ -257,8 +257,7 @@ def apply_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
     linears = find_targets(model, config.targets, config.layers, heads=config.also_train)
     for pattern in (*config.rank_pattern, *config.alpha_pattern):
         check_pattern_matches(pattern, linears)
-    if isinstance(config.targets, str) or config.layers is not None:
-        config = replace(config, targets=short_names(model, linears), layers=None)
+    config = replace(config, targets=_found_targets(model, config, linears), layers=None)
     insert_lora(model, config, linears, find_modules(model, config.also_train))
     if frozen := _frozen_heads(model):
         names = ", ".join(frozen)
@@ -268,6 +267,17 @@ def apply_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
             stacklevel=2,
         )
     return list(linears)
+
+
+def _found_targets(
+    model: nn.Module, config: LoRAConfig, linears: Mapping[str, nn.Linear]
+) -> tuple[str, ...]:
+    """Give names that stand for exactly the layers that were found: the given ones if they do."""
+    if isinstance(config.targets, str):
+        return short_names(model, linears)
+    if find_modules(model, config.targets).keys() != linears.keys():
+        return short_names(model, linears)
+    return config.targets
 
 
 def insert_lora(

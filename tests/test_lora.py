@@ -696,7 +696,7 @@ def test_a_layer_that_is_used_twice_is_found_under_both_names(choice, tmp_path):
         return nn.ModuleDict({"layers": nn.ModuleList(nn.ModuleDict({"q": shared}) for _ in "ab")})
 
     model = build()
-    names = apply_lora(model, LoRAConfig(rank=2, also_train=(), **choice))
+    names = apply_lora(model, LoRAConfig(rank=2, dropout=0, also_train=(), **choice))
     assert names == ["layers.0.q", "layers.1.q"]
     with torch.no_grad():
         model["layers"][0]["q"].lora_B.normal_()
