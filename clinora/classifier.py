@@ -25,6 +25,7 @@ from clinora.device import choose_device, choose_dtype
 from clinora.llama import LlamaForSequenceClassification
 from clinora.lora import LoRAConfig, apply_lora
 from clinora.notes import Note, check_class_names, clean_text, has_visible
+from clinora.quantize import QUANTIZATIONS
 from clinora.run import BaseRecord, DataRecord, RunRecord, seen_hashes
 from clinora.tokenizer import Tokenizer
 
@@ -248,8 +249,12 @@ class Classifier:
 
         Raises:
             CheckpointError: A file is missing or damaged, or the base is not the recorded one.
-            ValueError: This machine has no such device, or the parts do not fit together.
+            ValueError: This machine has no such device, the parts do not fit together, or ``quantize``
+                is none of these.
         """
+        choices = ("auto", *QUANTIZATIONS)
+        if quantize not in choices:
+            raise ValueError(f"quantize is {quantize!r}: expected one of {', '.join(choices)}")
         folder = BUNDLED / "adapter" if str(folder) == "bundled" else Path(folder)
         if not folder.is_dir():
             raise CheckpointError(

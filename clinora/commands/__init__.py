@@ -42,11 +42,8 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
 
 def add_run_quantize_option(parser: argparse.ArgumentParser) -> None:
     """Add ``--quantize`` of a command that loads a run."""
-    from clinora.quantize import QUANTIZATIONS
-
     parser.add_argument(
         "--quantize",
-        choices=("auto", *QUANTIZATIONS),
         default="auto",
         help="weights of the base: auto (as in training), none, nf4 (4.5 bits a weight) or "
         "nf4-double (4.13 bits a weight) (default: %(default)s)",
