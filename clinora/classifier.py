@@ -249,8 +249,8 @@ class Classifier:
 
         Raises:
             CheckpointError: A file is missing or damaged, or the base is not the recorded one.
-            ValueError: This machine has no such device, the parts do not fit together, or ``quantize``
-                is none of these.
+            ValueError: This machine has no such device, the parts do not fit together, or
+                ``quantize`` is none of these.
         """
         choices = ("auto", *QUANTIZATIONS)
         if quantize not in choices:
