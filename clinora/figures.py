@@ -311,9 +311,7 @@ def updates_figure(updates: Sequence[LayerUpdate]) -> Figure:
     axes.set_xticks(range(len(targets)), targets)
     axes.set_yticks(range(len(layers)), layers)
     axes.set(xlabel="adapted weight W", ylabel="layer")
-    axes.set_title(
-        "How much each weight was changed:\n‖(α/r)·B·A‖ / ‖W‖, Frobenius norms", fontsize=11
-    )
+    axes.set_title("How much each weight was changed:\n‖ΔW‖ / ‖W‖, Frobenius norms", fontsize=11)
     return figure
 
 
@@ -334,8 +332,8 @@ def singular_values_figure(updates: Sequence[LayerUpdate]) -> Figure:
         ranks = [update.effective_rank for update in group]
         label = f"{target}: effective rank {min(ranks):.1f} to {max(ranks):.1f}"
         axes.plot([], [], label=label, **styles[target])
-    axes.set(xlabel="index of the singular value (1 to r)", ylabel="singular value", ylim=(0, None))
-    axes.set_title("Singular values of (α/r)·B·A:\na line for each layer", fontsize=11)
+    axes.set(xlabel="index of the singular value", ylabel="singular value", ylim=(0, None))
+    axes.set_title("Singular values of ΔW:\na line for each layer", fontsize=11)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(fontsize=8)
     return figure

@@ -357,7 +357,8 @@ def _internals_tab(batcher: Batcher) -> None:
 
     gr.Markdown(
         f"The loaded adapter: rank {lora.rank}, α = {lora.alpha:g}, on {', '.join(lora.targets)}. "
-        f"In these layers {lora.equation} takes the place of W, with A (r × in) and B (out × r)."
+        f"In these layers {lora.equation} takes the place of W, with A (r × in) and B (out × r). "
+        "ΔW is the difference of both."
     )
     with gr.Row():
         rank = gr.Slider(1, max(64, lora.rank), lora.rank, step=1, label="Rank r")
