@@ -427,9 +427,10 @@ def test_ctrl_c_after_training_says_how_to_go_on(notes, tmp_path, monkeypatch, c
         patch.setattr("clinora.evaluation.assess", press_ctrl_c)
         clinora_command(["train", *options])
     assert caught.value.code == 130
-    command = capsys.readouterr().err.splitlines()[-1].partition(": ")[2].split()
-    assert command[0] == "clinora"
-    assert clinora_command(command[1:]) == 0
+    errors = capsys.readouterr().err
+    found = re.search("^To resume: clinora (train .*)$", errors, re.MULTILINE)
+    assert found, errors
+    assert clinora_command(found[1].split()) == 0
     assert (tmp_path / "run" / "report" / "report.md").is_file()
 
 
