@@ -7,6 +7,7 @@ and is skipped without it. CLINORA_REQUIRE=data,browser makes such a skip a fail
 import io
 import os
 import shutil
+import signal
 from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -33,6 +34,15 @@ SENTENCES = [
     "CT of the abdomen without contrast shows no acute abnormality.",
     "History of present illness: a pleasant woman with diabetes and hypertension.",
 ]
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers():
+    """Restore the handlers after a test: serve.main, called in this process, changes them."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def lacking(what: str, why: str) -> None:
