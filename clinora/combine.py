@@ -35,6 +35,9 @@ def load_adapters(model: nn.Module, folders: Mapping[str, str | Path]) -> dict[s
             number of classes, because each adapter brings its own head.
         folders: The folders that ``save_adapter`` or PEFT wrote, by the adapter's name.
 
+    Returns:
+        A model for each name. Only its A and B, and what the adapter holds whole, are its own.
+
     Raises:
         CheckpointError: As for ``load_adapter``.
         ValueError: The model is already adapted.
