@@ -72,7 +72,10 @@ class DoRALinear(LoRALinear):
         return (y + self.strength * update).to(y.dtype)
 
     def gain(self, weight: Tensor) -> Tensor:
-        """Compute m/‖V‖ (out,) for a weight W (out × in). The norm is a constant for the gradient (section 4.3)."""
+        """Compute m/‖V‖ (out,) for a weight W (out × in).
+
+        The norm is a constant for the gradient (section 4.3).
+        """
         with no_autocast(weight.device.type), torch.no_grad():
             # torch.compile cannot follow super() here.
             norms = LoRALinear.adapted(self, weight).norm(dim=1)
@@ -89,11 +92,11 @@ class DoRALinear(LoRALinear):
 class PiSSAConfig(LoRAConfig):
     """PiSSA (Meng et al. 2024, section 3): A and B start as W's r largest singular triples.
 
-    With W = U·S·Vᵀ, A₀ = √(S/s)·Vᵀ and B₀ = U·√(S/s), of the r largest values S. So s·B₀·A₀ is
-    the best approximation of W of rank r. The paper subtracts s·B₀·A₀ from W; here W stays, and the layer computes W·x + s·(B·A − B₀·A₀)·x, which is the same
-    function. So ``lora_strength(model, 0)`` is the base, and dropout acts on the change alone,
-    while PEFT's also drops out the principal part. Saving writes B·A − B₀·A₀ as LoRA of rank 2r,
-    as PEFT's conversion does.
+    With W = U·S·Vᵀ, A₀ = √(S/s)·Vᵀ and B₀ = U·√(S/s), of the r largest values S. So s·B₀·A₀ is the
+    best approximation of W of rank r. The paper subtracts it from W; here W stays, and the layer
+    computes W·x + s·(B·A − B₀·A₀)·x, which is the same function. So ``lora_strength(model, 0)`` is
+    the base, and dropout acts on the change alone, while PEFT's also drops out the principal part.
+    Saving writes B·A − B₀·A₀ as LoRA of rank 2r, as PEFT's conversion does.
     """
 
     variant: ClassVar[str] = "PiSSA"
