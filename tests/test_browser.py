@@ -11,7 +11,7 @@ import pytest
 
 import clinora
 from clinora.serving.app import create_app
-from clinora.serving.page import EXAMPLES, REASONS
+from clinora.serving.classify_tab import EXAMPLES, REASONS
 from clinora.serving.server import MOST_BODY_BYTES
 from tests.served import CANARY, Person, calibration, running
 

@@ -10,8 +10,8 @@ from fastapi.testclient import TestClient
 
 import clinora
 from clinora.serving.app import create_app
+from clinora.serving.classify_tab import REASONS
 from clinora.serving.flags import Flags, FlagsFullError
-from clinora.serving.page import REASONS
 from tests.served import CANARY, call, join
 
 # --- What is stored ---

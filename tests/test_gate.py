@@ -24,9 +24,9 @@ from starlette.routing import Mount
 import clinora
 from clinora.serving import gate, storage
 from clinora.serving.app import create_app
+from clinora.serving.classify_tab import EXAMPLES
 from clinora.serving.flags import Flags
 from clinora.serving.guard import MOST_BODY_BYTES, MOST_FILE_BYTES
-from clinora.serving.page import EXAMPLES
 from tests.served import CANARY, ROOT, Person, call, join, run_async
 from tests.served import running as served_from_a_thread
 

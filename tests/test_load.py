@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 import clinora
-from clinora.serving.page import EXAMPLES
+from clinora.serving.classify_tab import EXAMPLES
 from clinora.serving.sessions import MOST_EVENTS_OF_A_CLIENT
 from tests.served import join
 

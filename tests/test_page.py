@@ -13,7 +13,8 @@ from clinora.budget import base_parameters
 from clinora.explain import explain
 from clinora.serving.api import MOST_CHARACTERS
 from clinora.serving.app import create_app
-from clinora.serving.page import EXAMPLES, TINYLLAMA
+from clinora.serving.classify_tab import EXAMPLES
+from clinora.serving.internals_tab import TINYLLAMA
 from tests.served import calibration, call
 
 PUBLISHED_NOTE = (
