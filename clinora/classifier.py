@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clinora.adapter import load_adapter, save_adapter
+from clinora.adapter import save_adapter
 from clinora.calibration import Calibration
 from clinora.checkpoint import BUNDLED, CheckpointError, find_base, find_tokenizer, load_model
+from clinora.combine import load_adapters
 from clinora.device import choose_device, choose_dtype
 from clinora.llama import LlamaForSequenceClassification
 from clinora.lora import LoRAConfig, apply_lora
@@ -252,39 +253,79 @@ class Classifier:
             ValueError: This machine has no such device, the parts do not fit together, or
                 ``quantize`` is none of these.
         """
+        (classifier,) = cls.load_several(
+            [folder], base=base, device=device, precision=precision, quantize=quantize
+        )
+        return classifier
+
+    @classmethod
+    def load_several(
+        cls,
+        folders: Sequence[str | Path],
+        *,
+        base: str | Path | None = None,
+        device: str = "auto",
+        precision: str = "auto",
+        quantize: str = "auto",
+    ) -> "list[Classifier]":
+        """Load several runs of one base, whose weights they share in memory.
+
+        The arguments and errors are those of ``load``. The base is looked for where the first run
+        recorded it, and must be the one that every run recorded. With ``quantize="auto"``, all
+        runs must have been trained on weights that were quantised in the same way.
+        """
+        if not folders:
+            raise ValueError("no run was given: expected at least one folder")
         choices = ("auto", *QUANTIZATIONS)
         if quantize not in choices:
             raise ValueError(f"quantize is {quantize!r}: expected one of {', '.join(choices)}")
-        folder = BUNDLED / "adapter" if str(folder) == "bundled" else Path(folder)
-        if not folder.is_dir():
-            raise CheckpointError(
-                f"there is no run {folder}: train one with clinora train --run {folder}"
-            )
-        record = RunRecord.read(folder)
+        found = [_run_folder(folder) for folder in folders]
+        records = [RunRecord.read(folder) for folder in found]
+        first = records[0]
+        if quantize == "auto":
+            quantize = first.quantization
+            for folder, record in zip(found, records, strict=True):
+                if record.quantization != quantize:
+                    raise ValueError(
+                        f"{found[0]} was trained on a base with quantize={quantize!r}, {folder} "
+                        f"with {record.quantization!r}: say which to use with quantize"
+                    )
         revision = None
         if base is None:
-            base = record.base.source
-            revision = record.base.revision
+            base = first.base.source
+            revision = first.base.revision
         find_tokenizer(base, revision)  # before the weights, which may take long to download
         source = find_base(base, revision)
-        record.base.check(source, folder)
+        for folder, record in zip(found, records, strict=True):
+            record.base.check(source, folder)
         tokenizer = Tokenizer(find_tokenizer(source.folder))
         chosen_device = choose_device(device)
         model = load_model(
             source.folder,
-            num_labels=len(record.labels),
+            num_labels=len(first.labels),
             dtype=choose_dtype(chosen_device, precision),
             device=chosen_device,
-            quantize=record.quantization if quantize == "auto" else quantize,
+            quantize=quantize,
         )
         model.source = source
-        load_adapter(model, folder)
-        classifier = cls(model, tokenizer, record.labels, record.token_limit, record.calibration)
-        classifier.quantization = record.quantization
-        classifier.data = record.data
-        classifier.training_options = record.training_options
-        classifier.versions = record.versions
-        return classifier
+        models = load_adapters(model, {str(folder): folder for folder in found})
+        classifiers = []
+        for folder, record in zip(found, records, strict=True):
+            adapted = models[str(folder)]
+            classes = adapted.score.weight.size(0)
+            if classes != len(record.labels):
+                raise CheckpointError(
+                    f"the adapter in {folder} has a head of {classes} classes, its clinora.json "
+                    f"has {len(record.labels)} labels: expected the files of one run"
+                )
+            limit = record.token_limit
+            classifier = cls(adapted, tokenizer, record.labels, limit, record.calibration)
+            classifier.quantization = record.quantization
+            classifier.data = record.data
+            classifier.training_options = record.training_options
+            classifier.versions = record.versions
+            classifiers.append(classifier)
+        return classifiers
 
     def save(self, folder: str | Path) -> None:
         """Write the adapter, the head and ``clinora.json``: all that ``load`` needs but the base.
@@ -464,3 +505,17 @@ class Classifier:
         result = torch.empty_like(in_groups)
         result[order] = in_groups
         return result
+
+
+def _run_folder(run: str | Path) -> Path:
+    """Give the folder of a run: "bundled" or a path.
+
+    Raises:
+        CheckpointError: There is no such folder.
+    """
+    folder = BUNDLED / "adapter" if str(run) == "bundled" else Path(run)
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"there is no run {folder}: train one with clinora train --run {folder}"
+        )
+    return folder

@@ -96,6 +96,22 @@ def test_a_job_does_not_part_the_notes_around_it_and_is_next(batcher, held, batc
     assert batches == [NOTES[:3], "first job", "second job"]
 
 
+def test_notes_for_different_classifiers_do_not_share_a_batch(batcher, held, batches, small_run):
+    other = clinora.Classifier.load(small_run, device="cpu", precision="fp32")
+    other.labels = ("v", "w", "x", "y", "z")
+    futures = [
+        *batcher.submit(NOTES[:2]),
+        *batcher.submit(NOTES[2:4], classifier=other),
+        *batcher.submit(NOTES[4:6]),
+    ]
+    held.set()
+    wait(futures, 30)
+    # Requests take turns in a batch.
+    assert batches == [[NOTES[0], NOTES[4], NOTES[1], NOTES[5]], NOTES[2:4]]
+    by_other = [future.result().label in other.labels for future in futures]
+    assert by_other == [False, False, True, True, False, False]
+
+
 def test_a_note_waits_for_one_of_each_request_before_it(batcher, held, batches, monkeypatch):
     """Three requests of 32 long notes are there first; here the model takes one note at a time."""
     monkeypatch.setattr(batcher, "most_together", 1)

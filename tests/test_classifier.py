@@ -23,6 +23,8 @@ from clinora.calibration import Calibration
 from clinora.checkpoint import BUNDLED, CheckpointError
 from clinora.classifier import group_by_length, pad
 from clinora.device import choose_device, choose_dtype
+from clinora.lora import LoRAConfig
+from tests.checkpoint_files import edit_json
 
 NOTES = [
     "The patient reports severe chest pain and shortness of breath. ECG shows ST elevation. "
@@ -320,7 +322,7 @@ def test_a_base_that_moved_is_found_with_its_new_place(classifier, run, tmp_path
     ("change", "message"),
     [
         ({"schema": 99}, "schema 99"),
-        ({"labels": ["A", "B"]}, r"score\.weight \(5 × 320, expected 2 × 320\)"),
+        ({"labels": ["A", "B"]}, "head of 5 classes, .* 2 labels"),
         ({"labels": ["A"] * 5}, "labels are not different names"),
         ({"labels": [1, 2, 3, 4, 5]}, "labels are not strings"),
         ({"labels": ["A", "B", "C", "D", "E" * 101]}, "label 4 .*101 characters"),
@@ -360,6 +362,58 @@ def test_a_damaged_run_is_one_clear_line(run, change, message):
 def test_a_run_that_is_not_there_is_named(tmp_path):
     with pytest.raises(CheckpointError, match="there is no run"):
         clinora.Classifier.load(tmp_path / "nowhere")
+
+
+@pytest.fixture
+def second_run(tmp_path):
+    """Save a run of the bundled base with three classes, another rank and another limit."""
+    labels = ["Dental", "Eye", "Skin"]
+    other = clinora.Classifier.new(
+        "bundled", labels, LoRAConfig(rank=2), seed=5, token_limit=64, precision="fp32",
+        device="cpu",
+    )  # fmt: skip
+    with torch.no_grad():
+        for parameter in other.model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape) * 0.1)
+    other.model.head_trained = True
+    other.save(tmp_path / "second")
+    return tmp_path / "second"
+
+
+def test_several_runs_of_one_base_share_its_memory_and_predict_as_alone(run, second_run):
+    both = clinora.Classifier.load_several([run, second_run], device="cpu", precision="fp32")
+    embeddings = {one.model.model.embed_tokens.weight.data_ptr() for one in both}
+    assert len(embeddings) == 1
+    for folder, one in zip([run, second_run], both, strict=True):
+        alone = clinora.load_model(
+            "bundled", num_labels=len(one.labels), dtype=torch.float32, device="cpu"
+        ).eval()
+        clinora.load_adapter(alone, folder)
+        for note, prediction in zip(NOTES, one(NOTES), strict=True):
+            ids = one.encode(note)[: one.token_limit]
+            logits = alone(torch.tensor([ids]), torch.tensor([len(ids)]))[0]
+            assert prediction.label == one.labels[logits.argmax()]
+            expected = logits.softmax(-1).tolist()
+            assert prediction.probabilities == pytest.approx(expected, abs=1e-5)
+
+
+def test_runs_of_different_bases_are_not_loaded_together(run, small_run):
+    with pytest.raises(CheckpointError, match="trained"):
+        clinora.Classifier.load_several([run, small_run])
+
+
+def test_runs_whose_base_was_quantised_differently_need_a_choice(run, second_run):
+    edit_json(second_run / "clinora.json", quantization="nf4")
+    with pytest.raises(ValueError, match="nf4"):
+        clinora.Classifier.load_several([run, second_run])
+    both = clinora.Classifier.load_several([run, second_run], quantize="none")
+    assert [one.quantization for one in both] == ["none", "nf4"]
+
+
+def test_no_run_is_refused():
+    with pytest.raises(ValueError, match="at least one"):
+        clinora.Classifier.load_several([])
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(classifier, reference):

@@ -37,6 +37,7 @@ class _Work:
     item: str | Callable
     client: str
     future: Future
+    classifier: Classifier  # of a note
     tokens: int | None = None  # tokens that the model reads; None until they are counted
 
     @property
@@ -45,10 +46,11 @@ class _Work:
 
 
 class Batcher:
-    """Runs one classifier for many concurrent clients.
+    """Runs a classifier, and others that share its base, for many concurrent clients.
 
     Attributes:
-        classifier: The classifier. Only the batcher's thread may use its model.
+        classifier: The classifier of the notes for which no other is chosen. Only the batcher's
+            thread may use a classifier's model.
         most_together: The largest number of notes in a batch.
         most_tokens: The largest number of tokens in a batch, padded to the longest note.
     """
@@ -65,7 +67,12 @@ class Batcher:
         self._thread.start()
 
     def submit(
-        self, notes: Sequence[str], wait: float = 0, *, client: str = ""
+        self,
+        notes: Sequence[str],
+        wait: float = 0,
+        *,
+        client: str = "",
+        classifier: Classifier | None = None,
     ) -> list[Future[Prediction]]:
         """Queue the notes of one request: either all of them or none.
 
@@ -75,11 +82,12 @@ class Batcher:
             notes: At most ``MOST_WAITING_NOTES`` notes.
             wait: Seconds to wait for room in the queue.
             client: Any name that is the same for all requests of one client.
+            classifier: Another classifier than the batcher's own, for these notes.
 
         Raises:
             BusyError: There was no room, or the service is shutting down.
         """
-        return self._queue(notes, wait, client)
+        return self._queue(notes, wait, client, classifier or self.classifier)
 
     def submit_job(self, job: Callable[[], T], *, client: str = "") -> Future[T]:
         """Queue a function that runs alone on the batcher's thread and may use the model.
@@ -91,7 +99,7 @@ class Batcher:
         Raises:
             BusyError: There is no room, or the service is shutting down.
         """
-        return self._queue([job], 0, client)[0]
+        return self._queue([job], 0, client, self.classifier)[0]
 
     def ready(self, client: str = "") -> bool:
         """Return whether the queue would accept a note of this client now."""
@@ -105,8 +113,10 @@ class Batcher:
             self._changed.notify_all()
         self._thread.join()
 
-    def _queue(self, items: Sequence[str | Callable], wait: float, client: str) -> list[Future]:
-        request = deque(_Work(item, client, Future()) for item in items)
+    def _queue(
+        self, items: Sequence[str | Callable], wait: float, client: str, classifier: Classifier
+    ) -> list[Future]:
+        request = deque(_Work(item, client, Future(), classifier) for item in items)
         # Collected before the batcher's thread can take work out of the deque.
         futures = [work.future for work in request]
         with self._changed:
@@ -175,8 +185,8 @@ class Batcher:
     def _candidates(self) -> list[_Work]:
         """Choose what may run next: one job, or notes taken from clients and requests in turn.
 
-        If the first request is a job, it runs. Otherwise notes are taken, also from requests that
-        stand behind a job.
+        If the first request is a job, it runs. Otherwise notes for the classifier of its first note
+        are taken, also from requests that stand behind a job or notes for another classifier.
         """
         if not self._requests:
             return []
@@ -185,7 +195,7 @@ class Batcher:
             return [first]
         requests_of_clients: dict[str, list[deque[_Work]]] = {}
         for request in self._requests:
-            if request[0].is_note:
+            if request[0].is_note and request[0].classifier is first.classifier:
                 requests_of_clients.setdefault(request[0].client, []).append(request)
         notes_of_clients = [_in_turn(requests) for requests in requests_of_clients.values()]
         notes = _in_turn(notes_of_clients)
@@ -199,18 +209,12 @@ class Batcher:
             if not work.is_note:
                 return [work]
             if work.tokens is None:
-                work.tokens = self._count(work.item)
+                work.tokens = _count(work.item, work.classifier)
             longest = max(longest, work.tokens)
             if batch and longest * (len(batch) + 1) > self.most_tokens:
                 break
             batch.append(work)
         return batch
-
-    def _count(self, note: str) -> int:
-        try:
-            return len(self.classifier.tokenizer.encode(note, self.classifier.token_limit))
-        except Exception:  # classifying the note will raise it again, for its caller
-            return self.classifier.token_limit
 
     def _take(self, work: _Work) -> bool:
         """Take a note or a job out of the queue; return False if it was cancelled meanwhile.
@@ -233,7 +237,7 @@ class Batcher:
         items = [work.item for work in taken]
         try:
             if taken[0].is_note:
-                answers = self.classifier(items)
+                answers = taken[0].classifier(items)
             else:
                 job = items[0]
                 answers = [job()]
@@ -245,6 +249,14 @@ class Batcher:
         for work, answer in zip(taken, answers, strict=True):
             work.future.set_result(answer)
         return True
+
+
+def _count(note: str, classifier: Classifier) -> int:
+    """Count the tokens that the model reads of a note."""
+    try:
+        return len(classifier.tokenizer.encode(note, classifier.token_limit))
+    except Exception:  # classifying the note will raise it again, for its caller
+        return classifier.token_limit
 
 
 def _in_turn(sources: Sequence[Iterable[T]]) -> Iterator[T]:
