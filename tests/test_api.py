@@ -11,6 +11,7 @@ import time
 
 import httpx
 import pytest
+import torch
 from fastapi.testclient import TestClient
 
 import clinora
@@ -44,6 +45,37 @@ def test_a_note_has_its_class_and_all_that_is_known_of_it(client, classifier):
         answer = client.post("/v1/classify", json={"note": note})
         assert answer.status_code == 200
         assert answer.json() == expected(classifier, note.strip())
+
+
+@pytest.fixture
+def two_adapters(classifier, small_run, flags_folder):
+    """A client of an app that serves a second adapter, whose head prefers the last class."""
+    other = clinora.Classifier.load(small_run, device="cpu", precision="fp32")
+    other.labels = ("v", "w", "x", "y", "z")
+    with torch.no_grad():
+        other.model.score.weight[:] = other.model.score.weight.flip(0)
+    app = create_app(classifier, flags_folder, adapters={"other": other})
+    with TestClient(app, "http://127.0.0.1", raise_server_exceptions=False) as client:
+        client.other = other
+        yield client
+
+
+def test_a_request_chooses_an_adapter_by_its_name(two_adapters, classifier):
+    for note in NOTES:
+        answer = two_adapters.post("/v1/classify", json={"note": note})
+        assert answer.json() == expected(classifier, note)
+        answer = two_adapters.post("/v1/classify", json={"note": note, "adapter": "other"})
+        assert answer.json() == expected(two_adapters.other, note)
+    answer = two_adapters.post("/v1/classify", json={"notes": NOTES, "adapter": "other"})
+    assert answer.json()["results"] == [expected(two_adapters.other, note) for note in NOTES]
+
+
+def test_an_adapter_that_is_not_served_is_refused_with_those_that_are(two_adapters, client):
+    for served, words in ((two_adapters, "one of: other"), (client, "none")):
+        answer = served.post("/v1/classify", json={"note": NOTES[0], "adapter": CANARY})
+        assert answer.status_code == 422
+        assert words in answer.json()["detail"]
+        assert CANARY not in answer.text
 
 
 def test_tokens_are_exact_or_at_least_so_many(client, classifier):

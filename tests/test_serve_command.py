@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import socket
 import stat
@@ -10,10 +11,13 @@ import sys
 import time
 import urllib.request
 
+import httpx
 import pytest
 
+import clinora
 from clinora.commands import serve as serve_command
 from clinora.serving.server import DEFAULT_LIMITS
+from tests.checkpoint_files import edit_json
 from tests.served import ROOT
 
 # --- Options ---
@@ -45,6 +49,11 @@ def serve(monkeypatch, tmp_path):
         (["--allow-host", "*", "--auth-file", "x"], "--allow-host *"),
         (["--allow-host", "https://a", "--auth-file", "x"], "--allow-host https://a"),
         (["--auth-file", "missing"], "missing"),
+        (["--adapter", "{run}"], "expected NAME=RUN"),
+        (["--adapter", "two words={run}"], "--adapter two words="),
+        (["--adapter", "a={run}", "--adapter", "a={run}"], "--adapter a="),
+        (["--adapter", "a=missing"], "there is no run missing"),
+        (["--run", "{run}", "--adapter", "a=bundled"], "trained on"),
         (["--trusted-proxy", "*"], "--trusted-proxy"),
         (["--trusted-proxy", "10.0.0.1/8"], "10.0.0.1/8"),
         (["--trusted-proxy", "127.0.0.1", "--trusted-proxy", "a.example"], "a.example"),
@@ -95,6 +104,19 @@ def test_a_missing_run_ends_the_process_with_one_line(start):
     assert served.process.wait(120) == 2
     assert served.read("out") == ""
     assert re.fullmatch(r"serve\.py: there is no run missing.*\n", served.read("err"))
+
+
+@pytest.mark.slow
+def test_a_request_chooses_one_of_the_adapters_that_are_served(small_run, start, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(small_run, other)
+    edit_json(other / "clinora.json", labels=["v", "w", "x", "y", "z"])
+    served = start("--run", small_run, "--adapter", f"other={other}", "--port", "0")
+    url = f"{served.url()}/v1/classify"
+    first = httpx.post(url, json={"note": "fever"}).json()
+    second = httpx.post(url, json={"note": "fever", "adapter": "other"}).json()
+    assert first["label"] in clinora.PUBLISHED_CLASSES
+    assert second["label"] == "vwxyz"[first["predicted_class"]]
 
 
 @pytest.mark.slow

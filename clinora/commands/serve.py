@@ -4,6 +4,7 @@ Without options: the bundled adapter, at http://127.0.0.1:7860.
 
 Examples:
 {command} --run runs/demo --port 8000
+{command} --run runs/five --adapter dental=runs/dental --adapter eye=runs/eye
 {command} --host 0.0.0.0 --allow-host notes.example --auth-file passwords.txt
 """
 
@@ -24,6 +25,7 @@ from clinora.commands import (
     one_line_errors,
 )
 
+ADAPTER = re.compile(r"(?P<name>[A-Za-z0-9_.-]{1,64})=(?P<run>.+)")  # of --adapter
 FLAGS = "flagged"  # folder in the working directory; the first flag creates it
 
 
@@ -32,6 +34,14 @@ def build_parser(prog: str = "clinora serve") -> argparse.ArgumentParser:
     parser = new_parser(prog, __doc__.format(command=as_typed(prog, "serve")))
     add = parser.add_argument
     add("--run", default="bundled", help="folder of a trained run (default: %(default)s)")
+    add(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="NAME=RUN",
+        help='another run of the same base, which a request to the API chooses with "adapter": '
+        "NAME; may be repeated (default: none)",
+    )
     add("--base", help="the base model, if it has moved (default: the run's)")
     add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     add("--port", type=int, default=7860, help="0: any free port (default: %(default)s)")
@@ -75,8 +85,10 @@ def main(argv: list[str] | None = None, prog: str = "clinora serve") -> int:
 def serve_run(args: argparse.Namespace, prog: str) -> None:
     """Open the port, load the run and serve it."""
     check_addresses(args)
+    runs = read_adapters(args.adapter)
     with take_port(args.host, args.port) as listener:
-        check_run(args.run, prog)
+        for run in (args.run, *runs.values()):
+            check_run(run, prog)
         from clinora.classifier import Classifier
         from clinora.device import keep_freed_memory
         from clinora.serving.app import create_app, serve
@@ -87,8 +99,8 @@ def serve_run(args: argparse.Namespace, prog: str) -> None:
         users = None
         if args.auth_file is not None:
             users = read_passwords(args.auth_file)
-        classifier = Classifier.load(
-            args.run,
+        classifier, *others = Classifier.load_several(
+            [args.run, *runs.values()],
             base=args.base,
             device=args.device,
             precision=args.precision,
@@ -105,6 +117,7 @@ def serve_run(args: argparse.Namespace, prog: str) -> None:
         app = create_app(
             classifier,
             FLAGS,
+            adapters=dict(zip(runs, others, strict=True)),
             hosts=hosts,
             users=users,
             card=model_card(classifier, args.run),
@@ -113,6 +126,26 @@ def serve_run(args: argparse.Namespace, prog: str) -> None:
         )
         print(f"Clinora: {url}", flush=True)
         serve(app, listener)
+
+
+def read_adapters(values: list[str]) -> dict[str, str]:
+    """Read the values of --adapter: the folder of each run, by the adapter's name.
+
+    Raises:
+        ValueError: A value has another form, or two have the same name.
+    """
+    runs = {}
+    for value in values:
+        match = ADAPTER.fullmatch(value)
+        if match is None:
+            raise ValueError(
+                f"--adapter {value}: expected NAME=RUN, with a name of 1 to 64 letters, digits, "
+                "dots, hyphens and underscores"
+            )
+        if match["name"] in runs:
+            raise ValueError(f"--adapter {value}: another adapter has this name already")
+        runs[match["name"]] = match["run"]
+    return runs
 
 
 def check_addresses(args: argparse.Namespace) -> None:

@@ -3,12 +3,14 @@
     POST /v1/classify  {"note": "…"}           → {"predicted_class": 0, "label": "…", …}
     POST /v1/classify  {"notes": ["…", "…"]}   → {"results": [{…}, {"error": "…"}]}
 
+Where several adapters are served, ``"adapter": "NAME"`` in the body chooses one of them.
+
 An error response never repeats the request body, since that may contain a note.
 """
 
 import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 
 from fastapi import FastAPI, HTTPException, Request
@@ -30,12 +32,13 @@ EXPECTED = f'expected {{"note": "text"}} or {{"notes": ["text", …]}} with 1 to
 
 
 class RequestBody(BaseModel):
-    """The body of a classification request: one note or several."""
+    """The body of a classification request: one note or several, and which adapter reads them."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     note: str | None = None
     notes: list[str] | None = Field(None, min_length=1, max_length=MOST_NOTES)
+    adapter: str | None = None  # its name; None: that of ``--run``
 
 
 class DuplicateKeyError(ValueError):
@@ -120,8 +123,14 @@ def describe(prediction: Prediction, classifier: Classifier) -> dict:
     }
 
 
-def add_routes(app: FastAPI, batcher: Batcher) -> None:
-    """Add the routes ``/health``, ``/ready`` and ``/v1/classify`` to an app."""
+def add_routes(app: FastAPI, batcher: Batcher, adapters: Mapping[str, Classifier]) -> None:
+    """Add the routes ``/health``, ``/ready`` and ``/v1/classify`` to an app.
+
+    Args:
+        app: The app that is served.
+        batcher: Runs the model for all clients.
+        adapters: The classifiers that a request can choose by name, besides the batcher's own.
+    """
 
     async def health(_request: Request) -> JSONResponse:  # also answers while the model is busy
         return JSONResponse({"status": "ok"})
@@ -133,12 +142,21 @@ def add_routes(app: FastAPI, batcher: Batcher) -> None:
 
     async def classify(request: Request) -> JSONResponse:
         body = read_body(request.headers, await request.body())
+        if body.adapter is None:
+            classifier = batcher.classifier
+        elif body.adapter in adapters:
+            classifier = adapters[body.adapter]
+        else:
+            names = ", ".join(adapters) or "none: leave the key out"
+            raise HTTPException(422, f"There is no adapter of this name; expected one of: {names}")
         texts = [body.note] if body.notes is None else body.notes
         notes = [clean_text(text) for text in texts]
         errors = [note_error(note) for note in notes]
         accepted = [note for note, error in zip(notes, errors, strict=True) if error is None]
         try:
-            futures = batcher.submit(accepted, client=network_of(request.client))
+            futures = batcher.submit(
+                accepted, client=network_of(request.client), classifier=classifier
+            )
             answers = iter(await _wait(futures, request))
         except (BusyError, TimeoutError):
             return JSONResponse({"detail": "The service is busy: try again."}, 503, RETRY_AFTER)
@@ -147,7 +165,7 @@ def add_routes(app: FastAPI, batcher: Batcher) -> None:
             if error is not None:
                 results.append({"error": error})
             else:
-                results.append(_result(next(answers), batcher.classifier))
+                results.append(_result(next(answers), classifier))
         if body.notes is not None:
             return JSONResponse({"results": results})
         result = results[0]

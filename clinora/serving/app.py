@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,6 +44,7 @@ def create_app(
     classifier: Classifier,
     flags_folder: str | Path,
     *,
+    adapters: Mapping[str, Classifier] | None = None,
     hosts: Sequence[str] = (),
     users: dict[str, tuple[bytes, bytes]] | None = None,
     card: str = "",
@@ -58,6 +59,7 @@ def create_app(
     Args:
         classifier: A trained run.
         flags_folder: Folder for flagged predictions. It is created with the first flag.
+        adapters: Other runs of the same base, by the name with which a request chooses one.
         hosts: Host names that the app accepts in addition to those of the loopback address.
         users: Salt and password hash of each user. With None, no password is required.
         card: The model card, in Markdown.
@@ -122,7 +124,7 @@ def create_app(
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK_NAMES, *hosts])
     app.add_middleware(Guard)
     app.add_middleware(Proxies, trusted=proxies)
-    add_routes(app, batcher)
+    add_routes(app, batcher, adapters or {})
     add_page(app, page, gradio_app, storage)
     app.state.gradio = gradio_app.routes[-1].app  # mount_gradio_app added this route last
     app.state.batcher = batcher
