@@ -140,7 +140,7 @@ def test_the_unit_test_passes_and_can_fail(monkeypatch):
 
 def test_the_answer_of_the_service_is_the_bundled_adapters():
     page = text_of(ROOT / "docs" / "serving.md")
-    (request,) = re.findall(r"-d '(.+)'", page)
+    request = re.findall(r"-d '(.+)'", page)[0]  # the answer is shown below the first request
     shown = json.loads(blocks("json", page)[0])
     classifier = clinora.Classifier.load("bundled")
     answer = describe(classifier([json.loads(request)["note"]])[0], classifier)
