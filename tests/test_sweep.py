@@ -2,11 +2,13 @@
 
 import functools
 import json
+import signal
 
 import numpy as np
 import pytest
 
 import clinora
+from clinora.training import Learner
 from tools import sweep
 
 
@@ -50,6 +52,27 @@ def test_each_method_is_measured_at_each_rate_once(run, notes, tmp_path, capsys)
     again = run(tmp_path, *methods, "--learning-rates", 1e-2, 1e-1)
     assert again[:6] == results and len(again) == 9
     assert capsys.readouterr().out.count("learning rate 0.1:") == 3
+
+
+def test_a_stopped_sweep_resumes_with_the_same_result(run, tmp_path, monkeypatch, capsys):
+    options = ["--methods", "LoRA, r = 1", "--learning-rates", 1e-2, 1e-3, "--steps", 4]
+    expected = run(tmp_path / "whole", *options)
+    steps = []
+
+    def stop_in_the_second_training(self, *arguments):
+        steps.append(self)
+        if len(steps) == 6:
+            signal.raise_signal(signal.SIGTERM)
+        return step(self, *arguments)
+
+    step = Learner.forward_and_backward
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="1"):
+        patch.setattr(Learner, "forward_and_backward", stop_in_the_second_training)
+        run(tmp_path / "stopped", *options)
+    assert "run the same command to resume" in capsys.readouterr().err
+    resumed = run(tmp_path / "stopped", *options)
+    for one, other in zip(resumed, expected, strict=True):
+        assert one | {"seconds": None} == other | {"seconds": None}
 
 
 def test_a_training_whose_loss_is_not_finite_has_no_result(run, tmp_path, monkeypatch):
