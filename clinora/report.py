@@ -1,9 +1,10 @@
-"""Write a run's measures: tables for the terminal, and the files of ``report/``."""
+"""Write a run's measures: tables for the terminal, and the files of ``report/``; read the files."""
 
 import dataclasses
 import io
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,14 +23,17 @@ from clinora.figures import (
 from clinora.lora import count_parameters
 from clinora.notes import Note
 
+METRICS = "metrics.json"
 METRICS_SCHEMA = 1
+CROSS_VALIDATION = "cross_validation.json"
+CROSS_VALIDATION_SCHEMA = 1
 MISTAKES = 20  # incorrect predictions listed
 EXCERPT = 300  # characters quoted of a note with an incorrect prediction, if requested
 FEWEST_TEST = 30  # notes; fewer allow no conclusion
 
 
-def model_table(classifier: Classifier) -> str:
-    """Describe a classifier's model, adapter and head, one line each."""
+def model_rows(classifier: Classifier) -> dict[str, str]:
+    """Describe a classifier's model, adapter and head: the names of the parts and their values."""
     model = classifier.model
     config = model.model.config
     lora = model.lora_config
@@ -38,7 +42,7 @@ def model_table(classifier: Classifier) -> str:
     base = model.source.name
     if model.quantization != "none":
         base += f", quantised as {model.quantization}"
-    rows = {
+    return {
         "model type": "Llama decoder with a sequence classification head",
         "base": base,
         "parameters": f"{count.total:,}",
@@ -56,6 +60,11 @@ def model_table(classifier: Classifier) -> str:
         "trainable": f"{count.trainable:,} parameters, {share:.3%}: "
         f"{count.lora:,} LoRA, {count.other:,} head",
     }
+
+
+def model_table(classifier: Classifier) -> str:
+    """Describe a classifier's model, adapter and head, one line each."""
+    rows = model_rows(classifier)
     return "\n".join(f"  {name:<12} {value}" for name, value in rows.items())
 
 
@@ -66,7 +75,8 @@ def results_table(results: Results) -> str:
     correct for its rows. Then the table has one column and no ceiling.
     """
     several_labels = results.ceiling < 1
-    lines = [f"{results.notes:,} notes in {results.rows:,} rows", *_warnings(results), ""]
+    warnings = warn_about(results.notes, results.trained_on, results.in_training)
+    lines = [f"{results.notes:,} notes in {results.rows:,} rows", *warnings, ""]
     lines += _accuracy_table(results, several_labels)
     lines += [
         "",
@@ -83,8 +93,8 @@ def results_table(results: Results) -> str:
     if results.against is not None:
         gain = results.against
         lines.append(
-            f"Against the TF-IDF baseline: {_points(gain.value)} points of the notes "
-            f"correct [{_points(gain.low)}, {_points(gain.high)}]."
+            f"Against the TF-IDF baseline: {in_points(gain.value)} points of the notes "
+            f"correct [{in_points(gain.low)}, {in_points(gain.high)}]."
         )
     for baseline in results.baselines:
         if baseline.settings:
@@ -105,10 +115,12 @@ def _accuracy_table(results: Results, several_labels: bool) -> list[str]:
         ),
     ]
     for baseline in results.baselines:
-        of_notes = _interval(baseline.any_label_accuracy)
-        rows.append((baseline.name, of_notes, _interval(baseline.accuracy)))
+        of_notes = with_interval(baseline.any_label_accuracy)
+        rows.append((baseline.name, of_notes, with_interval(baseline.accuracy)))
     after = results.after
-    rows.append(("this run", _interval(after.by_note.accuracy), _interval(after.by_row.accuracy)))
+    rows.append(
+        ("this run", with_interval(after.by_note.accuracy), with_interval(after.by_row.accuracy))
+    )
     if several_labels:
         # In a split by rows each note has one label, so the ceiling for notes is that for rows.
         of_notes = "100%" if results.split == "texts" else f"{results.test_ceiling:.1%}"
@@ -122,20 +134,23 @@ def _accuracy_table(results: Results, several_labels: bool) -> list[str]:
     return lines
 
 
-def _warnings(results: Results) -> list[str]:
-    """Write one line for each reason not to draw conclusions from these measures."""
+def warn_about(notes: int, trained_on: int, in_training: int) -> list[str]:
+    """Write one line for each reason not to draw conclusions from measures.
+
+    Args:
+        notes: Number of notes measured.
+        trained_on: Number of these notes that the run was trained or calibrated on.
+        in_training: Number of these notes whose text is also in the training split.
+    """
     lines = []
-    if results.notes < FEWEST_TEST:
+    if notes < FEWEST_TEST:
         lines.append(f"Fewer than {FEWEST_TEST} notes: no conclusion is possible.")
-    if results.trained_on:
+    if trained_on:
         lines.append(
-            f"NOT A TEST: the run was trained or calibrated on {results.trained_on:,} of these "
-            "notes"
+            f"NOT A TEST: the run was trained or calibrated on {trained_on:,} of these notes"
         )
-    if results.in_training:
-        lines.append(
-            f"{results.in_training:,} of these notes' texts are also among the training notes"
-        )
+    if in_training:
+        lines.append(f"{in_training:,} of these notes' texts are also among the training notes")
     return lines
 
 
@@ -150,15 +165,15 @@ def class_table(measures: Measures) -> list[str]:
         f"{'class':<{width}} {'precision':<20} {'recall':<20} {'F1':<20} {'notes':>7}",
     ]
     lines += [_class_line(one_class, width) for one_class in measures.classes]
-    lines.append(f"{'mean F1 of the classes':<{width}} {_interval(measures.macro_f1)}")
+    lines.append(f"{'mean F1 of the classes':<{width}} {with_interval(measures.macro_f1)}")
     return lines
 
 
 def _class_line(measures: ClassMeasures, width: int) -> str:
     label = measures.label
-    precision = _interval(measures.precision)
-    recall = _interval(measures.recall)
-    f1 = _interval(measures.f1)
+    precision = with_interval(measures.precision)
+    recall = with_interval(measures.recall)
+    f1 = with_interval(measures.f1)
     support = f"{measures.support:,.1f}".removesuffix(".0")
     return f"{label:<{width}} {precision:<20} {recall:<20} {f1:<20} {support:>7}"
 
@@ -193,7 +208,7 @@ def write_report(
     mistakes = find_mistakes(answers, notes, results.labels)
     metrics = {"schema": METRICS_SCHEMA, "about": about, **_plain(results), "mistakes": mistakes}
     text = json.dumps(metrics, indent=2, allow_nan=False) + "\n"
-    write_atomically(folder / "metrics.json", text.encode())
+    write_atomically(folder / METRICS, text.encode())
 
     figures = _figures(results, answers, token_limit, steps)
     for name, figure in figures.items():
@@ -278,8 +293,8 @@ def _confidence_lines(results: Results) -> list[str]:
     error = after.calibration_error.value
     top = after.top_calibration_error.value
     lines = [
-        f"Mean confidence minus the share correct: {_points(over.value)} points "
-        f"[{_points(over.low)}, {_points(over.high)}].",
+        f"Mean confidence minus the share correct: {in_points(over.value)} points "
+        f"[{in_points(over.low)}, {in_points(over.high)}].",
         f"Expected calibration error (10 bins): {error:.1%}; of the uncalibrated largest "
         f"probability: {top:.1%}.",
     ]
@@ -289,7 +304,7 @@ def _confidence_lines(results: Results) -> list[str]:
     coverage = answered.coverage.value
     lines += [
         f"Answered at a confidence of {answered.threshold:.1%} or more: {coverage:.1%} of the "
-        f"notes, {_interval(answered.accuracy)} of them correct "
+        f"notes, {with_interval(answered.accuracy)} of them correct "
         f"(target: {answered.promise:.0%}).",
         f"The other {1 - coverage:.1%} are referred to a person.",
     ]
@@ -308,7 +323,8 @@ def _mistake(mistake: dict, excerpts: dict[str, str]) -> str:
     return f"{line}\n    {excerpt}" if excerpt else line
 
 
-def _interval(share: Estimate) -> str:
+def with_interval(share: Estimate) -> str:
+    """Format a share and its 95% interval in percent."""
     return f"{share.value:.1%} [{100 * share.low:.1f}, {100 * share.high:.1f}]"
 
 
@@ -317,7 +333,7 @@ def _mean_and_spread(shares: tuple[float, float]) -> str:
     return f"{mean:.1%} ± {spread:.1%}"
 
 
-def _points(difference: float) -> str:
+def in_points(difference: float) -> str:
     """Format a difference of shares in percentage points, with its sign."""
     return f"{100 * difference:+.1f}"
 
@@ -334,3 +350,185 @@ def _plain(value: object) -> object:
     if isinstance(value, tuple | list):
         return [_plain(item) for item in value]
     return value
+
+
+# --- reading the files ----------------------------------------------------------------------------
+
+
+class ReportError(ValueError):
+    """A file of a report is damaged, or another version of Clinora wrote it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measured:
+    """The measures in ``metrics.json`` that a model card shows.
+
+    Attributes:
+        about: A sentence on the file of the notes.
+        notes: Number of notes measured.
+        trained_on: Number of these notes that the run was trained or calibrated on.
+        in_training: Number of these notes whose text is also in the training split.
+        accuracy: Any-label accuracy.
+        row_accuracy: Accuracy over the rows of the file.
+        best_row_accuracy: The largest that any function of the text can have on these rows.
+        before: Any-label accuracy of the base: the mean over random heads, the standard deviation.
+        baselines: Any-label accuracy of simpler classifiers, by their names.
+        against: Accuracy minus that of the best linear model on TF-IDF, paired; None without one.
+        overconfidence: Mean confidence minus the share correct; None without calibration.
+        promise: The share of the answered notes that should be correct; None without calibration.
+        coverage: The share of the notes that are answered; None without calibration.
+        answered_accuracy: The share of the answered notes that is correct; None if there is none.
+        classes: Precision and recall of each class, by its name.
+    """
+
+    about: str
+    notes: int
+    trained_on: int
+    in_training: int
+    accuracy: Estimate
+    row_accuracy: Estimate
+    best_row_accuracy: float
+    before: tuple[float, float]
+    baselines: dict[str, Estimate]
+    against: Estimate | None
+    overconfidence: Estimate | None
+    promise: float | None
+    coverage: Estimate | None
+    answered_accuracy: Estimate | None
+    classes: dict[str, tuple[Estimate, Estimate]]
+
+    @property
+    def tf_idf(self) -> Estimate | None:
+        """Any-label accuracy of the best linear model on TF-IDF; None without one."""
+        found = [share for name, share in self.baselines.items() if is_tf_idf(name)]
+        return max(found, default=None)
+
+
+def is_tf_idf(baseline: str) -> bool:
+    """Tell whether a baseline is a linear model on TF-IDF; older reports have two of them."""
+    return baseline.startswith("TF-IDF")
+
+
+def read_measured(folder: Path) -> Measured:
+    """Read the measures from ``metrics.json`` in a report's folder.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ReportError: It is damaged, or another version of Clinora wrote it.
+    """
+    path = folder / METRICS
+    values = _read_json(path, METRICS_SCHEMA)
+    try:
+        after = values["after"]
+        answered = after["answered"] or {}
+        return Measured(
+            about=str(values["about"]),
+            notes=int(values["notes"]),
+            trained_on=int(values["trained_on"]),
+            in_training=int(values["in_training"]),
+            accuracy=_estimate(after["by_note"]["accuracy"]),
+            row_accuracy=_estimate(after["by_row"]["accuracy"]),
+            best_row_accuracy=float(values["test_ceiling"]),
+            before=tuple(map(float, values["before"]["any_label_accuracy"])),
+            baselines={
+                str(baseline["name"]): _estimate(baseline["any_label_accuracy"])
+                for baseline in values["baselines"]
+            },
+            against=_estimate(values["against"]),
+            overconfidence=_estimate(after["overconfidence"]),
+            promise=float(answered["promise"]) if answered else None,
+            coverage=_estimate(answered.get("coverage")),
+            answered_accuracy=_estimate(answered.get("accuracy")),
+            classes={
+                str(one_class["label"]): (
+                    _estimate(one_class["precision"]),
+                    _estimate(one_class["recall"]),
+                )
+                for one_class in after["by_note"]["classes"]
+            },
+        )
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ReportError(
+            f"{path}: a value is missing or has the wrong type ({error}): `clinora eval` writes a "
+            "new report"
+        ) from None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CrossValidation:
+    """Measures over all notes of a file, each predicted by a training without it.
+
+    Attributes:
+        about: A sentence on the file of the notes.
+        notes: Number of notes.
+        folds: Number of trainings.
+        before: Any-label accuracy of the base, the mean over random heads.
+        accuracy: Any-label accuracy of the trained classifiers.
+        of_folds: The same in each fold.
+        tf_idf: Any-label accuracy of the linear model on TF-IDF.
+        tf_idf_of_folds: The same in each fold.
+        against: ``accuracy`` minus ``tf_idf``, paired.
+    """
+
+    about: str
+    notes: int
+    folds: int
+    before: float
+    accuracy: Estimate
+    of_folds: tuple[float, ...]
+    tf_idf: Estimate
+    tf_idf_of_folds: tuple[float, ...]
+    against: Estimate
+
+
+def write_cross_validation(folder: Path, measures: CrossValidation) -> None:
+    """Write ``cross_validation.json`` into a folder.
+
+    Raises:
+        OSError: The folder cannot be written.
+    """
+    values = {"schema": CROSS_VALIDATION_SCHEMA, **_plain(measures)}
+    text = json.dumps(values, indent=2, allow_nan=False) + "\n"
+    write_atomically(folder / CROSS_VALIDATION, text.encode())
+
+
+def read_cross_validation(folder: Path) -> CrossValidation:
+    """Read what ``write_cross_validation`` wrote.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ReportError: It is damaged, or another version of Clinora wrote it.
+    """
+    path = folder / CROSS_VALIDATION
+    values = _read_json(path, CROSS_VALIDATION_SCHEMA)
+    try:
+        return CrossValidation(
+            about=str(values["about"]),
+            notes=int(values["notes"]),
+            folds=int(values["folds"]),
+            before=float(values["before"]),
+            accuracy=_estimate(values["accuracy"]),
+            of_folds=tuple(map(float, values["of_folds"])),
+            tf_idf=_estimate(values["tf_idf"]),
+            tf_idf_of_folds=tuple(map(float, values["tf_idf_of_folds"])),
+            against=_estimate(values["against"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ReportError(f"{path}: a value is missing or has the wrong type ({error})") from None
+
+
+def _read_json(path: Path, schema: int) -> dict:
+    """Read a JSON object of a schema."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ReportError(f"{path}: not JSON ({error})") from None
+    if not isinstance(values, dict) or values.get("schema") != schema:
+        raise ReportError(f"{path}: expected an object with schema {schema}")
+    return values
+
+
+def _estimate(values: dict | None) -> Estimate | None:
+    if values is None:
+        return None
+    return Estimate(*(float(values[field]) for field in Estimate._fields))

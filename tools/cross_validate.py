@@ -5,8 +5,9 @@
 The different texts, in the order of their hashes, are divided among the folds in turn. For each
 fold a new classifier is trained on the other folds, as ``train.py`` does without validation notes.
 The settings of the linear model on TF-IDF are chosen on one of the other folds, and then it is
-trained on all of them. With ``--out``, a stopped training resumes from its checkpoint and finished
-trainings are not repeated.
+trained on all of them. With ``--out``, a stopped training resumes from its checkpoint, finished
+trainings are not repeated, and the measures are also written there, to ``cross_validation.json``. A
+run whose ``report/`` holds this file shows them on its model card.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from clinora.classifier import TOKEN_LIMIT
 from clinora.device import keep_freed_memory
 from clinora.evaluation import bootstrap_mean, classify, evaluate_random_heads, share_of
 from clinora.notes import are_correct
+from clinora.report import CrossValidation, write_cross_validation
 from clinora.run import base_hashes
 from clinora.training import METRICS, InterruptedTraining, TrainingConfig, train
 
@@ -79,8 +81,8 @@ def predict_tf_idf(
     return LinearModel(list(chain(*others)), settings).predict(measured)
 
 
-def cross_validate(args: argparse.Namespace, out: Path) -> None:
-    """Train and measure every fold, each with its own folder in ``out``, then print the table."""
+def cross_validate(args: argparse.Namespace, out: Path) -> CrossValidation:
+    """Train and measure every fold, each with its own folder in ``out``."""
     notes = clinora.read_notes(args.notes)
     folds = split_into_folds(notes.notes, args.folds)
     correct: dict[str, list[np.ndarray]] = {"LoRA": [], TF_IDF: []}  # one array for each fold
@@ -100,15 +102,29 @@ def cross_validate(args: argparse.Namespace, out: Path) -> None:
             flush=True,
         )
     order = [note for fold in folds for note in fold]
-    weights = [len(fold) for fold in folds]
-    print(f"\n| {len(order)} notes, {len(folds)} folds | notes correct | 95% interval |")
+    lora = np.concatenate(correct["LoRA"]).astype(float)
+    tf_idf = np.concatenate(correct[TF_IDF]).astype(float)
+    return CrossValidation(
+        about=f"Notes: {notes}.",
+        notes=len(order),
+        folds=len(folds),
+        before=np.average(before, weights=[len(fold) for fold in folds]).item(),
+        accuracy=share_of(bootstrap_mean(lora, order), len(order)),
+        of_folds=tuple(fold.mean().item() for fold in correct["LoRA"]),
+        tf_idf=share_of(bootstrap_mean(tf_idf, order), len(order)),
+        tf_idf_of_folds=tuple(fold.mean().item() for fold in correct[TF_IDF]),
+        against=bootstrap_mean(lora - tf_idf, order),
+    )
+
+
+def print_table(measures: CrossValidation) -> None:
+    """Print the measures over all folds."""
+    print(f"\n| {measures.notes} notes, {measures.folds} folds | notes correct | 95% interval |")
     print("|---|---:|---:|")
-    print(f"| before: random heads | {np.average(before, weights=weights):.1%} | |")
-    for name, of_folds in correct.items():
-        share = share_of(bootstrap_mean(np.concatenate(of_folds), order), len(order))
+    print(f"| before: random heads | {measures.before:.1%} | |")
+    for name, share in (("LoRA", measures.accuracy), (TF_IDF, measures.tf_idf)):
         print(f"| {name} | {share.value:.1%} | {share.low:.1%} to {share.high:.1%} |")
-    differences = np.concatenate(correct["LoRA"]).astype(float) - np.concatenate(correct[TF_IDF])
-    gain = bootstrap_mean(differences, order)
+    gain = measures.against
     print(
         f"\nLoRA minus {TF_IDF}, paired: {100 * gain.value:+.1f} points "
         f"[{100 * gain.low:+.1f}, {100 * gain.high:+.1f}]"
@@ -136,7 +152,10 @@ def main(argv: list[str] | None = None) -> int:
     keep_freed_memory()
     try:
         with tempfile.TemporaryDirectory() as temporary:
-            cross_validate(args, args.out or Path(temporary))
+            out = args.out or Path(temporary)
+            measures = cross_validate(args, out)
+            write_cross_validation(out, measures)
+            print_table(measures)
     except (OSError, ValueError, FloatingPointError) as error:
         parser.exit(2, f"cross_validate.py: {error}\n")
     except (InterruptedTraining, KeyboardInterrupt):
