@@ -13,7 +13,7 @@ from clinora.evaluation import Estimate
 from clinora.report import CrossValidation, write_cross_validation
 from clinora.run import DataRecord
 from clinora.serving.card import model_card
-from tests.served import calibration
+from tests.served import calibration, estimate, metrics
 
 ADAPTER = BUNDLED / "adapter"
 HOSTILE = [
@@ -54,40 +54,6 @@ def rows(card):
 def shown(estimate):
     low, high = 100 * estimate["low"], 100 * estimate["high"]
     return f"{100 * estimate['value']:.1f}% [{low:.1f}, {high:.1f}]"
-
-
-def estimate(value):
-    return {"value": value, "low": value - 0.025, "high": value + 0.0125}
-
-
-def metrics(labels, **changes):
-    """What ``clinora eval`` writes to metrics.json."""
-    measures = {
-        "accuracy": estimate(0.8),
-        "classes": [
-            {
-                "label": label,
-                "precision": estimate(0.7 + i / 100),
-                "recall": estimate(0.6 + i / 100),
-            }
-            for i, label in enumerate(labels)
-        ],
-    }
-    return {
-        "schema": 1, "about": "Notes: 99 rows.", "notes": 50, "trained_on": 0, "in_training": 0,
-        "test_ceiling": 0.625,
-        "before": {"any_label_accuracy": [0.25, 0.03]},
-        "after": {
-            "by_note": measures, "by_row": {"accuracy": estimate(0.55)},
-            "overconfidence": {"value": 0.031, "low": 0.011, "high": 0.052},
-            "answered": {"promise": 0.95, "coverage": estimate(0.85), "accuracy": estimate(0.9)},
-        },
-        "baselines": [
-            {"name": "majority class", "any_label_accuracy": estimate(0.45)},
-            {"name": "TF-IDF + linear model", "any_label_accuracy": estimate(0.84)},
-        ],
-        "against": {"value": -0.04, "low": -0.06, "high": -0.02},
-    } | changes  # fmt: skip
 
 
 @pytest.fixture

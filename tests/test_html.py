@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 from collections import Counter
 from contextlib import contextmanager
 
@@ -13,7 +14,7 @@ from clinora.run import DataRecord
 from clinora.serving.app import create_app
 from clinora.serving.card import model_card
 from clinora.serving.server import MOST_FILE_BYTES
-from tests.served import Person, running
+from tests.served import Person, metrics, running
 
 pytestmark = pytest.mark.slow
 
@@ -52,11 +53,10 @@ def named(trained, classes, data=None):
 
 
 def card_of(classifier, folder):
-    """Write a model card whose report has a table of the classes."""
+    """Write a model card whose tables name the classes."""
     report = folder / "report"
     report.mkdir(parents=True)
-    table = "\n".join(classifier.labels)
-    (report / "report.md").write_text(f"# Report\n\n```\n{table}\n```\n")
+    (report / "metrics.json").write_text(json.dumps(metrics(classifier.labels)))
     return model_card(classifier, folder)
 
 
@@ -180,7 +180,7 @@ def test_long_class_names_wrap_and_leave_the_percentages_in_sight(
     names = long_names(trained)
     classifier = named(trained, names)
     prediction = classifier([NOTE])[0]
-    with served(classifier, tmp_path) as url:
+    with served(classifier, tmp_path, card_of(classifier, tmp_path)) as url:
         page = chromium.new_page(viewport={"width": width, "height": 900})
         person = Person(page, url)
         person.submit(NOTE)
@@ -202,5 +202,8 @@ def test_long_class_names_wrap_and_leave_the_percentages_in_sight(
                 person.press("Compare strengths")
                 expect(page.get_by_role("grid", name="Probabilities")).to_contain_text(names[0])
             assert page.evaluate("document.documentElement.scrollWidth") <= width, tab
+            if tab == "Model card":
+                for table in page.locator("table").filter(visible=True).all():
+                    assert table.evaluate(BEYOND) == []
             page.screenshot(path=tmp_path / f"{tab}.png", full_page=True)
         page.close()

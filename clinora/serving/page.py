@@ -42,6 +42,11 @@ CSS = """
 /* Long class names wrap in the predictions, in the heading and beside their bars. */
 .gradio-container .output-class, .gradio-container .confidence-set .text,
 .gradio-container .json-node .content { overflow-wrap: anywhere; min-width: 0; }
+/* On a phone the card's tables keep words whole; only a name longer than its column is broken. */
+.gradio-container .model-card table { table-layout: fixed; width: 100%; max-width: 640px; }
+.gradio-container .model-card :is(th, td) { padding: 6px; word-break: normal;
+  overflow-wrap: anywhere; }
+.gradio-container .model-card th:first-child { width: 38%; }
 .gradio-container .score-token { --pale: color-mix(in srgb, var(--body-background-fill) 40%, #0000);
   background-image: linear-gradient(var(--pale), var(--pale)); }
 """
@@ -84,5 +89,5 @@ def build_page(batcher: Batcher, flags: Flags, storage: Storage, card: str, url:
             gr.Code(CURL.format(url=url), language="shell", label="curl", interactive=False)
             gr.Code(PYTHON.format(url=url), language="python", label="Python", interactive=False)
         with gr.Tab("Model card"):
-            gr.Markdown(card, latex_delimiters=[])
+            gr.Markdown(card, latex_delimiters=[], elem_classes="model-card")
     return page
