@@ -1,5 +1,6 @@
 """Cross-validation: every note once, by a run that has not seen it."""
 
+import json
 import re
 import shutil
 
@@ -44,6 +45,28 @@ def test_every_note_is_measured_once_by_a_run_that_was_not_trained_on_it(
     (_, _, name, _), *_ = folds
     assert f"| {name} | {by_linear / 22:.1%} |" in printed
     assert f"paired: {100 * (correct - by_linear) / 22:+.1f} points" in printed
+
+
+def test_the_measures_in_the_folder_are_those_of_the_folds(tmp_path, capsys):
+    path = write_notes(tmp_path / "notes.csv", texts=22)
+    out = tmp_path / "runs"
+    options = ["--notes", path, "--folds", 3, "--steps", 1, "--device", "cpu", "--out", out]
+    assert tool.main([str(option) for option in options]) == 0
+    folds = re.findall(
+        r"fold \d, (\d) notes: LoRA ([\d.]+)%, .* ([\d.]+)%", capsys.readouterr().out
+    )
+    written = json.loads((out / "cross_validation.json").read_text())
+    assert (written["notes"], written["folds"]) == (22, 3)
+    shares = {}
+    for name, column in (("accuracy", 1), ("tf_idf", 2)):
+        # A share is printed with three digits, and it is a whole number of the fold's notes.
+        correct = [round(int(fold[0]) * float(fold[column]) / 100) for fold in folds]
+        shares[name] = sum(correct) / 22
+        each = [hits / int(fold[0]) for hits, fold in zip(correct, folds, strict=True)]
+        assert written[f"{'' if column == 1 else 'tf_idf_'}of_folds"] == pytest.approx(each)
+        assert written[name]["value"] == pytest.approx(shares[name])
+        assert written[name]["low"] <= written[name]["value"] <= written[name]["high"]
+    assert written["against"]["value"] == pytest.approx(shares["accuracy"] - shares["tf_idf"])
 
 
 def test_what_is_trained_in_a_folder_is_not_trained_again(tmp_path, capsys):
