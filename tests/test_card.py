@@ -102,6 +102,13 @@ def test_the_test_notes_that_are_no_test_are_said_to_be_none(classifier, run):
     assert re.search(r"NOT A TEST: .* 17 of these notes", model_card(classifier, run(report=own)))
 
 
+@pytest.mark.parametrize(("notes", "said"), [(29, True), (30, False)])
+def test_few_other_notes_allow_no_conclusion(classifier, run, notes, said):
+    few = metrics(classifier.labels, notes=notes)
+    card = model_card(classifier, run(**{"report-few": few}))
+    assert ("no conclusion is possible" in card) == said
+
+
 def test_all_notes_in_folds_come_first(classifier, run):
     folder = run(report=metrics(classifier.labels))
     folds = CrossValidation(

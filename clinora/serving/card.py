@@ -174,7 +174,11 @@ def _accuracy(reports: _Reports) -> str:
         rows.append((name, with_interval(accuracy), with_interval(tf_idf) if tf_idf else "–"))
         if against is not None:
             differences.append(f"- {name}: {_difference(against)}")
-    parts += [_table(rows), ACCURACY]
+    parts.append(_table(rows))
+    for name, notes in _named(reports).items():
+        for warning in warn_about(notes.notes, notes.trained_on, notes.in_training):
+            parts.append(f"**{name}: {warning}**")
+    parts.append(ACCURACY)
     if folds is not None:
         parts.append(FOLDS.format(folds=folds.folds))
     if differences:
@@ -186,20 +190,18 @@ def _accuracy(reports: _Reports) -> str:
 
 
 def _test_notes(test: Measured) -> list[str]:
-    """Write what was measured on the test notes alone: warnings, simple classifiers, classes."""
-    warnings = warn_about(test.notes, test.trained_on, test.in_training)
-    parts = [f"**The test notes: {warning}**" for warning in warnings]
+    """Write what is shown of the test notes alone: simple classifiers, rows and classes."""
     mean, spread = test.before
     simple = [f"- the base before training, with random heads: {mean:.1%} ± {spread:.1%}"]
     for name, share in test.baselines.items():
         if not is_tf_idf(name):  # it stands beside the model already
             simple.append(f"- {_literal(name)}: {with_interval(share)}")
     lines = "\n".join(simple)
-    parts.append(f"For comparison, the share of the test notes that is correct:\n\n{lines}")
+    parts = [f"For comparison, the share of the test notes that is correct:\n\n{lines}"]
     if test.best_row_accuracy < 1:
         best = f"{test.best_row_accuracy:.1%}"
         parts.append(ROWS.format(best=best, rows=with_interval(test.row_accuracy)))
-    rows = [("class, test notes", "precision", "recall")]
+    rows = [("class of the test notes", "precision", "recall")]
     for label, (precision, recall) in test.classes.items():
         rows.append((_literal(label), with_interval(precision), with_interval(recall)))
     return [*parts, _table(rows), CLASSES]
