@@ -213,6 +213,11 @@ def test_a_damaged_report_leaves_the_rest_of_the_card(classifier, run, text):
     assert "50 other notes (other)" in rows(card)
 
 
+def test_a_report_of_another_schema_is_not_read(classifier, run):
+    card = model_card(classifier, run(report=metrics(classifier.labels, schema=2)))
+    assert "cannot be read" in card and not rows(card).get("50 test notes")
+
+
 # --- names that others gave -----------------------------------------------------------------------
 
 
