@@ -244,6 +244,47 @@ def _misleading_confidence(answer: tuple[Sequence[float], Sequence[int]]) -> boo
     return sum(ordered[2:]) / 8 < sum(ordered) / 10
 
 
+# --- Chapter 7: which LoRA ------------------------------------------------------------------------
+
+
+def _trained_by_dora(answer: Callable[[int, int, int], int]) -> bool:
+    """A, B and one magnitude for each output."""
+    for out, width, rank in ((320, 320, 8), (160, 320, 8), (30, 7, 2)):
+        parts = torch.empty(rank, width), torch.empty(out, rank), torch.empty(out)
+        if answer(out, width, rank) != sum(part.numel() for part in parts):
+            return False
+    return True
+
+
+def _merged_dora(answer: Callable[..., Tensor]) -> bool:
+    """Row by row: the merged weight is m times the unit vector of W + s·B·A, and W is unchanged."""
+    W, A, B, m = _random((5, 6), (2, 6), (5, 2), (5,))
+    before = W.clone()
+    merged = answer(W, A, B, 1.5, m)
+    rows = [before[i] + 1.5 * sum(B[i, j] * A[j] for j in range(2)) for i in range(5)]
+    expected = torch.stack([m[i] * row / row.dot(row) ** 0.5 for i, row in enumerate(rows)])
+    return torch.equal(W, before) and _close(merged, expected, 1e-6)
+
+
+def _pissa_start(answer: Callable[[Tensor, int, float], tuple[Tensor, Tensor]]) -> bool:
+    """s·B·A is W's part along the eigenvectors of W·Wᵀ with the r largest eigenvalues."""
+    (W,) = _random((5, 6))
+    for rank, s in ((1, 1), (2, 2), (3, 0.5)):
+        A, B = answer(W, rank, s)
+        largest = torch.linalg.eigh(W @ W.T).eigenvectors[:, -rank:]  # in ascending order
+        if A.shape != (rank, 6) or B.shape != (5, rank):
+            return False
+        if not _close(s * B @ A, largest @ largest.T @ W, 1e-6):
+            return False
+    return True
+
+
+def _range_of_ratio(answer: Sequence[float]) -> bool:
+    """Each optimum is at most a factor √3 away from its point, so their ratio a factor 3."""
+    low, high = answer
+    return _close(low, 3, 0.01) and _close(high, 27, 0.01)
+
+
 # --- Helpers --------------------------------------------------------------------------------------
 
 
@@ -289,4 +330,8 @@ CHECKS: dict[str, Callable[..., bool]] = {
     "6.2": _least_cross_entropy,
     "6.3": _wrong_of_30,
     "6.4": _misleading_confidence,
+    "7.1": _trained_by_dora,
+    "7.2": _merged_dora,
+    "7.3": _pissa_start,
+    "7.4": _range_of_ratio,
 }

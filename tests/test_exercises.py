@@ -128,6 +128,52 @@ def stack_of_twice_the_rank(A1, B1, A2, B2):
     return A, torch.cat((B1, B2, none_B, none_B), dim=1), 64
 
 
+def merge_dora(W, A, B, s, m):
+    V = W + s * B @ A
+    return m[:, None] * V / V.norm(dim=1, keepdim=True)
+
+
+def merge_dora_by_pytorch(W, A, B, s, m):
+    return torch.diag(m) @ torch.nn.functional.normalize(torch.addmm(W, B, A, alpha=s), dim=1)
+
+
+def merge_dora_by_columns(W, A, B, s, m):
+    V = W + s * B @ A
+    return m[:, None] * V / V.norm(dim=0)
+
+
+def merge_dora_with_the_norms_of_the_base(W, A, B, s, m):
+    return m[:, None] * (W + s * B @ A) / W.norm(dim=1, keepdim=True)
+
+
+def pissa(W, rank, s):
+    U, sigma, Vh = torch.linalg.svd(W)
+    root = (sigma[:rank] / s).sqrt()
+    return root[:, None] * Vh[:rank], U[:, :rank] * root
+
+
+def pissa_by_projection(W, rank, s):
+    """Two other factors of the same product."""
+    U = torch.linalg.svd(W)[0][:, :rank]
+    return U.T @ W, U / s
+
+
+def pissa_without_scaling(W, rank, s):
+    A, B = pissa(W, rank, s)
+    return A * s**0.5, B * s**0.5
+
+
+def pissa_of_the_smallest(W, rank, s):
+    U, sigma, Vh = torch.linalg.svd(W, full_matrices=False)
+    root = (sigma[-rank:] / s).sqrt()
+    return root[:, None] * Vh[-rank:], U[:, -rank:] * root
+
+
+def pissa_without_roots(W, rank, s):
+    U, sigma, Vh = torch.linalg.svd(W)
+    return sigma[:rank, None] * Vh[:rank] / s, U[:, :rank] * sigma[:rank]
+
+
 RIGHT = {
     "1.1": (layer_parameters, layer_parameters_weight_by_weight),
     "1.2": (2 * torch.pi * 10_000 ** (78 / 80), 49_909),
@@ -166,6 +212,13 @@ RIGHT = {
         (range(10), [1, 1, 1, 1, 1, 1, 1, 0, 0, 0]),
         (torch.linspace(1, 0.1, 10), torch.tensor([0, 1, 0, 1, 0, 1, 0, 1, 1, 1])),
     ),
+    "7.1": (
+        lambda out, width, rank: rank * (out + width) + out,
+        lambda out, width, rank: sum([rank * width, rank * out, *[1] * out]),
+    ),
+    "7.2": (merge_dora, merge_dora_by_pytorch),
+    "7.3": (pissa, pissa_by_projection),
+    "7.4": ((3, 27), torch.tensor([9 / 3, 9.0 * 3])),
 }
 
 WRONG = {
@@ -224,6 +277,18 @@ WRONG = {
         (range(10), [1] * 10),
         ([0.5] * 10, [1, 1, 1, 1, 1, 1, 1, 0, 0, 0]),
     ),
+    "7.1": (
+        lambda out, width, rank: rank * (out + width),  # without magnitudes
+        lambda out, width, rank: rank * (out + width) + width,  # one for each input
+        lambda out, width, rank: rank * (out + width) + 1,
+    ),
+    "7.2": (
+        merge_dora_by_columns,
+        merge_dora_with_the_norms_of_the_base,
+        lambda W, A, B, s, m: m[:, None] * (W + s * B @ A),
+    ),
+    "7.3": (pissa_without_scaling, pissa_of_the_smallest, pissa_without_roots),
+    "7.4": ((9, 9), (9 / 3**0.5, 9 * 3**0.5), (1, 81)),
 }
 
 
