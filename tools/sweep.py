@@ -40,6 +40,9 @@ METHODS: Mapping[str, LoRAConfig | None] = {
     "PiSSA, r = 8": PiSSAConfig(rank=8, alpha=16),
     "OLoRA, r = 8": OLoRAConfig(rank=8, alpha=16),
     "full": None,
+    # These two train nearly as many parameters as each other, on different layers.
+    "LoRA, r = 42": LoRAConfig(rank=42, alpha=84),
+    "LoRA, r = 8, all linear layers": LoRAConfig(rank=8, alpha=16, targets="all-linear"),
 }
 LORA_PLUS_RATIO = 16  # the authors' choice (Hayou et al. 2024, section 5)
 LEARNING_RATES = (2e-4, 6e-4, 2e-3, 6e-3, 2e-2)
