@@ -38,8 +38,8 @@ def drawn(notebook):
     ]
 
 
-def test_the_course_has_six_chapters():
-    assert [path.stem[:3] for path in CHAPTERS] == [f"{n:02}_" for n in range(1, 7)]
+def test_the_course_has_seven_chapters():
+    assert [path.stem[:3] for path in CHAPTERS] == [f"{n:02}_" for n in range(1, 8)]
 
 
 @each_chapter

@@ -8,12 +8,14 @@ import re
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import clinora
 from clinora.baselines import train_baselines
 from clinora.checkpoint import BUNDLED
 from clinora.commands import budget
+from clinora.evaluation import bootstrap_mean
 from clinora.serving.api import describe
 from tools import compare
 
@@ -374,6 +376,31 @@ def test_the_table_of_ranks_is_that_of_the_committed_results(series):
             figures_of(f"{result['trainable']:,}"),
             figures_of(correct),
         ]
+
+
+def test_the_table_of_variants_is_that_of_the_committed_results():
+    results = ROOT / "notebooks" / "results" / "variants" / "results.jsonl"
+    best = {}  # by method, the training with the lowest validation loss
+    for result in map(json.loads, text_of(results).splitlines()):
+        name = "full fine-tuning" if result["method"] == "full" else result["method"]
+        if result["validation_loss"] is not None:
+            trainings = (best.get(name, result), result)
+            best[name] = min(trainings, key=lambda training: training["validation_loss"])
+    rows = {row[0]: row[1:] for row in table_rows(text_of(ROOT / "docs" / "variants.md"))}
+    assert len(best) == 9
+    correct = {name: np.array(training["correct"]) for name, training in best.items()}
+    # The draws follow the hashes of the texts, so the texts are those of chapter 7.
+    notes = [clinora.Note(f"text {number}", (0,)) for number in range(367)]
+    for name, training in best.items():
+        share = bootstrap_mean(1.0 * correct[name], notes)
+        gap = bootstrap_mean(100.0 * (correct[name] - correct["LoRA, r = 8"]), notes)
+        trained, rate, loss, accuracy, difference = rows[name]
+        assert trained == f"{training['trainable']:,}"
+        assert float(rate) == training["learning_rate"]
+        assert loss == f"{training['validation_loss']:.3f}"
+        assert accuracy == f"{share.value:.1%} [{100 * share.low:.1f}, {100 * share.high:.1f}]"
+        shown = f"{gap.value:+.1f} [{gap.low:+.1f}, {gap.high:+.1f}]".replace("-", "−")
+        assert difference == ("" if name == "LoRA, r = 8" else shown)
 
 
 def test_tinyllamas_memory_is_what_the_budget_prints(tmp_path, capsys):
