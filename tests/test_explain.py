@@ -159,9 +159,11 @@ def test_a_note_of_one_sentence_has_nothing_to_be_compared_with(classifier):
     ]
 
 
-def test_a_note_of_which_no_text_is_read_has_no_effect(changeable):
-    changeable.token_limit = 1  # the token in front of every note
-    assert leave_one_out(changeable, NOTE) == [Part(NOTE, None)]
+def test_a_note_of_which_no_visible_text_is_read_has_no_effect(changeable):
+    note = f"\u200b\u200b\u200b{NOTE}"
+    for limit in (1, 6):  # the token in front of every note; that and five bytes
+        changeable.token_limit = limit
+        assert leave_one_out(changeable, note) == [Part(note, None)]
 
 
 @pytest.mark.parametrize("note", ["", " \n", "\u200b\ufeff"])
