@@ -22,7 +22,9 @@ from clinora.lora import apply_lora
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = ("gpu", "job", "lengths", "inference", "start", "scaling", "shape", "step", "nf4")
+SCRIPTS = (
+    "explain", "gpu", "job", "lengths", "inference", "start", "scaling", "shape", "step", "nf4",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -151,6 +153,16 @@ def test_a_benchmark_runs_at_a_small_size(words, capsys, monkeypatch):
         assert "nf4-double" in printed
     elif words[0] != "scaling":
         assert "theirs" in printed
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_explanations_reads_as_many_tokens_as_the_limit(capsys):
+    explain = importlib.import_module("benchmarks.explain")
+    assert explain.main(["--repetitions", "1", "--threads", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "512 tokens in 16 parts" in printed
+    rows = re.findall(r"^(prediction|explanation) .*?  +([\d.]+) +([\d.]+)$", printed, re.M)
+    assert len(rows) == 3 and all(0 < float(median) <= float(most) for _, median, most in rows)
 
 
 @pytest.mark.slow

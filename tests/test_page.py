@@ -10,7 +10,7 @@ from fastapi.testclient import TestClient
 
 import clinora
 from clinora.budget import base_parameters
-from clinora.explain import explain
+from clinora.explain import leave_one_out
 from clinora.serving.api import MOST_CHARACTERS
 from clinora.serving.app import create_app
 from clinora.serving.classify_tab import EXAMPLES
@@ -121,16 +121,11 @@ def test_an_uncalibrated_run_shows_no_confidence_and_refers_no_note(client):
 # --- Highlights ---
 
 
-def test_the_highlights_are_the_whole_note_with_the_contributions_of_its_sentences(
-    client, classifier
-):
+def test_the_highlights_are_the_whole_note_with_the_effects_of_its_sentences(client, classifier):
     spans = predict(client, f" {NOTE}\n").sentences
     assert "".join(span["token"] for span in spans) == NOTE
-    expected = [sentence.contribution for sentence in explain(classifier, NOTE)]
-    most = max(map(abs, expected))
-    assert [s["class_or_confidence"] for s in spans] == pytest.approx(
-        [contribution / most for contribution in expected], abs=1e-4
-    )
+    expected = [part.effect / 100 for part in leave_one_out(classifier, NOTE)]
+    assert [s["class_or_confidence"] for s in spans] == pytest.approx(expected, abs=1e-4)
 
 
 def test_text_that_was_not_read_is_not_highlighted(client):

@@ -3,7 +3,7 @@
 import gradio as gr
 
 from clinora.classifier import Classifier, Prediction
-from clinora.explain import Sentence, explain
+from clinora.explain import Part, leave_one_out
 from clinora.notes import Note, clean_text
 from clinora.serving.batcher import Batcher
 from clinora.serving.events import (
@@ -39,8 +39,8 @@ def classify_tab(batcher: Batcher, flags: Flags) -> None:
         note = checked_note(note)
         prediction = wait_for(batcher.submit([note], client=client_of_event())[0])
         # In the same event: the browser loses a chained event that starts as the last one ends.
-        sentences = wait_for(
-            batcher.submit_job(lambda: explain(classifier, note), client=client_of_event())
+        parts = wait_for(
+            batcher.submit_job(lambda: leave_one_out(classifier, note), client=client_of_event())
         )
         record = prediction.as_json() | {
             "confidence": prediction.confidence,
@@ -51,7 +51,7 @@ def classify_tab(batcher: Batcher, flags: Flags) -> None:
         shares = dict(zip(labels, prediction.probabilities, strict=True))
         return (
             prediction.as_json(), prediction.as_text(), shares, _confidence(prediction),
-            _verdict(prediction, classifier), _length(prediction, classifier), _spans(sentences),
+            _verdict(prediction, classifier), _length(prediction, classifier), _spans(parts),
             record,
         )  # fmt: skip
 
@@ -95,8 +95,8 @@ def classify_tab(batcher: Batcher, flags: Flags) -> None:
         show_legend=True,
     )
     gr.Markdown(
-        "The colours are an estimate (gradient × input, summed over a sentence), not a reason that "
-        "a clinician would give.",
+        "A value is how far the probability of the predicted class falls without the sentence. It "
+        "is not a reason that a clinician would give.",
         elem_classes="small",
     )
     reason = gr.Radio(REASONS, label="Why flag this prediction?")
@@ -118,18 +118,12 @@ def classify_tab(batcher: Batcher, flags: Flags) -> None:
     )
 
 
-def _spans(sentences: list[Sentence]) -> list[tuple[str, float | None]]:
-    """Scale the sentences' contributions to −1 … 1, the range of the page's colours."""
-    largest = 0.0
-    for sentence in sentences:
-        if sentence.contribution is not None:
-            largest = max(largest, abs(sentence.contribution))
+def _spans(parts: list[Part]) -> list[tuple[str, float | None]]:
+    """Give each part with its effect as a share, from −1 to 1, the range of the page's colours."""
     spans = []
-    for sentence in sentences:
-        share = sentence.contribution
-        if share is not None and largest > 0:
-            share = share / largest
-        spans.append((sentence.text, share))
+    for part in parts:
+        share = None if part.effect is None else part.effect / 100
+        spans.append((part.text, share))
     return spans
 
 
