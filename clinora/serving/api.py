@@ -269,11 +269,16 @@ async def _wait(futures: Sequence[Future], request: Request) -> list[Prediction 
     gathered = asyncio.gather(*awaitables, return_exceptions=True)
     disconnect = asyncio.create_task(_cancel_on_disconnect(futures, request))
     try:
-        answers = await asyncio.wait_for(gathered, REQUEST_SECONDS)
+        await asyncio.wait(
+            [gathered, disconnect], timeout=REQUEST_SECONDS, return_when=asyncio.FIRST_COMPLETED
+        )
         if disconnect.done():
             raise ClientDisconnect
-        return answers
+        if not gathered.done():
+            raise TimeoutError
+        return gathered.result()
     finally:
+        gathered.cancel()
         disconnect.cancel()
 
 

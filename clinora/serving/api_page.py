@@ -14,6 +14,7 @@ h2 { border-top: 1px solid #8888; padding-top: 1rem; overflow-wrap: anywhere; }
 table { border-collapse: collapse; width: 100%; }
 th, td { text-align: left; vertical-align: top; padding: 0.3rem 1rem 0.3rem 0; }
 tr { border-bottom: 1px solid #8884; }
+td:last-child { overflow-wrap: anywhere; }
 pre { padding: 0.7rem; border: 1px solid #8888; overflow-x: auto; font-size: 0.9rem; }
 """
 PAGE = """<!DOCTYPE html>
@@ -59,7 +60,7 @@ def render_page(document: dict) -> str:
             operations.append(_render_operation(method.upper(), path, operation))
     schemas = []
     for name, schema in document["components"]["schemas"].items():
-        schemas.append(f'<h3 id="{escape(name)}">{escape(name)}</h3>\n{_render_schema(schema)}')
+        schemas.append(f'<h3 id="{escape(name)}">{escape(name)}</h3>\n{_render_json(schema)}')
     paragraphs = info["description"].split("\n\n")
     return PAGE.format(
         title=escape(f"{info['title']} {info['version']}: API"),
@@ -76,9 +77,9 @@ def _render_operation(method: str, path: str, operation: dict) -> str:
         parts.append("<p>Requires a name and a password.</p>")
     body = operation.get("requestBody")
     if body is not None:
-        parts.append(
-            f"<p>Body: {_render_content(body['content'])}. {escape(body['description'])}</p>"
-        )
+        content = _render_content(body["content"])
+        parts.append(f"<p>Body: {content}. {escape(body['description'])} For example:</p>")
+        parts.append(_render_json(body["content"]["application/json"]["example"]))
     parts.append("<table>\n<tr><th>Status</th><th>Meaning</th><th>Body</th></tr>")
     for status, response in operation["responses"].items():
         phrase = HTTPStatus(int(status)).phrase
@@ -102,7 +103,7 @@ def _render_content(content: dict) -> str:
         elif media_type == "application/json":
             names.append(f"<code>{escape(json.dumps(_example(body['schema'])))}</code>")
         else:
-            names.append(escape(media_type))
+            names.append(escape(media_type.partition(";")[0]))
     return ", ".join(names)
 
 
@@ -116,6 +117,6 @@ def _link(reference: str) -> str:
     return f'<a href="#{name}">{name}</a>'
 
 
-def _render_schema(schema: dict) -> str:
-    text = json.dumps(schema, indent=2, ensure_ascii=False)
+def _render_json(value: dict) -> str:
+    text = json.dumps(value, indent=2, ensure_ascii=False)
     return f"<pre>{escape(text)}</pre>"

@@ -26,6 +26,7 @@ from clinora.serving.observer import Observer
 from clinora.serving.proxy import network_of
 from clinora.serving.rate_limit import RateLimitError
 
+REFUSED = 422  # status of an event that ends with a message to its visitor
 POLL_SECONDS = 0.2  # between checks whether the visitor is still connected
 EVENT = "clinora.event"  # key of an event's activity in the ASGI scope of its request
 
@@ -84,7 +85,7 @@ def visitor_is_gone() -> bool:
     return event is not None and not event.alive
 
 
-def message(text: str, status: int = 422) -> gr.Error:
+def message(text: str, status: int = REFUSED) -> gr.Error:
     """Create an error whose text the page shows literally; Gradio shows messages as HTML.
 
     Args:
@@ -148,7 +149,7 @@ def _observed(name: str, handler: Callable, observer: Observer) -> Callable:
             yield
             activity.status = 200
         except gr.Error as error:
-            activity.status = error.status
+            activity.status = getattr(error, "status", REFUSED)
             raise
         except Exception:
             activity.status = 500

@@ -15,6 +15,7 @@ DESCRIPTION = (
     f"{REQUEST_ID}: 1 to 64 letters, digits and hyphens. The response has the same header, with "
     "this id or a new one."
 )
+EXAMPLE = {"note": "Severe chest pain. ECG shows ST elevation."}
 CLOSED = "Without a body: there are too many connections, or the service is ending."
 
 RETRY_AFTER = {
@@ -83,7 +84,7 @@ def _classify(model: dict) -> dict:
         "requestBody": {
             "required": True,
             "description": "JSON in UTF-8. No object may have the same key twice.",
-            "content": {"application/json": {"schema": _schema("Request")}},
+            "content": {"application/json": {"schema": _schema("Request"), "example": EXAMPLE}},
         },
         "responses": dict(sorted(responses.items())),
     }
