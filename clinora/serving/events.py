@@ -122,7 +122,8 @@ def with_error_messages(handler: Callable) -> Callable:
 def observe_events(blocks: gr.Blocks, observer: Observer) -> None:
     """Wrap the handlers of a page so that each event has its line in the log."""
     for event in blocks.fns.values():
-        event.fn = _observed(event.api_name, event.fn, observer)
+        if event.fn is not None:  # otherwise the event runs in the browser alone
+            event.fn = _observed(event.api_name, event.fn, observer)
 
 
 def admit_notes(notes: int) -> None:
