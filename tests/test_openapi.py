@@ -1,5 +1,6 @@
 """The OpenAPI document describes the API as it is, and the page made from it needs no script."""
 
+import copy
 import importlib.util
 import json
 import re
@@ -118,12 +119,34 @@ def test_a_busy_and_a_failing_service_answer_as_described(classifier, tmp_path, 
     check(document, "/ready", "get", ready)
 
 
+def test_adapters_with_classes_of_their_own_are_described_and_counted(classifier, tmp_path):
+    other = copy.copy(classifier)
+    other.labels = tuple("abcde")
+    app = create_app(classifier, tmp_path, adapters={"letters": other})
+    with TestClient(app, "http://127.0.0.1") as client:
+        document = client.get("/openapi.json").json()
+        model = client.get("/v1/model").json()
+        check(document, "/v1/model", "get", client.get("/v1/model"))
+        assert model["adapters"]["letters"]["labels"] == list("abcde")
+        for body in ({"note": "fever"}, {"notes": ["fever", " "]}):
+            answer = client.post("/v1/classify", json=body | {"adapter": "letters"})
+            assert answer.status_code == 200
+            check(document, "/v1/classify", "post", answer)
+        label = answer.json()["results"][0]["label"]
+        assert f'clinora_predictions_total{{label="{label}"}} 2.0' in client.get("/metrics").text
+        assert "Prediction-letters" in client.get("/docs").text
+        answer = client.post("/v1/classify", json={"note": "fever", "adapter": "numbers"})
+        assert answer.status_code == 422
+        check(document, "/v1/classify", "post", answer)
+
+
 BODIES = [
     {"note": "fever"}, {"note": "fever", "notes": None}, {"notes": ["fever", ""]},
     {"notes": ["fever"] * api.MOST_NOTES, "note": None}, {}, {"note": None}, {"note": ""},
     {"note": 1}, {"note": "fever", "notes": ["fever"]}, {"notes": []}, {"notes": [1]},
     {"notes": ["fever"] * (api.MOST_NOTES + 1)}, {"note": "fever", "more": 1}, ["fever"], "fever",
-    {"note": "x" * (api.MOST_CHARACTERS + 1)},
+    {"note": "x" * (api.MOST_CHARACTERS + 1)}, {"note": "fever", "adapter": None},
+    {"note": "fever", "adapter": "missing"},
 ]  # fmt: skip
 
 
