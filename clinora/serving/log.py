@@ -68,7 +68,7 @@ class AccessLog:
             try:
                 self._write((json.dumps(entry) + "\n").encode())
                 is_failing = False
-            except OSError as error:
+            except Exception as error:  # the thread has to survive for the next lines
                 self._lose_line()
                 if not is_failing:  # one message, not one for each line
                     _log.error("the access log cannot be written: %s", type_and_place(error))
