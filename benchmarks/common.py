@@ -32,6 +32,7 @@ from clinora.notes import Note
 # What decides how fast a CPU multiplies matrices, as /proc/cpuinfo names it.
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 CPU = torch.device("cpu")
+NO_LIMIT = 10**9  # notes a minute: all clients of a benchmark are one user of the service
 LORA = clinora.LoRAConfig(rank=8, alpha=16, dropout=0.05, targets=("q_proj", "v_proj"))
 
 

@@ -20,10 +20,11 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 import clinora
-from benchmarks.common import spread
+from benchmarks.common import NO_LIMIT, spread
 from clinora.device import keep_freed_memory
 from clinora.serving.app import create_app, serve
 from clinora.serving.batcher import MOST_TOGETHER
+from clinora.serving.rate_limit import RateLimit
 
 WORDS = "the patient denies chest pain and reports a swollen knee after the fall on the left side "
 
@@ -76,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
     keep_freed_memory()
     classifier = clinora.Classifier.load(args.run)
     with tempfile.TemporaryDirectory() as flags, socket.create_server(("127.0.0.1", 0)) as listener:
-        app = create_app(classifier, flags)
+        app = create_app(classifier, flags, rate_limit=RateLimit(NO_LIMIT))
         threading.Thread(target=serve, args=(app, listener), daemon=True).start()
         port = listener.getsockname()[1]
         batcher = app.state.batcher

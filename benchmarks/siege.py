@@ -27,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.common import NO_LIMIT
 from clinora.serving.batcher import MOST_TOKENS
 from clinora.serving.passwords import scrypt
 
@@ -79,6 +80,8 @@ class Client:
 def service(*options: str) -> Iterator[tuple[subprocess.Popen, int]]:
     """Run serve.py in the ``with`` block; give its process and port."""
     command = [sys.executable, str(ROOT / "serve.py"), "--port", "0", *options]
+    # The attackers and the client have one address, so that the limit would refuse the client.
+    command += ["--rate-limit", str(NO_LIMIT)]
     with tempfile.TemporaryDirectory() as folder:
         process = subprocess.Popen(
             command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -174,7 +174,9 @@ def served(small_run, tmp_path_factory):
     """A process of serve.py, one for all tests of a module."""
     folder = tmp_path_factory.mktemp("served")
     (folder / "tmp").mkdir()
-    served = Served(folder, "--run", small_run, "--port", "0", temporary=folder / "tmp")
+    options = ["--run", small_run, "--port", "0"]
+    options += ["--rate-limit", "1000000000"]  # all tests of a module are one user
+    served = Served(folder, *options, temporary=folder / "tmp")
     try:
         served.url()
         yield served

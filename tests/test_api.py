@@ -245,6 +245,10 @@ def test_json_in_utf_8_is_read_with_and_without_a_byte_order_mark(lasting_client
         ("/v1/classify", "POST", ["GET", "HEAD", "PUT", "PATCH", "DELETE", "OPTIONS", "PROPFIND"]),
         ("/health", "GET, HEAD", ["POST", "PUT", "DELETE"]),
         ("/ready", "GET, HEAD", ["POST", "PUT", "DELETE"]),
+        ("/v1/model", "GET, HEAD", ["POST", "PUT", "DELETE"]),
+        ("/metrics", "GET, HEAD", ["POST", "PUT", "DELETE"]),
+        ("/openapi.json", "GET, HEAD", ["POST", "PUT", "DELETE"]),
+        ("/docs", "GET, HEAD", ["POST", "PUT", "DELETE"]),
     ],
 )
 def test_another_method_is_told_which_one_is_expected(lasting_client, path, allowed, others):
@@ -262,7 +266,8 @@ def test_head_is_answered_like_get_without_a_body(classifier, tmp_path):
         table = {"files": ("notes.csv", b"transcription\nfever\n")}
         url = f"http://127.0.0.1:{port}/gradio_api/upload"
         (file,) = httpx.post(url, files=table, headers=visit, timeout=60).json()
-        paths = ["/health", "/ready", "/", "/config", "/theme.css", "/favicon.ico"]
+        paths = ["/health", "/ready", "/v1/model", "/openapi.json", "/docs"]
+        paths += ["/", "/config", "/theme.css", "/favicon.ico"]
         paths += ["/static/img/logo.svg", "/gradio_api/app_id", "/gradio_api/upload_progress"]
         for path in [*paths, f"/gradio_api/file={file}"]:
             get = ask_at_once(port, "GET", path)
@@ -282,7 +287,7 @@ def ask_at_once(port, method, path):
     with socket.create_connection(("127.0.0.1", port)) as connection:
         connection.settimeout(30)
         request = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nCookie: clinora_visit=me\r\n"
-        request += "Connection: close\r\n\r\n"
+        request += "X-Request-ID: one\r\nConnection: close\r\n\r\n"
         connection.sendall(request.encode())
         answer = connection.makefile("rb").read()
     head, _, body = answer.partition(b"\r\n\r\n")

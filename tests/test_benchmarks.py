@@ -24,6 +24,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[1]
 SCRIPTS = (
     "explain", "gpu", "job", "lengths", "inference", "start", "scaling", "shape", "step", "nf4",
+    "observing",
 )  # fmt: skip
 
 
@@ -192,3 +193,14 @@ def test_the_benchmark_of_batching_runs_and_tells_a_ratio(capsys, monkeypatch):
     assert "8 tokens, batched to one at a time: " in capsys.readouterr().out
     assert max(together) > 1  # the one way batches,
     assert together[-1] == 1  # the other does not
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_the_log_runs_and_tells_a_ratio(capsys):
+    from benchmarks import observing
+
+    options = ["--before", str(ROOT), "--tokens", "8", "--clients", "2", "--seconds", "0.3"]
+    assert observing.main([*options, "--repetitions", "1"]) == 0
+    out = capsys.readouterr().out
+    assert re.match(r"[1-9][\d,]* bytes of log\n", out)
+    assert "with log and metrics, to before: " in out

@@ -123,9 +123,8 @@ def test_of_gradios_routes_those_alone_are_open_that_the_page_uses(app, client):
         "/gradio_api/component_server",
         "/gradio_api/mcp",
         "/monitoring",
-        "/openapi.json",
-        "/docs",
         "/redoc",
+        "/docs/oauth2-redirect",
     ],
 )
 def test_what_was_used_against_it_is_closed(client, path, monkeypatch):

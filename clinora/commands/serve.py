@@ -14,6 +14,9 @@ import re
 import signal
 import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 from clinora.commands import (
     STOPPED,
@@ -24,6 +27,8 @@ from clinora.commands import (
     new_parser,
     one_line_errors,
 )
+from clinora.serving.log import AccessLog
+from clinora.serving.rate_limit import NOTES_PER_MINUTE, RateLimit
 
 ADAPTER = re.compile(r"(?P<name>[A-Za-z0-9_.-]{1,64})=(?P<run>.+)")  # of --adapter
 FLAGS = "flagged"  # folder in the working directory; the first flag creates it
@@ -65,6 +70,14 @@ def build_parser(prog: str = "clinora serve") -> argparse.ArgumentParser:
         help="proxy (address or network) whose X-Forwarded-For and X-Forwarded-Proto headers are "
         "trusted; may be repeated (default: none)",
     )
+    add("--log", metavar="FILE", help="write an access log of JSON lines (default: none)")
+    add(
+        "--rate-limit",
+        type=int,
+        default=NOTES_PER_MINUTE,
+        metavar="N",
+        help="notes a minute that each user may send (default: %(default)s)",
+    )
     add_run_quantize_option(parser)
     add_machine_options(parser)
     return parser
@@ -83,49 +96,86 @@ def main(argv: list[str] | None = None, prog: str = "clinora serve") -> int:
 
 
 def serve_run(args: argparse.Namespace, prog: str) -> None:
-    """Open the port, load the run and serve it."""
+    """Open the port and the log, load the run and serve it."""
     check_addresses(args)
     runs = read_adapters(args.adapter)
+    rate_limit = RateLimit(args.rate_limit)
     with take_port(args.host, args.port) as listener:
         for run in (args.run, *runs.values()):
             check_run(run, prog)
-        from clinora.classifier import Classifier
-        from clinora.device import keep_freed_memory
-        from clinora.serving.app import create_app, serve
-        from clinora.serving.card import model_card
-        from clinora.serving.passwords import read_passwords
+        with open_log(args.log) as log:
+            load_and_serve(args, listener, runs, rate_limit, log)
 
-        keep_freed_memory()
-        users = None
-        if args.auth_file is not None:
-            users = read_passwords(args.auth_file)
-        classifier, *others = Classifier.load_several(
-            [args.run, *runs.values()],
-            base=args.base,
-            device=args.device,
-            precision=args.precision,
-            quantize=args.quantize,
-        )
-        if is_loopback(args.host):
-            hosts = [*args.allow_host, args.host]
-            name = args.host
-        else:
-            hosts = args.allow_host
-            name = hosts[0]
-        _, port = listener.getsockname()
-        url = f"http://{name}:{port}"
-        app = create_app(
-            classifier,
-            FLAGS,
-            adapters=dict(zip(runs, others, strict=True)),
-            hosts=hosts,
-            users=users,
-            card=model_card(classifier, args.run),
-            url=url,
-            trusted_proxies=args.trusted_proxy,
-        )
-        print(f"Clinora: {url}", flush=True)
-        serve(app, listener)
+
+@contextmanager
+def open_log(path: str | None) -> Iterator[AccessLog | None]:
+    """Open the access log, if there is one, and close it at the end.
+
+    Raises:
+        ValueError: The file cannot be opened.
+    """
+    if path is None:
+        yield None
+        return
+    try:
+        log = AccessLog(path)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ValueError(f"--log {path} ({reason}): expected a file that can be written") from None
+    try:
+        yield log
+    finally:
+        log.close()
+
+
+def load_and_serve(
+    args: argparse.Namespace,
+    listener: socket.socket,
+    runs: dict[str, str],
+    rate_limit: RateLimit,
+    log: AccessLog | None,
+) -> None:
+    """Load the runs and serve them on a listening socket; ``runs`` are those of the adapters."""
+    from clinora.classifier import Classifier
+    from clinora.device import keep_freed_memory
+    from clinora.serving.app import create_app, serve
+    from clinora.serving.card import model_card
+    from clinora.serving.passwords import read_passwords
+
+    keep_freed_memory()
+    users = None
+    if args.auth_file is not None:
+        users = read_passwords(args.auth_file)
+    classifier, *others = Classifier.load_several(
+        [args.run, *runs.values()],
+        base=args.base,
+        device=args.device,
+        precision=args.precision,
+        quantize=args.quantize,
+    )
+    if is_loopback(args.host):
+        hosts = [*args.allow_host, args.host]
+        name = args.host
+    else:
+        hosts = args.allow_host
+        name = hosts[0]
+    _, port = listener.getsockname()
+    url = f"http://{name}:{port}"
+    app = create_app(
+        classifier,
+        FLAGS,
+        adapters=dict(zip(runs, others, strict=True)),
+        hosts=hosts,
+        users=users,
+        card=model_card(classifier, args.run),
+        url=url,
+        trusted_proxies=args.trusted_proxy,
+        run=Path(args.run).resolve().name,
+        log=log,
+        rate_limit=rate_limit,
+    )
+    print(f"Clinora: {url}", flush=True)
+    serve(app, listener)
 
 
 def read_adapters(values: list[str]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
     POST /v1/classify  {"note": "…"}           → {"predicted_class": 0, "label": "…", …}
     POST /v1/classify  {"notes": ["…", "…"]}   → {"results": [{…}, {"error": "…"}]}
+    GET /v1/model                              → {"run": "…", "labels": ["…", …], …}
 
 Where several adapters are served, ``"adapter": "NAME"`` in the body chooses one of them.
 
@@ -12,17 +13,24 @@ import asyncio
 import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from pathlib import Path
 
 from fastapi import FastAPI, HTTPException, Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect
 
+import clinora
 from clinora.classifier import Classifier, Prediction
 from clinora.notes import clean_text, has_visible
 from clinora.serving import report_error
+from clinora.serving.activity import ACTIVITY, CLIENT_CLOSED
 from clinora.serving.batcher import Batcher, BusyError
+from clinora.serving.metrics import MEDIA_TYPE, Metrics
 from clinora.serving.proxy import network_of
+from clinora.serving.rate_limit import RateLimitError
+from clinora.serving.server import MOST_BODY_BYTES
 
 MOST_NOTES = 32  # in a request
 MOST_CHARACTERS = 100_000  # in a note
@@ -123,13 +131,58 @@ def describe(prediction: Prediction, classifier: Classifier) -> dict:
     }
 
 
-def add_routes(app: FastAPI, batcher: Batcher, adapters: Mapping[str, Classifier]) -> None:
-    """Add the routes ``/health``, ``/ready`` and ``/v1/classify`` to an app.
+def describe_model(
+    classifier: Classifier, run: str, adapters: Mapping[str, Classifier], notes_per_minute: int
+) -> dict:
+    """Return the JSON object of ``/v1/model``.
+
+    Args:
+        classifier: The run's classifier.
+        run: Name of the run.
+        adapters: The classifiers that a request can choose by name.
+        notes_per_minute: How many notes a user may send.
+    """
+    base = classifier.model.source.name
+    if Path(base).is_absolute():
+        base = Path(base).name  # the path of a folder says more than a user has to know
+    return {
+        "run": run,
+        "base": base,
+        **_describe_classifier(classifier),
+        "adapters": {name: _describe_classifier(other) for name, other in adapters.items()},
+        "limits": {
+            "notes_in_request": MOST_NOTES,
+            "characters_in_note": MOST_CHARACTERS,
+            "bytes_in_request": MOST_BODY_BYTES,
+            "notes_per_minute": notes_per_minute,
+        },
+        "version": clinora.__version__,
+    }
+
+
+def _describe_classifier(classifier: Classifier) -> dict:
+    return {
+        "labels": list(classifier.labels),
+        "token_limit": classifier.token_limit,
+        "calibrated": classifier.calibration is not None,
+    }
+
+
+def add_routes(
+    app: FastAPI,
+    batcher: Batcher,
+    adapters: Mapping[str, Classifier],
+    metrics: Metrics,
+    model: dict,
+) -> None:
+    """Add the routes of the API to an app; ``serving/openapi.py`` describes them.
 
     Args:
         app: The app that is served.
         batcher: Runs the model for all clients.
         adapters: The classifiers that a request can choose by name, besides the batcher's own.
+        metrics: The metrics of ``/metrics``.
+        model: The JSON object that ``describe_model`` returned.
     """
 
     async def health(_request: Request) -> JSONResponse:  # also answers while the model is busy
@@ -153,19 +206,29 @@ def add_routes(app: FastAPI, batcher: Batcher, adapters: Mapping[str, Classifier
         notes = [clean_text(text) for text in texts]
         errors = [note_error(note) for note in notes]
         accepted = [note for note, error in zip(notes, errors, strict=True) if error is None]
+        activity = request.scope[ACTIVITY]
         try:
+            activity.admit(len(notes))
             futures = batcher.submit(
                 accepted, client=network_of(request.client), classifier=classifier
             )
             answers = iter(await _wait(futures, request))
         except (BusyError, TimeoutError):
             return JSONResponse({"detail": "The service is busy: try again."}, 503, RETRY_AFTER)
+        except ClientDisconnect:
+            return Response(status_code=CLIENT_CLOSED)  # nobody receives it
+        except RateLimitError as error:
+            retry_after = {"Retry-After": str(error.seconds)}
+            return JSONResponse({"detail": str(error)}, 429, retry_after)
         results = []
         for error in errors:
             if error is not None:
                 results.append({"error": error})
             else:
-                results.append(_result(next(answers), classifier))
+                answer = next(answers)
+                if isinstance(answer, Prediction):
+                    activity.add(answer)
+                results.append(_result(answer, classifier))
         if body.notes is not None:
             return JSONResponse({"results": results})
         result = results[0]
@@ -174,9 +237,17 @@ def add_routes(app: FastAPI, batcher: Batcher, adapters: Mapping[str, Classifier
         status = 500 if errors[0] is None else 422
         return JSONResponse({"detail": result["error"]}, status)
 
+    async def show_model(_request: Request) -> JSONResponse:
+        return JSONResponse(model)
+
+    async def show_metrics(_request: Request) -> Response:
+        return Response(metrics.text(), media_type=MEDIA_TYPE)
+
     app.add_route("/health", health, methods=["GET"])
     app.add_route("/ready", ready, methods=["GET"])
     app.add_route("/v1/classify", classify, methods=["POST"])
+    app.add_route("/v1/model", show_model, methods=["GET"])
+    app.add_route("/metrics", show_metrics, methods=["GET"])
 
     @app.exception_handler(405)
     async def wrong_method(_request: Request, error: HTTPException) -> JSONResponse:
@@ -191,17 +262,23 @@ async def _wait(futures: Sequence[Future], request: Request) -> list[Prediction 
     After a timeout or a disconnect, notes that the model has not started on are cancelled.
 
     Raises:
-        TimeoutError: ``REQUEST_SECONDS`` have passed, or the client has disconnected.
+        ClientDisconnect: The client has disconnected.
+        TimeoutError: ``REQUEST_SECONDS`` have passed.
     """
     awaitables = [asyncio.wrap_future(future) for future in futures]
     gathered = asyncio.gather(*awaitables, return_exceptions=True)
     disconnect = asyncio.create_task(_cancel_on_disconnect(futures, request))
     try:
-        answers = await asyncio.wait_for(gathered, REQUEST_SECONDS)
+        await asyncio.wait(
+            [gathered, disconnect], timeout=REQUEST_SECONDS, return_when=asyncio.FIRST_COMPLETED
+        )
         if disconnect.done():
+            raise ClientDisconnect
+        if not gathered.done():
             raise TimeoutError
-        return answers
+        return gathered.result()
     finally:
+        gathered.cancel()
         disconnect.cancel()
 
 

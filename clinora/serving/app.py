@@ -18,14 +18,21 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from clinora.classifier import Classifier
 from clinora.serving import report_error
-from clinora.serving.api import add_routes
+from clinora.serving.api import add_routes, describe_model
+from clinora.serving.api_page import add_description
 from clinora.serving.batcher import Batcher
+from clinora.serving.events import observe_events
 from clinora.serving.flags import Flags
 from clinora.serving.gate import add_page
 from clinora.serving.guard import BodyLimit, Guard
+from clinora.serving.log import AccessLog
+from clinora.serving.metrics import Metrics
+from clinora.serving.observer import Observe, Observer
+from clinora.serving.openapi import build_document
 from clinora.serving.page import CSS, THEME, build_page
 from clinora.serving.passwords import BasicAuth
 from clinora.serving.proxy import Proxies
+from clinora.serving.rate_limit import RateLimit
 from clinora.serving.server import serve
 from clinora.serving.storage import KEPT_SECONDS, Storage
 
@@ -50,6 +57,9 @@ def create_app(
     card: str = "",
     url: str = "http://127.0.0.1:7860",
     trusted_proxies: Sequence[str] = (),
+    run: str = "unnamed",
+    log: AccessLog | None = None,
+    rate_limit: RateLimit | None = None,
 ) -> FastAPI:
     """Create the app. The page at ``/`` and the API share one batcher.
 
@@ -67,6 +77,10 @@ def create_app(
             takes precedence.
         trusted_proxies: Addresses or networks, such as ``10.0.0.0/28``, of the proxies whose
             X-Forwarded-For and X-Forwarded-Proto headers are trusted.
+        run: Name of the run, for ``/v1/model`` and the metrics.
+        log: The access log; None: there is none. The caller closes it after the service has ended.
+        rate_limit: How many notes a minute each user may send, or each network of clients without
+            users; None: the default limit.
 
     Raises:
         ValueError: A trusted proxy is not an IP address or a network, or ``GRADIO_ROOT_PATH`` is
@@ -83,8 +97,19 @@ def create_app(
     # Otherwise Gradio summarises its events with pandas after each of them.
     os.environ["GRADIO_ANALYTICS_MAX_EVENTS"] = "50"
     os.environ["GRADIO_ANALYTICS_CACHE_FREQUENCY"] = "1000000"
-    batcher = Batcher(classifier)
+    if rate_limit is None:
+        rate_limit = RateLimit()
+    if adapters is None:
+        adapters = {}
+    model = describe_model(classifier, run, adapters, rate_limit.notes_per_minute)
+    metrics = Metrics(model)
+    batcher = Batcher(classifier, metrics.batch_sizes.observe)
+    metrics.watch("clinora_waiting", "Notes and jobs that wait for the model", batcher.waiting)
+    if log is not None:
+        metrics.watch("clinora_lost_log_lines", "Lines that the log lacks", lambda: log.lost_lines)
+    observer = Observer(metrics, log)
     page = build_page(batcher, Flags(flags_folder), storage, card, url)
+    observe_events(page, observer)
     page.state_session_capacity = MOST_SESSIONS_WITH_STATE
     # Gradio's own threads; in a shared pool, waiting handlers would block all other routes.
     page.max_threads = AT_ONCE
@@ -123,11 +148,14 @@ def create_app(
         app.add_middleware(BasicAuth, users=users)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK_NAMES, *hosts])
     app.add_middleware(Guard)
+    app.add_middleware(Observe, observer=observer, rate_limit=rate_limit)
     app.add_middleware(Proxies, trusted=proxies)
-    add_routes(app, batcher, adapters or {})
+    add_routes(app, batcher, adapters, metrics, model)
+    add_description(app, build_document(model, root, needs_password=users is not None))
     add_page(app, page, gradio_app, storage)
     app.state.gradio = gradio_app.routes[-1].app  # mount_gradio_app added this route last
     app.state.batcher = batcher
+    app.state.metrics = metrics
     app.state.trusted_proxies = proxies
     return app
 

@@ -53,10 +53,17 @@ class Batcher:
             thread may use a classifier's model.
         most_together: The largest number of notes in a batch.
         most_tokens: The largest number of tokens in a batch, padded to the longest note.
+
+    Args:
+        classifier: As above.
+        count_batch: Is called with the number of notes of each batch.
     """
 
-    def __init__(self, classifier: Classifier) -> None:
+    def __init__(
+        self, classifier: Classifier, count_batch: Callable[[int], None] = lambda _notes: None
+    ) -> None:
         self.classifier = classifier
+        self._count_batch = count_batch
         self.most_together = MOST_TOGETHER
         self.most_tokens = MOST_TOKENS
         # One deque per request: its waiting notes, or its job. None is empty; the first is next.
@@ -105,6 +112,11 @@ class Batcher:
         """Return whether the queue would accept a note of this client now."""
         with self._changed:
             return self._open and self._thread.is_alive() and self._has_room(1, client)
+
+    def waiting(self) -> int:
+        """Return the number of notes and jobs that wait."""
+        with self._changed:
+            return sum(len(request) for request in self._requests)
 
     def close(self) -> None:
         """Accept no more requests, and finish those in the queue."""
@@ -237,6 +249,7 @@ class Batcher:
         items = [work.item for work in taken]
         try:
             if taken[0].is_note:
+                self._count_batch(len(items))
                 answers = taken[0].classifier(items)
             else:
                 job = items[0]

@@ -6,20 +6,29 @@ handler fails, the page shows a reference to the log, since an error's message m
 
 import functools
 import html
+import inspect
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
+from contextlib import contextmanager
 
 import gradio as gr
 from gradio.context import LocalContext
 
+from clinora.classifier import Prediction
 from clinora.notes import clean_text, has_visible
 from clinora.serving import report_error
+from clinora.serving.activity import ACTIVITY, CLIENT_CLOSED, Activity
 from clinora.serving.api import REQUEST_SECONDS, note_error
 from clinora.serving.batcher import BusyError
+from clinora.serving.gate import CLASSIFYING_EVENTS, MODEL_EVENTS
+from clinora.serving.observer import Observer
 from clinora.serving.proxy import network_of
+from clinora.serving.rate_limit import RateLimitError
 
+REFUSED = 422  # status of an event that ends with a message to its visitor
 POLL_SECONDS = 0.2  # between checks whether the visitor is still connected
+EVENT = "clinora.event"  # key of an event's activity in the ASGI scope of its request
 
 
 def checked_note(note: str | None) -> str:
@@ -50,9 +59,12 @@ def wait_for(future: Future) -> object:
             if visitor_is_gone():
                 raise VisitorGoneError
             wait([future], POLL_SECONDS)
-        return future.result(0)
+        result = future.result(0)
     finally:
         future.cancel()
+    if isinstance(result, Prediction):
+        _count(result)
+    return result
 
 
 def client_of_event() -> str:
@@ -73,9 +85,16 @@ def visitor_is_gone() -> bool:
     return event is not None and not event.alive
 
 
-def message(text: str) -> gr.Error:
-    """Create an error whose text the page shows literally; Gradio shows messages as HTML."""
-    return gr.Error(html.escape(text, quote=False), print_exception=False)
+def message(text: str, status: int = REFUSED) -> gr.Error:
+    """Create an error whose text the page shows literally; Gradio shows messages as HTML.
+
+    Args:
+        text: The text.
+        status: The HTTP status that the API would have, for the log.
+    """
+    error = gr.Error(html.escape(text, quote=False), print_exception=False)
+    error.status = status
+    return error
 
 
 def with_error_messages(handler: Callable) -> Callable:
@@ -88,10 +107,77 @@ def with_error_messages(handler: Callable) -> Callable:
         except gr.Error:
             raise
         except (BusyError, TimeoutError):
-            raise message("The service is busy: try again in a moment.") from None
+            raise message("The service is busy: try again in a moment.", 503) from None
         except VisitorGoneError:
-            raise message("The page was closed.") from None
+            raise message("The page was closed.", CLIENT_CLOSED) from None
         except Exception as error:
-            raise message(f"This did not work; reference {report_error(error)}.") from None
+            raise message(f"This did not work; reference {report_error(error)}.", 500) from None
 
     return guarded
+
+
+# --- the log, the metrics and the rate limit ------------------------------------------------------
+
+
+def observe_events(blocks: gr.Blocks, observer: Observer) -> None:
+    """Wrap the handlers of a page so that each event has its line in the log."""
+    for event in blocks.fns.values():
+        if event.fn is not None:  # otherwise the event runs in the browser alone
+            event.fn = _observed(event.api_name, event.fn, observer)
+
+
+def admit_notes(notes: int) -> None:
+    """Record how many notes the current event is about to classify.
+
+    Raises:
+        gr.Error: The user has sent too many notes.
+    """
+    try:
+        _activity().admit(notes)
+    except RateLimitError as error:
+        raise message(str(error), 429) from None
+
+
+def _observed(name: str, handler: Callable, observer: Observer) -> Callable:
+    @contextmanager
+    def observing() -> Iterator[None]:
+        scope = LocalContext.request.get().request.scope
+        activity = scope[ACTIVITY].begin_event(name)
+        scope[EVENT] = activity
+        try:
+            if name in MODEL_EVENTS:
+                admit_notes(1)
+            yield
+            activity.status = 200
+        except gr.Error as error:
+            activity.status = getattr(error, "status", REFUSED)
+            raise
+        except Exception:
+            activity.status = 500
+            raise
+        finally:
+            observer.end(activity)
+
+    @functools.wraps(handler)
+    def run(*arguments: object) -> object:
+        with observing():
+            return handler(*arguments)
+
+    @functools.wraps(handler)
+    def run_in_steps(*arguments: object) -> Iterator[object]:
+        with observing():
+            yield from handler(*arguments)
+
+    return run_in_steps if inspect.isgeneratorfunction(handler) else run
+
+
+def _activity() -> Activity:
+    """Return the activity of the event that the current handler processes."""
+    return LocalContext.request.get().request.scope[EVENT]
+
+
+def _count(prediction: Prediction) -> None:
+    """Count a prediction in the current event, unless the event only compares or explains."""
+    activity = _activity()
+    if activity.event in CLASSIFYING_EVENTS:
+        activity.add(prediction)

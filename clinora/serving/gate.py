@@ -72,6 +72,11 @@ EVENTS = (
     "classify_file",
     "clear_failed_file",
 )
+# Events whose predictions count as classified notes in the log.
+CLASSIFYING_EVENTS = ("predict", "classify_file")
+# Events that use the model for one note, which counts towards the rate limit. A file counts by its
+# rows.
+MODEL_EVENTS = ("predict", "compare_strengths", "compare_moved_strength", "compare_merged")
 
 
 class Join(BaseModel):

@@ -13,6 +13,7 @@ from clinora.serving.api import REQUEST_SECONDS, note_error
 from clinora.serving.batcher import MOST_TOGETHER, Batcher, BusyError
 from clinora.serving.events import (
     VisitorGoneError,
+    admit_notes,
     client_of_event,
     message,
     wait_for,
@@ -106,6 +107,7 @@ def many_tab(batcher: Batcher, storage: Storage) -> None:
         for row in rows:
             note = clean_text(row.note)
             notes.append((note, row.wrong or note_error(note)))
+        admit_notes(len(notes))
         results = []
         try:
             for start in progress.tqdm(range(0, len(notes), MOST_TOGETHER), unit="batches"):

@@ -197,16 +197,17 @@ class Turns:
 class BasicAuth:
     """ASGI middleware: HTTP Basic authentication (RFC 7617) for the page and the API.
 
-    A header that was correct once is accepted immediately from then on. Every other header costs
-    one scrypt; these run one at a time, in the order of ``Turns``. A flood from thousands of
-    addresses can still delay or refuse new logins, but not users who are already logged in.
+    The app finds the user's name in ``scope["user"]``. A header that was correct once is accepted
+    immediately from then on. Every other header costs one scrypt; these run one at a time, in the
+    order of ``Turns``. A flood from thousands of addresses can still delay or refuse new logins,
+    but not users who are already logged in.
     """
 
     def __init__(self, app: ASGIApp, users: dict[str, tuple[bytes, bytes]]) -> None:
         self.app = app
         self.users = users
         self._unknown_user = (secrets.token_bytes(16), secrets.token_bytes(64))
-        self._known: set[bytes] = set()  # hashes of the headers that were correct
+        self._known: dict[bytes, str] = {}  # user of each header that was correct, by its hash
         self._turns = Turns()
         # A separate thread, since the page's handlers may occupy all others.
         self._thread = CapacityLimiter(1)
@@ -219,6 +220,7 @@ class BasicAuth:
                 if refusal:
                     await refusal(scope, receive, send)
                     return
+            scope["user"] = self._known[_digest(header)]
         await self.app(scope, receive, send)
 
     async def _refuse(self, header: str, address: str) -> JSONResponse | None:
@@ -237,7 +239,8 @@ class BasicAuth:
             is_right = await to_thread.run_sync(self.admits, *credentials, limiter=self._thread)
         if not is_right:
             return wrong
-        self._known.add(_digest(header))
+        name, _password = credentials
+        self._known[_digest(header)] = name
         return None
 
     def admits(self, name: str, password: str) -> bool:

@@ -8,7 +8,7 @@ import asyncio
 import gc
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -90,13 +90,19 @@ class Connection(H11Protocol):
     """
 
     def __init__(
-        self, *, limits: Limits, trusted_proxies: Sequence[Network], **options: Any
+        self,
+        *,
+        limits: Limits,
+        trusted_proxies: Sequence[Network],
+        count_refused: Callable[[int], None],
+        **options: Any,
     ) -> None:
         super().__init__(**options)
         self.address = ""
         self.stream: str | None = None
         self._limits = limits
         self._trusted_proxies = trusted_proxies
+        self._count_refused = count_refused
         self._inner_app = self.app
         self.app = self._run_app
         self._is_ending = False
@@ -221,6 +227,7 @@ class Connection(H11Protocol):
             headers = [("Content-Length", "0"), ("Connection", "close")]
             head = self.conn.send(h11.Response(status_code=status, headers=headers))
             self.transport.write(head + self.conn.send(h11.EndOfMessage()))
+            self._count_refused(status)
         if self.cycle is not None:
             self.cycle.disconnected = True  # further data from the app is dropped
         self.transport.close()
@@ -235,10 +242,15 @@ class Server(uvicorn.Server):
     """uvicorn's server, which shuts down soon although clients keep connections open."""
 
     def __init__(self, app: FastAPI, limits: Limits = DEFAULT_LIMITS) -> None:
-        trusted_proxies = app.state.trusted_proxies
+        connection = partial(
+            Connection,
+            limits=limits,
+            trusted_proxies=app.state.trusted_proxies,
+            count_refused=app.state.metrics.count_connection,
+        )
         config = uvicorn.Config(
             app,
-            http=partial(Connection, limits=limits, trusted_proxies=trusted_proxies),
+            http=connection,
             proxy_headers=False,  # uvicorn would trust the headers of any client on this machine
             ws="none",
             lifespan="on",
