@@ -1,22 +1,25 @@
 """Explanations: which sentences support a prediction, and what an adapter changed.
 
-Shapes: T tokens, D width, C classes, r rank.
+Shapes: r rank.
 """
 
-import bisect
 import itertools
 import math
 import re
-import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from clinora.classifier import Classifier
+from clinora.classifier import Classifier, Prediction
 from clinora.lora import LoRALinear
 from clinora.notes import clean_text, has_visible
 from clinora.variants import DoRALinear
+
+# An explanation classifies a note once more for each part. With this many, explaining 512 tokens
+# takes less than 2 s with the bundled base on two cores (python -m benchmarks.explain).
+MOST_PARTS = 16
 
 # A sentence ends with a mark and the white space and commas after it, or with the line. A full stop
 # inside a number does not match, because neither follows it.
@@ -35,30 +38,59 @@ def split_sentences(text: str) -> list[str]:
 
 
 @dataclass(frozen=True, slots=True)
-class Sentence:
-    """A sentence of a note and its contribution to the prediction.
+class Part:
+    """A part of a note, and how much it supports the prediction.
 
     Attributes:
-        text: The sentence with the white space after it.
-        contribution: To the log-odds of the predicted class, in nats, to first order. Above 0 the
-            sentence supports the prediction, below 0 it opposes it; None if it was not read.
+        text: One sentence, or several neighbouring sentences, with the white space after them.
+        effect: By how many percentage points the probability of the predicted class falls when this
+            part is left out. Above 0 the part supports the prediction, below 0 it opposes it. None
+            if the part was not read, or if it is the only part that was read: without it there is
+            no text to compare with.
     """
 
     text: str
-    contribution: float | None
+    effect: float | None
 
 
-def explain(classifier: Classifier, text: str) -> list[Sentence]:
-    """Compute how much each sentence of a note supports or opposes the predicted class.
+def leave_one_out(classifier: Classifier, text: str) -> list[Part]:
+    """Compute how much each part of a note supports the predicted class.
 
-    The contribution of a token is e · ∂z/∂e, with its embedding e and the log-odds
-    z = ln(p / (1 − p)) of the predicted class. A sentence's contribution is the sum over its tokens
-    (gradient × input, Shrikumar et al. 2016).
+    effect of part k = 100 · (p(note) − p(note without part k)), in percentage points, with p the
+    probability of the class that is predicted for the note. p is the softmax probability in
+    ``Prediction.probabilities``, not the calibrated confidence. This is occlusion (Zeiler & Fergus
+    2014, section 4.2), applied to sentences.
+
+    The effects do not add up to p: two sentences that say the same have no effect one by one.
 
     Returns:
-        The sentences of the cleaned note, in their order. The text beyond the token limit is one
-        last sentence without a contribution; it begins exactly where the last token ends, which may
-        be inside a sentence.
+        The parts of the cleaned note, as ``parts_of`` gives them. The text beyond the token limit
+        is one more part, without an effect. Joined, the parts are the cleaned note.
+
+    Raises:
+        ValueError: The note is empty, or the head was never trained.
+    """
+    text = clean_text(text)
+    parts = parts_of(classifier, text)
+    explained = effects(parts, classifier(variants(parts)))
+    unread = text[len("".join(parts)) :]
+    if unread:
+        explained.append(Part(unread, None))
+    return explained
+
+
+def parts_of(classifier: Classifier, text: str) -> list[str]:
+    """Divide the text that the classifier reads of a note into at most ``MOST_PARTS`` parts.
+
+    A part is a sentence. A sentence without visible text belongs to its neighbour. If there are too
+    many, the two neighbours that are shortest together become one part, until there are
+    ``MOST_PARTS``. The text beyond the token limit is cut off first. Therefore, when a part is left
+    out, the classifier does not read text that it had not read before.
+
+    Returns:
+        The parts, each with visible text. Joined, they are the beginning of the cleaned note, up to
+        where the last token that is read ends, which may be inside a sentence. Empty if the text
+        before the token limit is not visible.
 
     Raises:
         ValueError: The note is empty.
@@ -66,60 +98,70 @@ def explain(classifier: Classifier, text: str) -> list[Sentence]:
     text = clean_text(text)
     if not has_visible(text):
         raise ValueError("the note is empty: it has no visible text")
+    read = _cut_unread(classifier, text)
+    parts: list[str] = []
+    if not has_visible(read):
+        return parts
+    for sentence in split_sentences(read):
+        if parts and not (has_visible(parts[-1]) and has_visible(sentence)):
+            parts[-1] += sentence
+        else:
+            parts.append(sentence)
+    while len(parts) > MOST_PARTS:
+        lengths = [len(first) + len(second) for first, second in itertools.pairwise(parts)]
+        i = lengths.index(min(lengths))
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return parts
+
+
+def _cut_unread(classifier: Classifier, text: str) -> str:
+    """Give the beginning of a cleaned note, up to the end of the last token that is read."""
     limit = classifier.token_limit
-    one_more = classifier.tokenizer.encode(text, limit + 1)
-    ids = one_more[:limit]
-    places = classifier.tokenizer.places(text, limit)
-    scores = token_contributions(classifier, ids)
-    read = len(text)  # characters
-    if len(one_more) > limit:
-        _, read = places[-1]
-    sentences = split_sentences(text[:read])
-    ends = list(itertools.accumulate(len(sentence) for sentence in sentences))
-    sums = [0.0] * len(sentences)
-    in_front = len(classifier.tokenizer.first)  # tokens that are no part of the note
-    for score, (begin, end) in zip(scores[in_front:], places[in_front:], strict=True):
-        # A token may begin with the space after the sentence before: its last character decides.
-        last_character = max(begin, end - 1)
-        if last_character < read:  # else it is of a character whose other tokens were not read
-            sums[bisect.bisect(ends, last_character)] += score
-    pairs = zip(sentences, sums, strict=True)
-    explained = [Sentence(sentence, contribution) for sentence, contribution in pairs]
-    if read < len(text):
-        explained.append(Sentence(text[read:], None))
+    if len(classifier.tokenizer.encode(text, limit + 1)) <= limit:
+        return text
+    _, end = classifier.tokenizer.places(text, limit)[-1]
+    return text[:end]
+
+
+def variants(parts: Sequence[str]) -> list[str]:
+    """Give the texts to classify: all parts together, then all parts but one, for each part.
+
+    Returns:
+        1 + n texts for n parts. If there is one part, that part alone, since nothing is left
+        without it; for no part, no text.
+    """
+    if not parts:
+        return []
+    texts = ["".join(parts)]
+    if len(parts) > 1:
+        texts += ["".join([*parts[:i], *parts[i + 1 :]]) for i in range(len(parts))]
+    return texts
+
+
+def effects(parts: Sequence[str], predictions: Sequence[Prediction]) -> list[Part]:
+    """Compute the effect of each part, with the equation of ``leave_one_out``.
+
+    Args:
+        parts: The parts that were read.
+        predictions: The predictions for ``variants(parts)``, in order.
+
+    Raises:
+        ValueError: The number of predictions is not that of ``variants(parts)``.
+    """
+    expected = len(variants(parts))
+    if len(predictions) != expected:
+        raise ValueError(
+            f"{len(predictions)} predictions for {len(parts)} parts: expected {expected}, one for "
+            "each text of variants(parts)"
+        )
+    if len(parts) < 2:
+        return [Part(text, None) for text in parts]
+    whole, *without = predictions
+    explained = []
+    for text, prediction in zip(parts, without, strict=True):
+        fall = whole.probabilities[whole.index] - prediction.probabilities[whole.index]
+        explained.append(Part(text, 100 * fall))
     return explained
-
-
-def token_contributions(classifier: Classifier, ids: list[int]) -> list[float]:
-    """Give e · ∂z/∂e for each token, with z the log-odds of the predicted class: T floats."""
-    model = classifier.model
-    device = model.score.weight.device
-    this_thread = threading.get_ident()
-    kept = []  # the embeddings, which the gradient is taken of
-
-    def cut_graph(_module: nn.Module, _inputs: tuple, embedded: Tensor) -> Tensor:
-        if threading.get_ident() != this_thread:  # another note, classified at the same time
-            return embedded
-        kept.append(embedded.detach().requires_grad_())  # (1, T, D)
-        return kept[0]
-
-    training = model.training
-    model.eval()
-    hook = model.model.embed_tokens.register_forward_hook(cut_graph)
-    try:
-        with torch.enable_grad(), classifier.autocast():
-            lengths = torch.tensor([len(ids)], device=device)
-            logits = model(torch.tensor([ids], device=device), lengths)[0].float()  # (C,)
-        predicted = logits.argmax()
-        # ln(p / (1 − p)) = logit of the predicted class − logsumexp of the other logits.
-        others = torch.cat((logits[:predicted], logits[predicted + 1 :]))
-        log_odds = logits[predicted] - others.logsumexp(0)
-        (gradient,) = torch.autograd.grad(log_odds, kept)
-    finally:
-        hook.remove()
-        model.train(training)
-    embedded = kept[0].detach()
-    return (gradient.float() * embedded.float()).sum(-1)[0].tolist()
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from conftest import lacking
 
 import clinora
 from clinora.checkpoint import BUNDLED
-from clinora.explain import explain
+from clinora.explain import leave_one_out
 from tools import pretrain_base
 
 BASE = BUNDLED / "base"
@@ -251,25 +251,26 @@ def test_the_published_note_and_plain_variants_have_the_published_answer(note):
 
 
 @pytest.mark.slow
-def test_the_sentence_that_spoke_most_for_the_answer_carries_it():
-    """Deleting it lowers the probability more than deleting another, and alone it keeps more."""
+def test_the_part_that_supports_the_prediction_most_carries_it():
+    """Alone it keeps more of the probability than another part, and without two of them less."""
     run = clinora.Classifier.load("bundled", device="cpu", precision="fp32")
     draw = np.random.default_rng(0)
-    without, alone = [], []  # (top, random) of each note
+    alone, without_two = [], []  # (top, random) of each note
     for note in clinora.read_notes("bundled").notes[:70]:
-        sentences = explain(run, note.text)
-        read = [i for i, s in enumerate(sentences) if s.contribution is not None and s.text.strip()]
-        if len(read) < 4:
+        explained = leave_one_out(run, note.text)
+        read = [part.text for part in explained if part.effect is not None]
+        if len(read) < 6:
             continue
-        top = max(read, key=lambda i: sentences[i].contribution)
-        other = int(draw.choice([i for i in read if i != top]))
-        texts = ["".join(s.text for k, s in enumerate(sentences) if k != i) for i in (top, other)]
-        texts += [sentences[i].text for i in (top, other)]
-        named = run([note.text])[0].index
-        p = run.probabilities(texts)[0][:, named]
-        without.append((p[0], p[1]))
-        alone.append((p[2], p[3]))
-    assert len(without) > 50
-    for pairs, sign in ((without, -1), (alone, 1)):
+        ranked = sorted(range(len(read)), key=lambda i: -explained[i].effect)
+        others = draw.choice(ranked[2:], 2, replace=False)
+        pairs = (ranked[:2], others)
+        texts = [read[first] for first, _ in pairs]
+        texts += ["".join(t for i, t in enumerate(read) if i not in pair) for pair in pairs]
+        predicted = run([note.text])[0].index
+        p = run.probabilities(texts)[0][:, predicted]
+        alone.append((p[0], p[1]))
+        without_two.append((p[2], p[3]))
+    assert len(alone) > 50
+    for pairs, sign in ((alone, 1), (without_two, -1)):
         gains = sign * np.diff(np.array(pairs)[:, ::-1])[:, 0]  # top minus other
         assert scipy.stats.wilcoxon(gains, alternative="greater").pvalue < 0.01

@@ -1,4 +1,4 @@
-"""Why an answer, and what an adapter changed, against finite differences and dense algebra."""
+"""Which sentences support a prediction, and what an adapter changed."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -9,14 +9,26 @@ from hypothesis import strategies as st
 
 import clinora
 from clinora.checkpoint import BUNDLED
-from clinora.explain import explain, layer_updates, split_sentences, token_contributions
+from clinora.classifier import Prediction
+from clinora.explain import (
+    MOST_PARTS,
+    Part,
+    effects,
+    layer_updates,
+    leave_one_out,
+    parts_of,
+    split_sentences,
+    variants,
+)
 
-NOTE = "No fever.  Dose 2.5 mg of chest pain, é 🙂!\nECG: normal\n\nThe knee, swollen. CT"
-
-
-@pytest.fixture
-def classifier(small_run):
-    return clinora.Classifier.load(small_run, device="cpu", precision="fp32")
+SENTENCES = [
+    "No fever.  ",
+    "Dose 2.5 mg of chest pain, é 🙂!\n",
+    "ECG: normal\n\n",
+    "The knee, swollen. ",
+    "CT",
+]
+NOTE = "".join(SENTENCES)
 
 
 @hypothesis.given(st.text(alphabet=" .,!?\nab2é", max_size=60))
@@ -26,34 +38,148 @@ def test_sentences_rejoin_to_the_text(text):
 
 
 def test_a_sentence_ends_after_its_stop_or_line_and_not_inside_a_number():
-    assert split_sentences(NOTE) == [
-        "No fever.  ",
-        "Dose 2.5 mg of chest pain, é 🙂!\n",
-        "ECG: normal\n\n",
-        "The knee, swollen. ",
-        "CT",
+    assert split_sentences(NOTE) == SENTENCES
+
+
+@pytest.fixture
+def changeable(small_run):
+    """A classifier of one test, which may change it."""
+    return clinora.Classifier.load(small_run, device="cpu", precision="fp32")
+
+
+# --- The parts of a note ---
+
+
+@hypothesis.given(st.text(alphabet=" .,!?\nab2é漢🙂\u200b\u0301", max_size=500))
+def test_parts_are_the_beginning_of_the_note_and_each_is_visible(classifier, text):
+    visible = set(".,!?ab2é漢🙂")
+    hypothesis.assume(visible & set(text))
+    parts = parts_of(classifier, text)
+    assert text.strip().startswith("".join(parts))
+    assert len(parts) <= MOST_PARTS
+    assert all(visible & set(part) for part in parts)
+    if len(classifier.tokenizer.encode(text)) <= classifier.token_limit:
+        assert "".join(parts) == text.strip()
+
+
+def test_parts_are_sentences_and_blank_lines_belong_to_a_neighbour(classifier):
+    note = "\u200b\nNo fever. \n\u200b\nECG: normal\n\ufeff\n\u0301\nThe knee."
+    expected = ["\u200b\nNo fever. \n\u200b\n", "ECG: normal\n\ufeff\n\u0301\n", "The knee."]
+    assert parts_of(classifier, note) == expected
+    assert parts_of(classifier, f" {NOTE}\n") == SENTENCES
+
+
+def test_the_shortest_neighbours_of_too_many_sentences_become_one_part(changeable):
+    changeable.token_limit = 256
+    longer = ["The chest pain. "] * 5
+    note = [*longer, "No. ", "CT! ", "It? ", *longer, "ECG: normal. ", "No fever. ", *longer[:4]]
+    expected = [*longer, "No. CT! It? ", *longer, "ECG: normal. No fever. ", *longer[:3]]
+    note.append("A.")
+    expected.append("The chest pain. A.")
+    assert len(expected) == MOST_PARTS
+    assert parts_of(changeable, "".join(note)) == expected
+
+
+def test_the_parts_of_a_long_note_end_where_its_last_read_token_ends(changeable):
+    note = f"Chest pain. {'漢🙂 The knee, swollen. ' * 4}"
+    ids = changeable.tokenizer.encode(note)
+    for limit in range(2, 60):
+        changeable.token_limit = limit
+        read = changeable.tokenizer.decode(ids[:limit])
+        assert "".join(parts_of(changeable, note)) == read.rstrip("\ufffd")  # bytes of a character
+
+
+def test_the_text_beyond_the_limit_has_no_effect_and_changes_none(classifier):
+    begin = "Chest pain. The knee, swollen. No fever. ECG: normal. " * 6
+    ids = classifier.tokenizer.encode(begin)
+    assert len(ids) > classifier.token_limit + 10
+    explained = leave_one_out(classifier, begin + "CT of the abdomen. " * 50)
+    assert explained[:-1] == leave_one_out(classifier, begin)[:-1]
+    assert explained[-1].effect is None
+    read = classifier.tokenizer.decode(ids[: classifier.token_limit])
+    assert "".join(part.text for part in explained[:-1]) == read
+
+
+# --- Their effects ---
+
+
+def probabilities(classifier, text):
+    """Run the model over one text, without padding, in float32; softmax in float64."""
+    ids = classifier.tokenizer.encode(text)
+    with torch.no_grad():
+        logits = classifier.model.eval()(torch.tensor([ids]), torch.tensor([len(ids)]))
+    return logits[0].double().softmax(0)
+
+
+def test_an_effect_is_the_fall_of_the_probability_when_the_sentence_is_left_out(classifier):
+    whole = probabilities(classifier, NOTE)
+    predicted = int(whole.argmax())
+    without = [
+        "Dose 2.5 mg of chest pain, é 🙂!\nECG: normal\n\nThe knee, swollen. CT",
+        "No fever.  ECG: normal\n\nThe knee, swollen. CT",
+        "No fever.  Dose 2.5 mg of chest pain, é 🙂!\nThe knee, swollen. CT",
+        "No fever.  Dose 2.5 mg of chest pain, é 🙂!\nECG: normal\n\nCT",
+        "No fever.  Dose 2.5 mg of chest pain, é 🙂!\nECG: normal\n\nThe knee, swollen. ",
+    ]
+    expected = [
+        100 * (whole - probabilities(classifier, text))[predicted].item() for text in without
+    ]
+    assert max(map(abs, expected)) > 1  # points: the rounding of float32 is far smaller
+    explained = leave_one_out(classifier, f"  {NOTE}\r\n")
+    assert [part.text for part in explained] == SENTENCES
+    assert [part.effect for part in explained] == pytest.approx(expected, abs=1e-3)
+
+
+def prediction(*probabilities):
+    """A prediction of which nothing else matters."""
+    index = probabilities.index(max(probabilities))
+    return Prediction("", index, None, probabilities, None, 9, False)
+
+
+def test_effects_are_of_the_class_that_is_predicted_for_the_whole_note():
+    whole = prediction(0.25, 0.625, 0.125)
+    without = [prediction(0.5, 0.375, 0.125), prediction(0.125, 0.75, 0.125)]
+    expected = [Part("A. ", 25.0), Part("B.", -12.5)]
+    assert effects(["A. ", "B."], [whole, *without]) == expected
+
+
+def test_variants_leave_out_each_part_once():
+    assert variants(["A. ", "B. ", "C."]) == ["A. B. C.", "B. C.", "A. C.", "A. B. "]
+
+
+@pytest.mark.parametrize("predictions", [0, 2, 4])
+def test_predictions_of_other_texts_are_refused(predictions):
+    with pytest.raises(ValueError, match=f"{predictions} predictions for 2 parts: expected 3"):
+        effects(["A. ", "B."], [prediction(0.5, 0.25, 0.25)] * predictions)
+
+
+def test_a_note_of_one_sentence_has_nothing_to_be_compared_with(classifier):
+    assert leave_one_out(classifier, " Chest pain, no fever. ") == [
+        Part("Chest pain, no fever.", None)
     ]
 
 
-def log_odds(classifier, ids, scale, index):
-    """Give the log-odds of a class with each token's embedding multiplied by a factor."""
-    model = classifier.model.eval()
-    hook = model.model.embed_tokens.register_forward_hook(lambda *x: x[-1] * scale[:, None])
-    with torch.no_grad():
-        p = model(torch.tensor([ids]), torch.tensor([len(ids)]))[0].double().softmax(0)
-    hook.remove()
-    return (p[index].log() - (-p[index]).log1p()).item()
+def test_a_note_of_which_no_text_is_read_has_no_effect(changeable):
+    changeable.token_limit = 1  # the token in front of every note
+    assert leave_one_out(changeable, NOTE) == [Part(NOTE, None)]
 
 
-def test_contributions_are_the_derivative_of_the_log_odds_by_the_embeddings_size(classifier):
-    ids = classifier.tokenizer.encode(NOTE)
-    found = token_contributions(classifier, ids)
-    named = classifier([NOTE])[0].index
-    for i in range(0, len(ids), 5):
-        up, down = torch.ones(2, len(ids))
-        up[i], down[i] = 1.02, 0.98
-        z = [log_odds(classifier, ids, scale, named) for scale in (up, down)]
-        assert found[i] == pytest.approx((z[0] - z[1]) / 0.04, rel=0.02, abs=1e-3)
+@pytest.mark.parametrize("note", ["", " \n", "\u200b\ufeff"])
+def test_an_empty_note_is_refused(classifier, note):
+    with pytest.raises(ValueError, match="the note is empty"):
+        leave_one_out(classifier, note)
+
+
+def test_two_threads_explain_their_own_notes(classifier):
+    classifier.model.eval()
+    notes = [NOTE, "The knee is swollen. No chest pain! CT of the abdomen.\nECG: normal"]
+    alone = [leave_one_out(classifier, note) for note in notes]
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(lambda i: leave_one_out(classifier, notes[i % 2]), range(40)))
+    assert together == alone * 20
+
+
+# --- The tokens' places, where the unread text begins ---
 
 
 def test_places_are_where_the_pieces_stand_and_bytes_of_a_character_stand_at_its_end():
@@ -68,65 +194,7 @@ def test_places_are_where_the_pieces_stand_and_bytes_of_a_character_stand_at_its
     assert tokenizer.places(NOTE, 5) == places[:5]
 
 
-def test_a_sentence_has_the_sum_of_its_tokens(classifier):
-    note = "No fever. Dose 2.5 mg for chest pain. ECG normal! CT"
-    ids = classifier.tokenizer.encode(note)
-    tokens = token_contributions(classifier, ids)
-    sentences = explain(classifier, f"  {note}\n")
-    assert "".join(sentence.text for sentence in sentences) == note
-    expected, starts = [0.0] * len(sentences), [0]
-    for sentence in sentences:
-        starts.append(starts[-1] + len(sentence.text))
-    for i in range(1, len(ids)):  # a token stands where its last character does
-        last = max(0, len(classifier.tokenizer.decode(ids[: i + 1])) - 1)
-        expected[max(k for k in range(len(sentences)) if starts[k] <= last)] += tokens[i]
-    assert [s.contribution for s in sentences] == pytest.approx(expected, abs=1e-5)
-
-
-def test_what_was_not_read_has_no_contribution(classifier):
-    note = "Chest pain. " * 60
-    sentences = explain(classifier, note)
-    ids = classifier.tokenizer.encode(note)
-    assert len(ids) > classifier.token_limit == 128
-    read = classifier.tokenizer.decode(ids[:128])
-    assert "".join(s.text for s in sentences if s.contribution is not None) == read
-    assert sentences[-1].contribution is None  # the rest, as one
-    assert all(s.contribution is not None for s in sentences[:-1])
-    assert "".join(s.text for s in sentences) == note.strip()
-
-
-def test_explaining_changes_nothing(classifier):
-    model = classifier.model.eval()
-    before = classifier([NOTE])[0]
-    first = explain(classifier, NOTE)
-    assert classifier([NOTE])[0] == before
-    assert not model.training
-    assert all(p.grad is None for p in model.parameters())
-    embedded = model.model.embed_tokens(torch.tensor([[1, 2]]))
-    assert not embedded.requires_grad  # the hook that makes it a leaf is gone
-    assert explain(classifier, NOTE) == first
-
-
-def test_a_note_classified_meanwhile_in_another_thread_is_its_own(classifier):
-    """Explaining hooks into the embedding, which all threads share."""
-    alone = classifier(["knee pain"])[0].probabilities
-    expected = token_contributions(classifier, [5, 6, 7])
-    model = classifier.model
-    meanwhile = []
-
-    def classify_another(*_):
-        hook.remove()
-        with ThreadPoolExecutor(1) as pool:
-            meanwhile.append(pool.submit(classifier, ["knee pain"]).result()[0].probabilities)
-
-    hook = model.model.layers[0].register_forward_hook(classify_another)
-    assert token_contributions(classifier, [5, 6, 7]) == expected
-    assert meanwhile == [alone]
-
-
-def test_an_empty_note_is_refused(classifier):
-    with pytest.raises(ValueError, match="the note is empty"):
-        explain(classifier, " \n")
+# --- What an adapter changed ---
 
 
 def test_updates_are_those_of_the_dense_product(classifier):
@@ -146,13 +214,13 @@ def test_updates_are_those_of_the_dense_product(classifier):
         )
 
 
-def test_the_effective_rank_of_equal_directions_is_their_number_and_of_none_0(classifier):
-    layer = next(m for m in classifier.model.modules() if isinstance(m, clinora.LoRALinear))
+def test_the_effective_rank_of_equal_directions_is_their_number_and_of_none_0(changeable):
+    layer = next(m for m in changeable.model.modules() if isinstance(m, clinora.LoRALinear))
     with torch.no_grad():
         torch.nn.init.orthogonal_(layer.lora_A)
         layer.lora_B.zero_()
-        assert layer_updates(classifier.model)[0].effective_rank == 0
+        assert layer_updates(changeable.model)[0].effective_rank == 0
         layer.lora_B[:3, :3] = torch.eye(3)
-    update = layer_updates(classifier.model)[0]
+    update = layer_updates(changeable.model)[0]
     assert update.effective_rank == pytest.approx(3)
     assert update.singular_values == pytest.approx((2, 2, 2, 0), abs=1e-6)

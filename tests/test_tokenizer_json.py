@@ -14,7 +14,7 @@ from tokenizers import models, pre_tokenizers, processors
 
 import clinora
 from clinora.checkpoint import BUNDLED, CheckpointError
-from clinora.explain import explain, token_contributions
+from clinora.explain import Part, leave_one_out
 from clinora.notes import Note
 from clinora.serving.app import create_app
 from clinora.tokenizer import Tokenizer
@@ -385,19 +385,10 @@ def test_an_explanation_ends_exactly_where_the_last_token_ends(base, classifier)
     _, places = oracle.encode(note)
     for limit in range(2, 40):
         classifier.token_limit = limit
-        sentences = explain(classifier, note)
-        read = places[limit - len(classifier.tokenizer.first) - 1][1]
-        assert "".join(s.text for s in sentences) == note
-        assert "".join(s.text for s in sentences if s.contribution is not None) == note[:read]
-        assert [s.text for s in sentences if s.contribution is None] == [note[read:]]
-
-
-def test_contributions_of_all_tokens_of_the_note_are_counted(classifier):
-    note = "Chest pain. Knee swollen."
-    ids = classifier.tokenizer.encode(note)
-    tokens = token_contributions(classifier, ids)
-    total = sum(sentence.contribution for sentence in explain(classifier, note))
-    assert total == pytest.approx(sum(tokens[len(classifier.tokenizer.first) :]), abs=1e-6)
+        *read, unread = leave_one_out(classifier, note)
+        end = places[limit - len(classifier.tokenizer.first) - 1][1]
+        assert "".join(part.text for part in read) == note[:end]
+        assert unread == Part(note[end:], None)
 
 
 def test_a_run_is_bound_to_its_tokenizer_json(base, run, tmp_path):
