@@ -6,9 +6,11 @@ handler fails, the page shows a reference to the log, since an error's message m
 
 import functools
 import html
+import inspect
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
+from contextlib import contextmanager
 
 import gradio as gr
 from gradio.context import LocalContext
@@ -18,7 +20,9 @@ from clinora.serving import report_error
 from clinora.serving.api import REQUEST_SECONDS, note_error
 from clinora.serving.batcher import BusyError
 from clinora.serving.proxy import network_of
+from clinora.serving.storage import Owner
 
+VISIT_IN_SCOPE = "clinora.visit"  # the key of an event's visit in the scope of its request
 POLL_SECONDS = 0.2  # between checks whether the visitor is still connected
 
 
@@ -63,6 +67,12 @@ def client_of_event() -> str:
     return network_of(request.client)
 
 
+def owner_of_event() -> Owner:
+    """Return the owner of the files that the current handler makes: the visit of its event."""
+    request = LocalContext.request.get()
+    return Owner(request.request.scope[VISIT_IN_SCOPE], client_of_event())
+
+
 def visitor_is_gone() -> bool:
     """Return whether the visitor has closed the connection that waits for the current event.
 
@@ -78,20 +88,35 @@ def message(text: str) -> gr.Error:
     return gr.Error(html.escape(text, quote=False), print_exception=False)
 
 
-def with_error_messages(handler: Callable) -> Callable:
-    """Wrap a handler so that the page shows a message for each error, without the error's text."""
+@contextmanager
+def error_messages() -> Iterator[None]:
+    """Turn each error into a message for the page, without the error's text."""
+    try:
+        yield
+    except gr.Error:
+        raise
+    except (BusyError, TimeoutError):
+        raise message("The service is busy: try again in a moment.") from None
+    except VisitorGoneError:
+        raise message("The page was closed.") from None
+    except Exception as error:
+        raise message(f"This did not work; reference {report_error(error)}.") from None
 
-    @functools.wraps(handler)
-    def guarded(*arguments: object) -> object:
-        try:
-            return handler(*arguments)
-        except gr.Error:
-            raise
-        except (BusyError, TimeoutError):
-            raise message("The service is busy: try again in a moment.") from None
-        except VisitorGoneError:
-            raise message("The page was closed.") from None
-        except Exception as error:
-            raise message(f"This did not work; reference {report_error(error)}.") from None
+
+def with_error_messages(handler: Callable) -> Callable:
+    """Wrap a handler, a function or a generator, so that the page shows ``error_messages``."""
+    if inspect.isgeneratorfunction(handler):
+
+        @functools.wraps(handler)
+        def guarded(*arguments: object) -> Iterator:
+            with error_messages():
+                yield from handler(*arguments)
+
+    else:
+
+        @functools.wraps(handler)
+        def guarded(*arguments: object) -> object:
+            with error_messages():
+                return handler(*arguments)
 
     return guarded
