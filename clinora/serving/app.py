@@ -23,15 +23,16 @@ from clinora.serving.batcher import Batcher
 from clinora.serving.flags import Flags
 from clinora.serving.gate import add_page
 from clinora.serving.guard import BodyLimit, Guard
-from clinora.serving.page import CSS, THEME, build_page
+from clinora.serving.page import STYLES, THEME, build_page, page_head
 from clinora.serving.passwords import BasicAuth
 from clinora.serving.proxy import Proxies
 from clinora.serving.server import serve
 from clinora.serving.storage import KEPT_SECONDS, Storage
+from clinora.serving.words import words_about
 
 __all__ = ["create_app", "serve"]
 
-MOST_SESSIONS_WITH_STATE = 1_000  # sessions of which Gradio keeps the last prediction, for a flag
+MOST_SESSIONS_WITH_STATE = 1_000  # sessions of which Gradio keeps the last notes
 AT_ONCE = 32  # handlers of the page that run at once; the batcher limits the load on the model
 MOST_QUEUED_EVENTS = 64  # events of the page that wait for a handler
 # Any other host name may be another site's that its owner points at this machine (DNS rebinding).
@@ -48,6 +49,7 @@ def create_app(
     hosts: Sequence[str] = (),
     users: dict[str, tuple[bytes, bytes]] | None = None,
     card: str = "",
+    examples: Sequence[str] = (),
     url: str = "http://127.0.0.1:7860",
     trusted_proxies: Sequence[str] = (),
 ) -> FastAPI:
@@ -63,6 +65,7 @@ def create_app(
         hosts: Host names that the app accepts in addition to those of the loopback address.
         users: Salt and password hash of each user. With None, no password is required.
         card: The model card, in Markdown.
+        examples: The run's own examples, instead of the published ones.
         url: The app's address, for the examples on the page. An address in ``GRADIO_ROOT_PATH``
             takes precedence.
         trusted_proxies: Addresses or networks, such as ``10.0.0.0/28``, of the proxies whose
@@ -84,7 +87,8 @@ def create_app(
     os.environ["GRADIO_ANALYTICS_MAX_EVENTS"] = "50"
     os.environ["GRADIO_ANALYTICS_CACHE_FREQUENCY"] = "1000000"
     batcher = Batcher(classifier)
-    page = build_page(batcher, Flags(flags_folder), storage, card, url)
+    words = words_about(classifier, examples)
+    page = build_page(batcher, Flags(flags_folder), storage, words, card, url)
     page.state_session_capacity = MOST_SESSIONS_WITH_STATE
     # Gradio's own threads; in a shared pool, waiting handlers would block all other routes.
     page.max_threads = AT_ONCE
@@ -104,7 +108,8 @@ def create_app(
         mcp_server=False,
         ssr_mode=False,
         theme=THEME,
-        css=CSS,
+        css_paths=STYLES,
+        head=page_head(),
     )
 
     @asynccontextmanager

@@ -115,7 +115,7 @@ def many_tab(batcher: Batcher, storage: Storage) -> None:
             raise
         table = [[ROW, *map(spreadsheet_safe, kept), *RESULT_FIELDS]]
         for number, (row, result) in enumerate(zip(rows, results, strict=True), 1):
-            table.append([number, *map(spreadsheet_safe, row.kept), *_result_cells(result)])
+            table.append([number, *map(spreadsheet_safe, row.kept), *result_cells(result)])
         out = io.StringIO(newline="")
         csv.writer(out).writerows(table)
         # With a byte-order mark, Excel reads it as UTF-8.
@@ -171,7 +171,7 @@ def _no_columns() -> tuple[dict, dict]:
     return gr.update(choices=[], value=None), gr.update(choices=[], value=[])
 
 
-def _result_cells(result: Prediction | str) -> list[object]:
+def result_cells(result: Prediction | str) -> list[object]:
     """Return the cells of a prediction, or of an error, in the order of ``RESULT_FIELDS``."""
     if isinstance(result, str):
         return [*("" for _field in RESULT_FIELDS[:-1]), result]
