@@ -42,7 +42,7 @@ def shown(fragment):
 def card(prediction, threshold=0.8):
     of_run = None if threshold is None else calibration(threshold)
     run = SimpleNamespace(labels=LABELS, calibration=of_run)
-    return shown(answer_card(prediction, run, WORDS, ""))
+    return shown(answer_card(prediction, run, WORDS, "", "0"))
 
 
 # --- Frequencies in natural numbers ---
@@ -129,7 +129,7 @@ def test_names_are_shown_literally():
     hostile = "<img src=x onerror=alert(1)> & \"b\" 'c' `d` *e*"
     prediction = replace(predicted(), label=hostile)
     run = SimpleNamespace(labels=(hostile, "Hip", "Hand"), calibration=None)
-    fragment = answer_card(prediction, run, WORDS, "")
+    fragment = answer_card(prediction, run, WORDS, "", "0")
     assert "<img" not in fragment
     assert hostile in shown(fragment)
 

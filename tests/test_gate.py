@@ -22,7 +22,7 @@ from fastapi.testclient import TestClient
 from starlette.routing import Mount
 
 import clinora
-from clinora.serving import classify_tab, gate, storage
+from clinora.serving import answering, gate, storage
 from clinora.serving.app import create_app
 from clinora.serving.flags import Flags
 from clinora.serving.guard import MOST_BODY_BYTES, MOST_FILE_BYTES
@@ -641,7 +641,7 @@ def test_the_page_uses_every_open_route_and_event_and_no_other(
     chromium, classifier, tmp_path, monkeypatch
 ):
     """A person uses every control; then the server is started anew under the open page."""
-    monkeypatch.setattr(classify_tab, "MOST_PARAMETERS", 100)  # explanations on request
+    monkeypatch.setattr(answering, "MOST_PARAMETERS", 100)  # explanations on request
     context = chromium.new_context(viewport={"width": 1280, "height": 900})
     page = context.new_page()
     used, events = set(), set()

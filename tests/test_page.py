@@ -14,13 +14,13 @@ from fastapi.testclient import TestClient
 
 import clinora
 from clinora.budget import base_parameters
+from clinora.serving import answering, events
 from clinora.serving import batcher as batcher_module
-from clinora.serving import classify_tab, events
 from clinora.serving.answer import CONFIDENT, NEEDS_A_PERSON, STALE
+from clinora.serving.answering import Answers
 from clinora.serving.api import MOST_CHARACTERS
 from clinora.serving.app import create_app
 from clinora.serving.batcher import Batcher
-from clinora.serving.classify_tab import Answers
 from clinora.serving.history import History
 from clinora.serving.internals_tab import TINYLLAMA
 from clinora.serving.words import EXAMPLES, words_about
@@ -202,8 +202,31 @@ def test_an_answer_that_is_no_longer_shown_is_not_explained(classifier, monkeypa
     history = History()
     steps = Answers(batcher, words_about(classifier)).predict(NOTE, history)
     assert next(steps)[2] == classifier([NOTE])[0].as_text()
-    history.clear_answer()
+    history.shown = None
     assert list(steps) == [(gradio.skip(),) * 8]
+    batcher.close()
+
+
+def test_the_answer_to_a_note_is_not_shown_when_another_was_submitted_meanwhile(
+    classifier, monkeypatch
+):
+    history = History()
+    batcher = Batcher(classifier)
+    answers = Answers(batcher, words_about(classifier))
+
+    def submit_another():  # while the page's first event waits for its answer
+        monkeypatch.setattr(events, "visitor_is_gone", lambda: False)
+        later.append(next(answers.predict("Knee pain.", history)))
+        return False
+
+    later = []
+    monkeypatch.setattr(events, "visitor_is_gone", submit_another)
+    release = threading.Event()
+    batcher.submit_job(lambda: release.wait(0.5))
+    steps = list(answers.predict(NOTE, history))
+    assert steps == [tuple(gradio.skip() for _ in range(8))]
+    assert later[0][2] == classifier(["Knee pain."])[0].as_text()
+    assert history.shown.is_of("Knee pain.")
     batcher.close()
 
 
@@ -220,7 +243,7 @@ def test_a_busy_service_gives_the_answer_without_an_explanation(client, classifi
 
 
 def test_on_a_large_base_an_answer_is_explained_on_request(classifier, tmp_path, monkeypatch):
-    monkeypatch.setattr(classify_tab, "MOST_PARAMETERS", 100)
+    monkeypatch.setattr(answering, "MOST_PARAMETERS", 100)
     with TestClient(create_app(classifier, tmp_path), "http://127.0.0.1") as client:
         event, answer = call(client, "explain", NOTE, None)
         assert (event, "no answer" in answer["error"]) == ("error", True)
@@ -237,7 +260,7 @@ def test_on_a_large_base_an_answer_is_explained_on_request(classifier, tmp_path,
 
 def clear(client, note, session="one"):
     """Press Clear; give the text that the page keeps for Undo."""
-    event, (cleared, undo, _reason, consent, shown, *outputs) = call(
+    event, (shown, cleared, undo, _reason, consent, *outputs) = call(
         client, "clear", note, None, session=session
     )
     assert event == "complete"
@@ -262,6 +285,14 @@ def test_undo_brings_back_the_cleared_note_and_its_answer(client, classifier):
     assert (note, button["visible"]) == (NOTE, False)
     assert (shown.text, shown.explanation) == (answer.text, answer.explanation)
     assert call(client, "flag", NOTE, None, False, "Other")[0] == "complete"
+
+
+def test_clearing_an_empty_note_keeps_the_note_that_was_cleared_before(client):
+    answer = predict(client, NOTE)
+    cleared = clear(client, NOTE)
+    _, outputs = call(client, "clear", "", None)
+    assert outputs[1:3] == [UNCHANGED, UNCHANGED]  # the cleared note, and the Undo button
+    assert undo(client, cleared)[2].text == answer.text
 
 
 @pytest.mark.parametrize("submitted", [None, "Another note."])

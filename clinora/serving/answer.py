@@ -1,6 +1,7 @@
 """The answer to a note, as HTML: the card with the verdict, and the explanation."""
 
 import secrets
+import zlib
 from collections.abc import Sequence
 
 from clinora.calibration import Calibration
@@ -55,7 +56,18 @@ def how_often_right(confidence: float, calibration: Calibration) -> str:
     return f"Right about {right:,} times in {out_of:,}; {needed:,} in {out_of:,} needed."
 
 
-def answer_card(prediction: Prediction, classifier: Classifier, words: Words, unread: str) -> str:
+def fingerprint(note: str) -> str:
+    """Return a number for a note, by which the page's script finds out that the note has changed.
+
+    It is the CRC-32 of the text in UTF-16, with the line ends that a browser gives.
+    """
+    text = note.replace("\r\n", "\n").replace("\r", "\n")
+    return str(zlib.crc32(text.encode("utf-16-le", "surrogatepass")))
+
+
+def answer_card(
+    prediction: Prediction, classifier: Classifier, words: Words, unread: str, key: str
+) -> str:
     """Return the card of a prediction: the class, the verdict, and what a reader has to know.
 
     Args:
@@ -63,6 +75,7 @@ def answer_card(prediction: Prediction, classifier: Classifier, words: Words, un
         classifier: The run's classifier.
         words: The page's words about the run.
         unread: ``unread_banner`` of the note.
+        key: ``fingerprint`` of the note.
     """
     sentences = []
     if prediction.out_of_distribution:
@@ -76,10 +89,10 @@ def answer_card(prediction: Prediction, classifier: Classifier, words: Words, un
         sentences.append(f"{prediction.label} or {also}: both fit.")
     lines = "".join(f"<p>{literal(sentence)}</p>" for sentence in sentences)
     refer = needs_person(prediction)
-    # The page's script recognises a new answer by its id.
+    # The page's script reads the id: the second number tells one answer from the next.
     return (
         f'<div class="answer-card {"refer" if refer else "confident"}" '
-        f'id="answer-{secrets.token_hex(4)}">'
+        f'id="answer-{key}-{secrets.token_hex(4)}">'
         f'<p class="stale-words" role="status">{STALE}</p>'
         '<p class="answer-heading">Predicted class</p>'
         f'<p class="answer-class">{literal(prediction.label)}</p>'

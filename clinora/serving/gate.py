@@ -59,13 +59,13 @@ FIRST_ROUTES = ("/", "/config")
 # The events that the page triggers, by their api_name.
 EVENTS = (
     "choose_example",
+    "flag",
+    "download_last_notes",
     "predict",
     "clear_failed_prediction",
     "explain",
     "clear",
     "undo_clear",
-    "flag",
-    "download_last_notes",
     "count_for_rank",
     "count_for_targets",
     "compare_strengths",

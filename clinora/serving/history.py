@@ -61,12 +61,14 @@ class History:
     Attributes:
         entries: At most ``MOST_ENTRIES``, the newest first.
         shown: The entry whose answer the page shows, or None.
+        submissions: How many notes were submitted.
         cleared: The entry whose answer the page showed before it was cleared, or None.
     """
 
     def __init__(self) -> None:
         self.entries: deque[Entry] = deque(maxlen=MOST_ENTRIES)
         self.shown: Entry | None = None
+        self.submissions = 0
         self.cleared: Entry | None = None
 
     def add(self, entry: Entry) -> None:
@@ -75,11 +77,6 @@ class History:
             self.entries.popleft()
         self.entries.appendleft(entry)
         self.shown = entry
-
-    def clear_answer(self) -> None:
-        """Note that the page shows no answer any more."""
-        self.cleared = self.shown
-        self.shown = None
 
 
 def history_html(history: History, labels: Sequence[str]) -> str:
