@@ -94,8 +94,10 @@ def test_a_note_needs_a_person_unless_nothing_speaks_against_filing_it(refer, un
     assert (NEEDS_A_PERSON in words, CONFIDENT in words) == (expected, not expected)
 
 
-def test_the_card_says_that_a_text_is_unusual():
-    assert WORDS.unusual in card(predicted(unusual=True))
+def test_the_card_says_that_a_text_is_unusual_and_claims_no_frequency_for_it():
+    words = card(predicted((0.4, 0.4, 0.2), unusual=True))
+    assert WORDS.unusual in words
+    assert re.search(r"\d|both fit", words) is None
     for unusual in (False, None):
         assert WORDS.unusual not in card(predicted(unusual=unusual))
 

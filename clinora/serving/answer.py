@@ -77,16 +77,10 @@ def answer_card(
         unread: ``unread_banner`` of the note.
         key: ``fingerprint`` of the note.
     """
-    sentences = []
-    if prediction.out_of_distribution:
-        sentences.append(words.unusual)
-    if classifier.calibration is None:
-        sentences.append("This run is not calibrated: nobody knows how often it is right.")
+    if prediction.out_of_distribution:  # the calibration holds for notes like the run's alone
+        sentences = [words.unusual, "How often the model is right about such a text is unknown."]
     else:
-        sentences.append(how_often_right(prediction.confidence, classifier.calibration))
-    also = second_class(prediction, classifier.labels)
-    if also is not None:
-        sentences.append(f"{prediction.label} or {also}: both fit.")
+        sentences = _confidence_sentences(prediction, classifier)
     lines = "".join(f"<p>{literal(sentence)}</p>" for sentence in sentences)
     refer = needs_person(prediction)
     # The page's script reads the id: the second number tells one answer from the next.
@@ -98,6 +92,18 @@ def answer_card(
         f'<p class="answer-class">{literal(prediction.label)}</p>'
         f"{verdict_badge(refer)}{lines}{unread}</div>"
     )
+
+
+def _confidence_sentences(prediction: Prediction, classifier: Classifier) -> list[str]:
+    """Say how often such a prediction is right, and which other class is likely."""
+    if classifier.calibration is None:
+        sentences = ["This run is not calibrated: how often it is right is unknown."]
+    else:
+        sentences = [how_often_right(prediction.confidence, classifier.calibration)]
+    also = second_class(prediction, classifier.labels)
+    if also is not None:
+        sentences.append(f"{prediction.label} or {also}: both fit.")
+    return sentences
 
 
 def verdict_badge(refer: bool) -> str:
