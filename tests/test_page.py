@@ -5,6 +5,7 @@ import html
 import io
 import re
 import threading
+import time
 from types import SimpleNamespace
 
 import gradio
@@ -207,27 +208,70 @@ def test_an_answer_that_is_no_longer_shown_is_not_explained(classifier, monkeypa
     batcher.close()
 
 
-def test_the_answer_to_a_note_is_not_shown_when_another_was_submitted_meanwhile(
-    classifier, monkeypatch
-):
-    history = History()
+@pytest.fixture
+def waiting(classifier, monkeypatch):
+    """Submit a note, and do something on the page while its answer is awaited.
+
+    Gives a function: what is done with the page's answers and history → what the page shows then.
+    """
     batcher = Batcher(classifier)
     answers = Answers(batcher, words_about(classifier))
+    history = History()
 
-    def submit_another():  # while the page's first event waits for its answer
-        monkeypatch.setattr(events, "visitor_is_gone", lambda: False)
-        later.append(next(answers.predict("Knee pain.", history)))
-        return False
+    def submit(meanwhile):
+        done = []
 
-    later = []
-    monkeypatch.setattr(events, "visitor_is_gone", submit_another)
-    release = threading.Event()
-    batcher.submit_job(lambda: release.wait(0.5))
-    steps = list(answers.predict(NOTE, history))
-    assert steps == [tuple(gradio.skip() for _ in range(8))]
-    assert later[0][2] == classifier(["Knee pain."])[0].as_text()
-    assert history.shown.is_of("Knee pain.")
+        def visitor_is_gone():
+            monkeypatch.setattr(events, "visitor_is_gone", lambda: False)
+            done.append(meanwhile(answers, history))
+            return False
+
+        monkeypatch.setattr(events, "visitor_is_gone", visitor_is_gone)
+        batcher.submit_job(lambda: time.sleep(0.3))
+        steps = list(answers.predict(NOTE, history))
+        return steps, done[0], history
+
+    yield submit
     batcher.close()
+
+
+NOTHING = [tuple(gradio.skip() for _ in range(8))]
+
+
+def test_the_answer_to_a_note_is_not_shown_when_another_was_submitted_meanwhile(
+    waiting, classifier
+):
+    steps, other, history = waiting(lambda answers, h: next(answers.predict("Knee pain.", h)))
+    assert steps == NOTHING
+    assert other[2] == classifier(["Knee pain."])[0].as_text()
+    assert history.shown.is_of("Knee pain.")
+
+
+def test_the_answer_to_a_note_is_not_shown_when_the_page_was_cleared_meanwhile(waiting):
+    steps, _, history = waiting(lambda answers, h: answers.clear(NOTE, h))
+    assert steps == NOTHING
+    assert history.shown is None
+
+
+def test_an_older_notes_failure_does_not_remove_a_newer_notes_answer(waiting, monkeypatch):
+    monkeypatch.setattr(answering, "wait_for", fail_later(events.wait_for))
+    steps, _, history = waiting(lambda answers, h: next(answers.predict("Knee pain.", h)))
+    assert steps == NOTHING
+    assert history.shown.is_of("Knee pain.")
+
+
+def fail_later(wait_for):
+    """Wait for a result, but fail if another was awaited meanwhile."""
+    calls = []
+
+    def wait_and_fail(future):
+        calls.append(future)
+        result = wait_for(future)
+        if calls[-1] is not future:
+            raise TimeoutError
+        return result
+
+    return wait_and_fail
 
 
 def test_a_busy_service_gives_the_answer_without_an_explanation(client, classifier, monkeypatch):

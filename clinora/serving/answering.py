@@ -56,11 +56,15 @@ class Answers:
 
         One event does both: the browser loses a second one that starts as the first one ends.
         """
-        history.submissions += 1
-        submission = history.submissions
+        history.turn += 1
+        turn = history.turn
         text = checked_note(note)
-        prediction = wait_for(self.batcher.submit([text], client=client_of_event())[0])
-        if submission < history.submissions:  # the page waits for the answer to another note
+        try:
+            prediction = wait_for(self.batcher.submit([text], client=client_of_event())[0])
+        except Exception:
+            if turn == history.turn:
+                raise
+        if turn < history.turn:  # the page was cleared, or waits for the answer to another note
             yield _no_change(8)
             return
         entry = Entry.of(text, prediction)
@@ -126,6 +130,7 @@ class Answers:
             history.cleared = history.shown
             kept = (note, gr.update(visible=True))
         history.shown = None
+        history.turn += 1
         return None, *kept, None, False, *self.no_answer()
 
     def fail(self, history: History) -> tuple:

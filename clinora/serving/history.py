@@ -61,14 +61,14 @@ class History:
     Attributes:
         entries: At most ``MOST_ENTRIES``, the newest first.
         shown: The entry whose answer the page shows, or None.
-        submissions: How many notes were submitted.
+        turn: Is larger after each Submit and Clear.
         cleared: The entry whose answer the page showed before it was cleared, or None.
     """
 
     def __init__(self) -> None:
         self.entries: deque[Entry] = deque(maxlen=MOST_ENTRIES)
         self.shown: Entry | None = None
-        self.submissions = 0
+        self.turn = 0
         self.cleared: Entry | None = None
 
     def add(self, entry: Entry) -> None:
