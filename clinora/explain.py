@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from clinora.classifier import Classifier, Prediction
 from clinora.lora import LoRALinear
-from clinora.notes import clean_text, has_visible
+from clinora.notes import clean_text, has_visible, ordinary_case
 from clinora.variants import DoRALinear
 
 # An explanation classifies a note once more for each part. With this many, explaining 512 tokens
@@ -117,9 +117,10 @@ def parts_of(classifier: Classifier, text: str) -> list[str]:
 def _cut_unread(classifier: Classifier, text: str) -> str:
     """Give the beginning of a cleaned note, up to the end of the last token that is read."""
     limit = classifier.token_limit
-    if len(classifier.tokenizer.encode(text, limit + 1)) <= limit:
+    read = ordinary_case(text)  # as the classifier reads it, with as many characters
+    if len(classifier.tokenizer.encode(read, limit + 1)) <= limit:
         return text
-    _, end = classifier.tokenizer.places(text, limit)[-1]
+    _, end = classifier.tokenizer.places(read, limit)[-1]
     return text[:end]
 
 

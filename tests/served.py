@@ -17,6 +17,7 @@ from clinora.calibration import Calibration
 from clinora.serving.server import DEFAULT_LIMITS, Server
 
 ROOT = Path(__file__).parents[1]
+UNCHANGED = {"__type__": "update"}  # the value of an output that an event leaves as it is
 CANARY = "canary-7f3a"  # part of a note's text, for tests that search where it must not appear
 
 
@@ -72,14 +73,24 @@ def join(client, api, *data, session):
 
 
 def call(client, api, *data, session="one"):
-    """Trigger an event and wait for its end: ("complete", data) or ("error", …)."""
+    """Trigger an event and wait for its end: ("complete", data) or ("error", …).
+
+    An event may set its outputs in two steps. The data is what the page shows after the last.
+    """
     joined = join(client, api, *data, session=session)
     assert joined.status_code == 200, joined.text
+    first = None
     for message in messages(client, session):
+        if message["msg"] == "process_generating" and first is None:
+            first = message["output"]["data"]
         if message["msg"] == "process_completed":
-            if message["success"]:
-                return "complete", message["output"]["data"]
-            return "error", message["output"]
+            if not message["success"]:
+                return "error", message["output"]
+            last = message["output"]["data"]
+            if first is None:
+                return "complete", last
+            steps = zip(first, last, strict=True)
+            return "complete", [old if new == UNCHANGED else new for old, new in steps]
     raise AssertionError("the stream ended before the event")
 
 
@@ -181,7 +192,8 @@ class Person:
         self.note = page.get_by_label("Enter Clinical Note")
         self.text = page.get_by_label("Prediction in text")
         self.json = page.locator(".json-holder")
-        self.highlighted = page.locator(".textfield")
+        self.card = page.locator(".answer-card")
+        self.explanation = page.locator("#explanation")
         self.note.wait_for()
         page.wait_for_timeout(1000)  # just opened, the page may lose a text or a click
 

@@ -145,12 +145,12 @@ def test_a_note_whose_visitor_leaves_is_not_computed(served, go_on, monkeypatch,
         monkeypatch.setattr(served.batcher, name, note_and_queue)
     leaving = [Visitor(served.address) for _ in range(4)]
     for visitor in leaving[:3]:
-        visitor.trigger("predict", CANARY)
+        visitor.trigger("predict", CANARY, None)
     leaving[3].trigger("compare_strengths", CANARY, 0.5)
     for _ in leaving:
         assert queued.acquire(timeout=30)
     staying = Visitor(served.address)
-    staying.trigger("predict", "fever")
+    staying.trigger("predict", "fever", None)
     assert queued.acquire(timeout=30)
     for visitor in leaving:
         visitor.leave()
@@ -168,10 +168,10 @@ def test_a_note_whose_visitor_leaves_is_not_computed(served, go_on, monkeypatch,
 @pytest.mark.skipif(sys.platform != "linux", reason="127.0.0.2 is this machine on Linux alone")
 def test_one_address_does_not_fill_the_pages_queue(served, go_on):
     greedy = [Visitor(served.address) for _ in range(4)]
-    statuses = {visitor.join("predict", "fever") for visitor in greedy * 40}
+    statuses = {visitor.join("predict", "fever", None) for visitor in greedy * 40}
     assert statuses == {200, 503}
     other = Visitor(served.address, "127.0.0.2")
-    other.trigger("predict", "fever")
+    other.trigger("predict", "fever", None)
     go_on.set()
     assert '"success":true' in other.stream.read().decode()
 
@@ -185,12 +185,12 @@ def test_many_sessions_of_one_address_push_out_no_others(served):
     queue = served.page._queue
     queue.pending_messages_per_session.max_size = 120
     other = Visitor(served.address, "127.0.0.2")
-    other.join("predict", "fever")
+    other.join("predict", "fever", None)
     greedy = Visitor(served.address)
     accepted = 0
     end = time.monotonic() + 60
     while accepted < 150 and time.monotonic() < end:
-        accepted += greedy.join("clear", session=f"s{accepted}") == 200
+        accepted += greedy.join("clear", "fever", None, session=f"s{accepted}") == 200
     assert accepted == 150
     assert len(queue.pending_event_ids_session) < 110  # the memory does not grow either
     other.connection.close()  # it was idle: listen() opens a new one

@@ -31,7 +31,7 @@ def test_a_flag_stores_prediction_reason_and_hash_and_the_text_only_with_consent
         "tokens_exact": True,
         "reason": REASONS[1],
     }
-    call(client, "predict", f"  {note}\n")
+    call(client, "predict", f"  {note}\n", None)
     assert not flags_folder.exists()  # the first flag creates it
     file = flags_folder / "flags.jsonl"
     for consent, text in ((False, {}), (True, {"note": note})):
@@ -45,7 +45,7 @@ def test_a_flag_stores_prediction_reason_and_hash_and_the_text_only_with_consent
 
 
 def test_a_flag_needs_one_of_the_reasons(client, flags_folder):
-    call(client, "predict", "fever")
+    call(client, "predict", "fever", None)
     assert call(client, "flag", "fever", None, False, None)[0] == "error"
     for reason in ("", CANARY, [REASONS[0]]):
         answer = join(client, "flag", "fever", None, False, reason, session="one")
@@ -54,7 +54,7 @@ def test_a_flag_needs_one_of_the_reasons(client, flags_folder):
 
 
 def test_a_note_that_was_changed_after_its_prediction_is_not_flagged(client, flags_folder):
-    call(client, "predict", "fever")
+    call(client, "predict", "fever", None)
     event, answer = call(client, "flag", f"fever {CANARY}", None, True, REASONS[0])
     assert event == "error"
     assert "note has changed" in answer["error"]
@@ -62,7 +62,7 @@ def test_a_note_that_was_changed_after_its_prediction_is_not_flagged(client, fla
 
 
 def test_without_a_prediction_there_is_nothing_to_flag(client, flags_folder):
-    call(client, "predict", "fever", session="another")
+    call(client, "predict", "fever", None, session="another")
     event, answer = call(client, "flag", "fever", None, True, REASONS[0])
     assert event == "error"
     assert "no prediction" in answer["error"]
@@ -78,7 +78,7 @@ def test_only_the_predictions_of_the_most_recent_sessions_are_kept(
     monkeypatch.setattr("clinora.serving.app.MOST_SESSIONS_WITH_STATE", 3)
     with TestClient(create_app(classifier, flags_folder), "http://127.0.0.1") as client:
         for session in ("first", "second", "third", "fourth", "fifth"):
-            assert call(client, "predict", "fever", session=session)[0] == "complete"
+            assert call(client, "predict", "fever", None, session=session)[0] == "complete"
         flags = {
             session: call(client, "flag", "fever", None, False, REASONS[0], session=session)[0]
             for session in ("fifth", "first")
@@ -135,7 +135,7 @@ def test_a_full_file_takes_no_more_flags(client, flags_folder):
     assert len(flags.path.read_text().splitlines()) == 1
     with flags.path.open("ab") as file:
         file.truncate(10_000_000)  # the page's own limit
-    call(client, "predict", "fever")
+    call(client, "predict", "fever", None)
     event, answer = call(client, "flag", "fever", None, False, REASONS[0])
     assert event == "error"
     assert "full" in answer["error"]

@@ -22,11 +22,11 @@ from fastapi.testclient import TestClient
 from starlette.routing import Mount
 
 import clinora
-from clinora.serving import gate, storage
+from clinora.serving import answering, gate, storage
 from clinora.serving.app import create_app
-from clinora.serving.classify_tab import EXAMPLES
 from clinora.serving.flags import Flags
 from clinora.serving.guard import MOST_BODY_BYTES, MOST_FILE_BYTES
+from clinora.serving.words import EXAMPLES
 from tests.served import CANARY, ROOT, Person, call, join, run_async
 from tests.served import running as served_from_a_thread
 
@@ -196,7 +196,7 @@ def test_an_event_that_is_not_listed_cannot_be_called(classifier, tmp_path, monk
     monkeypatch.setattr(gate, "EVENTS", tuple(set(gate.EVENTS) - {"flag"}))
     with TestClient(create_app(classifier, tmp_path), "http://127.0.0.1") as client:
         assert join(client, "flag", "fever", None, False, "Other", session="one").status_code == 404
-        assert call(client, "predict", "fever")[0] == "complete"
+        assert call(client, "predict", "fever", None)[0] == "complete"
 
 
 def test_without_a_visit_nothing_can_be_asked_of_the_page(client):
@@ -208,7 +208,7 @@ def test_without_a_visit_nothing_can_be_asked_of_the_page(client):
 
 
 def test_another_visit_cannot_read_the_events_of_this_one(app, client):
-    assert join(client, "predict", CANARY, session="one").status_code == 200
+    assert join(client, "predict", CANARY, None, session="one").status_code == 200
     other = TestClient(app, "http://127.0.0.1")
     other.get("/")
     assert CANARY not in other.get("/gradio_api/queue/data?session_hash=one").text
@@ -319,13 +319,13 @@ def test_each_input_takes_what_its_component_may_hold_and_nothing_else(app, clie
 
 
 def test_a_state_never_comes_from_the_browser(client):
-    assert call(client, "predict", "fever")[0] == "complete"
+    assert call(client, "predict", "fever", None)[0] == "complete"
     made_up = {"label": CANARY, "sha256": "0" * 64}
     assert call(client, "flag", "fever", made_up, False, "Other", session="two")[0] == "error"
 
 
 def test_too_few_or_too_many_inputs_are_refused(client):
-    for data in ([], ["fever", "fever"]):
+    for data in ([], ["fever"], ["fever", None, None]):
         assert join(client, "predict", *data, session="one").status_code == 422
 
 
@@ -627,7 +627,7 @@ def test_a_killed_servers_folder_is_removed_by_the_next_and_no_others(
 
 def test_the_pages_content_is_not_written_to_a_file(client):
     folder = Path(upload(client)).parents[1]
-    call(client, "predict", CANARY)
+    call(client, "predict", CANARY, None)
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert [path for path in files if CANARY.encode() in path.read_bytes()] == []
 
@@ -636,8 +636,11 @@ def test_the_pages_content_is_not_written_to_a_file(client):
 
 
 @pytest.mark.slow
-def test_the_page_uses_every_open_route_and_event_and_no_other(chromium, classifier, tmp_path):
+def test_the_page_uses_every_open_route_and_event_and_no_other(
+    chromium, classifier, tmp_path, monkeypatch
+):
     """A person uses every control; then the server is started anew under the open page."""
+    monkeypatch.setattr(answering, "MOST_PARAMETERS", 100)  # explanations on request
     context = chromium.new_context(viewport={"width": 1280, "height": 900})
     page = context.new_page()
     used, events = set(), set()
@@ -688,11 +691,18 @@ def use_every_control(person, tmp_path):
     expect(person.note).to_have_value(EXAMPLES[0])
     person.press("Submit")
     expect(person.text).to_have_value(re.compile("Predicted Label"))
+    person.press("Explain this answer")
+    expect(person.explanation).to_contain_text("percentage points")
     person.choose_reason("Other")
     person.press("Flag")
     page.get_by_text("The prediction was flagged").first.wait_for()
     person.press("Clear")
     expect(person.text).to_have_value("")
+    person.press("Undo")
+    expect(person.text).to_have_value(re.compile("Predicted Label"))
+    page.get_by_role("button", name="The last ten notes").click()
+    person.press("Make a CSV file")
+    page.get_by_role("cell", name="last-notes.csv").wait_for()
 
     person.open("LoRA internals")
     table = page.get_by_role("grid", name="What LoRA would train")

@@ -88,6 +88,9 @@ def visit(chromium, trained, folder, classes, file_name, column):
         person = Person(page, url)
         person.submit(NOTE)
         expect(person.text).to_have_value(classifier([NOTE])[0].as_text())
+        expect(person.explanation).to_contain_text("no explanation")
+        for name in ("Probabilities", "The last ten notes"):
+            page.get_by_role("button", name=name).click()
         steps.append(elements(page))
 
         person.open("LoRA internals")
@@ -184,10 +187,13 @@ def test_long_class_names_wrap_and_leave_the_percentages_in_sight(
         page = chromium.new_page(viewport={"width": width, "height": 900})
         person = Person(page, url)
         person.submit(NOTE)
+        page.get_by_role("button", name="Probabilities").click()
+        page.get_by_role("button", name="The last ten notes").click()
         label = page.get_by_test_id("label")
         expect(page.get_by_test_id("label-output-value")).to_have_text("W" * LONGEST_CLASS_NAME)
         expect(person.json).to_contain_text("W" * LONGEST_CLASS_NAME)
-        for block in (label, person.json):
+        expect(person.card).to_contain_text("W" * LONGEST_CLASS_NAME)
+        for block in (label, person.json, person.card, page.locator(".history-card")):
             assert block.evaluate(BEYOND) == []
         shown = sorted(float(text.strip("%")) for text in label.locator("dd").all_inner_texts())
         assert shown == pytest.approx(sorted(100 * p for p in prediction.probabilities), abs=0.51)

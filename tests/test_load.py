@@ -10,8 +10,8 @@ import psutil
 import pytest
 
 import clinora
-from clinora.serving.classify_tab import EXAMPLES
 from clinora.serving.sessions import MOST_EVENTS_OF_A_CLIENT
+from clinora.serving.words import EXAMPLES
 from tests.served import join
 
 
@@ -95,6 +95,6 @@ def test_a_client_with_too_many_events_is_refused_at_once(client, classifier, mo
     logits = classifier.logits
     monkeypatch.setattr(classifier, "logits", lambda *a: may_go_on.wait(30) and logits(*a))
     most = MOST_EVENTS_OF_A_CLIENT
-    answers = [join(client, "predict", "fever", session=f"s{i}") for i in range(most + 1)]
+    answers = [join(client, "predict", "fever", None, session=f"s{i}") for i in range(most + 1)]
     may_go_on.set()
     assert [answer.status_code for answer in answers] == [200] * most + [503]

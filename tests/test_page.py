@@ -1,21 +1,31 @@
 """The page's tabs "Classify" and "LoRA internals": their answers, through the page's own calls."""
 
+import csv
+import html
+import io
 import re
 import threading
+import time
 from types import SimpleNamespace
 
+import gradio
 import pytest
 import torch
 from fastapi.testclient import TestClient
 
 import clinora
 from clinora.budget import base_parameters
-from clinora.explain import leave_one_out
+from clinora.serving import answering, events
+from clinora.serving import batcher as batcher_module
+from clinora.serving.answer import CONFIDENT, NEEDS_A_PERSON, STALE
+from clinora.serving.answering import Answers
 from clinora.serving.api import MOST_CHARACTERS
 from clinora.serving.app import create_app
-from clinora.serving.classify_tab import EXAMPLES
+from clinora.serving.batcher import Batcher
+from clinora.serving.history import History
 from clinora.serving.internals_tab import TINYLLAMA
-from tests.served import calibration, call
+from clinora.serving.words import EXAMPLES, words_about
+from tests.served import UNCHANGED, calibration, call, join, messages
 
 PUBLISHED_NOTE = (
     "The patient reports severe chest pain and shortness of breath. ECG shows ST elevation. "
@@ -31,11 +41,17 @@ def client(visitor):
 
 
 def predict(client, note, session="one"):
-    """Submit a note; give the outputs that the page shows, by name."""
-    event, outputs = call(client, "predict", note, session=session)
+    """Submit a note; give the outputs that the page shows at the end, by name."""
+    event, outputs = call(client, "predict", note, None, session=session)
     assert event == "complete"
-    names = ("json", "text", "probabilities", "confidence", "referral", "tokens", "sentences")
-    return SimpleNamespace(**dict(zip(names, outputs, strict=False)))  # the rest is not shown
+    return by_name(outputs)
+
+
+def by_name(outputs):
+    names = (
+        "card", "json", "text", "probabilities", "numbers", "history", "explanation", "explain",
+    )  # fmt: skip
+    return SimpleNamespace(**dict(zip(names, outputs, strict=True)))
 
 
 def by_label(shown):
@@ -68,24 +84,24 @@ def test_the_published_note_is_the_first_example():
 
 @pytest.mark.parametrize("note", ["", " \n\t", None, "\u200b\ufeff\u3164", "\0\x1b"])
 def test_an_empty_note_gives_a_message(client, note):
-    event, answer = call(client, "predict", note)
+    event, answer = call(client, "predict", note, None)
     assert event == "error"
     assert answer["error"] == "Enter a clinical note first."
 
 
 def test_a_note_of_the_most_characters_is_read_and_a_longer_one_refused(client):
-    assert call(client, "predict", "x" * MOST_CHARACTERS)[0] == "complete"
-    event, answer = call(client, "predict", "x" * (MOST_CHARACTERS + 1))
+    assert call(client, "predict", "x" * MOST_CHARACTERS, None)[0] == "complete"
+    event, answer = call(client, "predict", "x" * (MOST_CHARACTERS + 1), None)
     assert event == "error"
     assert "100,001 characters" in answer["error"]
 
 
 def test_the_page_shows_how_many_tokens_a_note_has_and_how_many_were_read(client, classifier):
     shown = predict(client, "fever " * 300)
-    assert re.search(r"more than 128 tokens\b.*\bfirst 128\b", shown.tokens)
+    assert re.search(r"more than 128 tokens\b.*\bfirst 128\b", shown.numbers)
     tokens = len(classifier.tokenizer.encode("fever"))
     shown = predict(client, "fever")
-    assert re.search(rf"\b{tokens} tokens\b.*\ball\b", shown.tokens)
+    assert re.search(rf"\b{tokens} tokens\b.*\ball\b", shown.numbers)
 
 
 def test_the_page_shows_all_probabilities_and_the_confidence(classifier, flags_folder, monkeypatch):
@@ -95,11 +111,18 @@ def test_the_page_shows_all_probabilities_and_the_confidence(classifier, flags_f
     expected = classifier(["fever"])[0]
     probabilities = dict(zip(classifier.labels, expected.probabilities, strict=True))
     assert by_label(shown.probabilities) == pytest.approx(probabilities, abs=1e-3)
-    assert shown.confidence == f"{expected.confidence:.1%}"
     assert expected.refer
-    assert shown.referral.startswith("Refer to a person")
+    assert NEEDS_A_PERSON in shown.card
     for percentage in (f"{expected.confidence:.1%}", "100.0%"):  # the confidence, the threshold
-        assert percentage in shown.referral
+        assert percentage in shown.numbers
+
+
+def test_a_confident_answer_may_be_filed_automatically(classifier, flags_folder, monkeypatch):
+    monkeypatch.setattr(classifier, "calibration", calibration(threshold=0.01))
+    with TestClient(create_app(classifier, flags_folder), "http://127.0.0.1") as client:
+        card = predict(client, "fever").card
+    assert CONFIDENT in card
+    assert NEEDS_A_PERSON not in card
 
 
 def test_a_run_that_never_reached_the_promised_accuracy_refers_every_note(
@@ -108,31 +131,240 @@ def test_a_run_that_never_reached_the_promised_accuracy_refers_every_note(
     monkeypatch.setattr(classifier, "calibration", calibration(threshold=2.0))
     with TestClient(create_app(classifier, flags_folder), "http://127.0.0.1") as client:
         shown = predict(client, "fever")
-    assert shown.referral.startswith("Refer to a person")
-    assert "200" not in shown.referral  # a threshold above 100% means that none was found
+    assert NEEDS_A_PERSON in shown.card
+    for text in (shown.card, shown.numbers):
+        assert "200" not in text  # a threshold above 100% means that none was found
 
 
-def test_an_uncalibrated_run_shows_no_confidence_and_refers_no_note(client):
+def test_the_page_refers_every_note_of_an_uncalibrated_run_but_the_api_does_not_say(client):
     shown = predict(client, "fever")
-    assert shown.confidence == "not calibrated"
-    assert shown.referral == ""
+    assert NEEDS_A_PERSON in shown.card
+    assert "not calibrated" in shown.numbers
+    answer = client.post("/v1/classify", json={"note": "fever"}).json()
+    assert answer["refer"] is None
 
 
-# --- Highlights ---
+def test_the_card_of_a_cut_note_says_how_much_was_read(client, classifier):
+    note = "Chest pain " * 300
+    words_read = None
+    for words in range(1, 300):  # the most words whose tokens are all read
+        if len(classifier.tokenizer.encode(note[: 11 * words].strip())) <= classifier.token_limit:
+            words_read = 2 * words
+    shown = predict(client, note)
+    found = re.search(r"about the first ([\d,]+) of 600 words", shown.card)
+    assert abs(int(found[1]) - words_read) <= 2
+    assert "details" in shown.card
+    assert "of 2 words" not in predict(client, "Chest pain").card
 
 
-def test_the_highlights_are_the_whole_note_with_the_effects_of_its_sentences(client, classifier):
-    spans = predict(client, f" {NOTE}\n").sentences
-    assert "".join(span["token"] for span in spans) == NOTE
-    expected = [part.effect / 100 for part in leave_one_out(classifier, NOTE)]
-    assert [s["class_or_confidence"] for s in spans] == pytest.approx(expected, abs=1e-4)
+# --- The explanation ---
 
 
-def test_text_that_was_not_read_is_not_highlighted(client):
-    spans = predict(client, "Chest pain. " * 60).sentences
-    assert "".join(span["token"] for span in spans) == ("Chest pain. " * 60).strip()
-    assert spans[0]["class_or_confidence"] is not None
-    assert spans[-1]["class_or_confidence"] is None
+def visible(fragment):
+    return html.unescape(re.sub(r"<[^>]*>", "", fragment))
+
+
+def test_the_explanation_says_how_far_the_probability_falls_without_each_sentence(
+    client, classifier
+):
+    sentences = ["Severe chest pain. ", "No fever!  ", "ECG: normal.\n", "The knee, swollen."]
+    assert "".join(sentences) == NOTE
+    shown = predict(client, f" {NOTE}\n")
+    whole = classifier([NOTE])[0]
+    for sentence in sentences:
+        without = classifier([NOTE.replace(sentence, "")])[0].probabilities[whole.index]
+        points = round(100 * (whole.probabilities[whole.index] - without))
+        expected = f"{points:+}".replace("-", "−") if points else "0"
+        assert f"{sentence.strip()} {expected}" in visible(shown.explanation)
+    assert shown.explain["visible"] is False
+
+
+def test_the_answer_comes_before_its_explanation(client, classifier):
+    join(client, "predict", NOTE, None, session="one")
+    told = [m["output"]["data"] for m in messages(client, "one") if "output" in m]
+    first = by_name(told[0])
+    assert first.text == classifier([NOTE])[0].as_text()
+    assert "percentage points" not in first.explanation
+    *answer, explanation, _button = told[-1]
+    assert "percentage points" in explanation
+    assert answer == [UNCHANGED] * len(answer)  # what the reader has opened stays open
+
+
+def test_text_that_was_not_read_has_no_points(client):
+    explanation = predict(client, "Chest pain. " * 60).explanation
+    text = visible(explanation[explanation.index("note-text") :])
+    assert text.count("Chest pain.") == 60
+    assert not re.search(r"\d$", text)
+
+
+def test_an_answer_that_is_no_longer_shown_is_not_explained(classifier, monkeypatch):
+    monkeypatch.setattr(events, "visitor_is_gone", lambda: False)
+    batcher = Batcher(classifier)
+    history = History()
+    steps = Answers(batcher, words_about(classifier)).predict(NOTE, history)
+    assert next(steps)[2] == classifier([NOTE])[0].as_text()
+    history.shown = None
+    assert list(steps) == [(gradio.skip(),) * 8]
+    batcher.close()
+
+
+@pytest.fixture
+def waiting(classifier, monkeypatch):
+    """Submit a note, and do something on the page while its answer is awaited.
+
+    Gives a function: what is done with the page's answers and history → what the page shows then.
+    """
+    batcher = Batcher(classifier)
+    answers = Answers(batcher, words_about(classifier))
+    history = History()
+
+    def submit(meanwhile):
+        done = []
+
+        def visitor_is_gone():
+            monkeypatch.setattr(events, "visitor_is_gone", lambda: False)
+            done.append(meanwhile(answers, history))
+            return False
+
+        monkeypatch.setattr(events, "visitor_is_gone", visitor_is_gone)
+        batcher.submit_job(lambda: time.sleep(0.3))
+        steps = list(answers.predict(NOTE, history))
+        return steps, done[0], history
+
+    yield submit
+    batcher.close()
+
+
+NOTHING = [tuple(gradio.skip() for _ in range(8))]
+
+
+def test_the_answer_to_a_note_is_not_shown_when_another_was_submitted_meanwhile(
+    waiting, classifier
+):
+    steps, other, history = waiting(lambda answers, h: next(answers.predict("Knee pain.", h)))
+    assert steps == NOTHING
+    assert other[2] == classifier(["Knee pain."])[0].as_text()
+    assert history.shown.is_of("Knee pain.")
+
+
+def test_the_answer_to_a_note_is_not_shown_when_the_page_was_cleared_meanwhile(waiting):
+    steps, _, history = waiting(lambda answers, h: answers.clear(NOTE, h))
+    assert steps == NOTHING
+    assert history.shown is None
+
+
+def test_an_older_notes_failure_does_not_remove_a_newer_notes_answer(waiting, monkeypatch):
+    monkeypatch.setattr(answering, "wait_for", fail_later(events.wait_for))
+    steps, _, history = waiting(lambda answers, h: next(answers.predict("Knee pain.", h)))
+    assert steps == NOTHING
+    assert history.shown.is_of("Knee pain.")
+
+
+def fail_later(wait_for):
+    """Wait for a result, but fail if another was awaited meanwhile."""
+    calls = []
+
+    def wait_and_fail(future):
+        calls.append(future)
+        result = wait_for(future)
+        if calls[-1] is not future:
+            raise TimeoutError
+        return result
+
+    return wait_and_fail
+
+
+def test_a_busy_service_gives_the_answer_without_an_explanation(client, classifier, monkeypatch):
+    monkeypatch.setattr(batcher_module, "MOST_WAITING_NOTES", 3)
+    shown = predict(client, NOTE)
+    assert shown.text == classifier([NOTE])[0].as_text()
+    assert "busy" in shown.explanation
+    assert shown.explain["visible"] is True
+    monkeypatch.undo()
+    event, (explanation,) = call(client, "explain", NOTE, None)
+    assert event == "complete"
+    assert "percentage points" in explanation
+
+
+def test_on_a_large_base_an_answer_is_explained_on_request(classifier, tmp_path, monkeypatch):
+    monkeypatch.setattr(answering, "MOST_PARAMETERS", 100)
+    with TestClient(create_app(classifier, tmp_path), "http://127.0.0.1") as client:
+        event, answer = call(client, "explain", NOTE, None)
+        assert (event, "no answer" in answer["error"]) == ("error", True)
+        shown = predict(client, NOTE)
+        assert (shown.explanation, shown.explain["visible"]) == ("", True)
+        event, answer = call(client, "explain", f"{NOTE} Changed.", None)
+        assert (event, answer["error"]) == ("error", STALE)
+        _, (explanation,) = call(client, "explain", NOTE, None)
+        assert "percentage points" in explanation
+
+
+# --- Clear, Undo and the last notes ---
+
+
+def clear(client, note, session="one"):
+    """Press Clear; give the text that the page keeps for Undo."""
+    event, (shown, cleared, undo, _reason, consent, *outputs) = call(
+        client, "clear", note, None, session=session
+    )
+    assert event == "complete"
+    assert undo["visible"] is True
+    assert consent is False
+    assert not shown and not by_name(outputs).text
+    return cleared
+
+
+def undo(client, cleared):
+    """Press Undo; give the note and the outputs."""
+    event, (note, _cleared, button, *outputs) = call(client, "undo_clear", cleared, None)
+    assert event == "complete"
+    return note, button, by_name(outputs)
+
+
+def test_undo_brings_back_the_cleared_note_and_its_answer(client, classifier):
+    answer = predict(client, NOTE)
+    cleared = clear(client, NOTE)
+    assert call(client, "flag", NOTE, None, False, "Other")[0] == "error"  # no answer is shown
+    note, button, shown = undo(client, cleared)
+    assert (note, button["visible"]) == (NOTE, False)
+    assert (shown.text, shown.explanation) == (answer.text, answer.explanation)
+    assert call(client, "flag", NOTE, None, False, "Other")[0] == "complete"
+
+
+def test_clearing_an_empty_note_keeps_the_note_that_was_cleared_before(client):
+    answer = predict(client, NOTE)
+    cleared = clear(client, NOTE)
+    _, outputs = call(client, "clear", "", None)
+    assert outputs[1:3] == [UNCHANGED, UNCHANGED]  # the cleared note, and the Undo button
+    assert undo(client, cleared)[2].text == answer.text
+
+
+@pytest.mark.parametrize("submitted", [None, "Another note."])
+def test_undo_brings_back_no_answer_of_another_note(client, submitted):
+    if submitted is not None:
+        predict(client, submitted)
+    note, button, shown = undo(client, clear(client, NOTE))
+    assert (note, button["visible"]) == (NOTE, False)
+    assert not shown.text
+
+
+def test_the_last_notes_can_be_downloaded_by_their_visit_alone(client, classifier):
+    event, answer = call(client, "download_last_notes", None)
+    assert (event, "no note" in answer["error"]) == ("error", True)
+    notes = ["Chest pain.", "Knee pain.", "=1+1 fever"]
+    for note in notes:
+        history = predict(client, note).history
+    assert all(html.escape(note) in history for note in notes)
+    _, (file,) = call(client, "download_last_notes", None)
+    answer = client.get(f"/gradio_api/file={file['path']}")
+    rows = list(csv.DictReader(io.StringIO(answer.content.decode("utf-8-sig"))))
+    assert [row["label"] for row in rows] == [p.label for p in classifier(notes[::-1])]
+    assert [row["note"] for row in rows] == ["'=1+1 fever", "Knee pain.", "Chest pain."]
+    client.cookies.clear()
+    client.get("/config")
+    assert client.get(f"/gradio_api/file={file['path']}").status_code == 404
+    event, answer = call(client, "download_last_notes", None)
+    assert (event, "no note" in answer["error"]) == ("error", True)
 
 
 # --- LoRA internals ---
@@ -237,4 +469,4 @@ def test_a_run_whose_targets_are_paths_of_layers_has_a_page(small_run, tmp_path)
     tokenizer = clinora.Tokenizer(small_run.parent / "base" / "tokenizer.model")
     run = clinora.Classifier(model, tokenizer, clinora.PUBLISHED_CLASSES, token_limit=128)
     with TestClient(create_app(run, tmp_path), "http://127.0.0.1") as client:
-        assert call(client, "predict", NOTE)[0] == "complete"
+        assert call(client, "predict", NOTE, None)[0] == "complete"

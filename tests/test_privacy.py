@@ -16,7 +16,7 @@ def test_an_error_is_shown_as_a_reference_that_the_log_explains(
         raise RuntimeError(f"could not do {CANARY}")
 
     monkeypatch.setattr(classifier, "logits", fail)
-    event, answer = call(client, "predict", CANARY)
+    event, answer = call(client, "predict", CANARY, None)
     assert event == "error"
     assert CANARY not in answer["error"]
     reference = re.search(r"reference (\w{8})\b", answer["error"])[1]
@@ -80,7 +80,7 @@ def test_the_process_writes_no_text_to_any_file(served):
     with httpx.Client(base_url=served.url(), headers=headers, timeout=60) as client:
         note = f"{CANARY} chest pain"
         assert client.post("/v1/classify", json={"note": note}).status_code == 200
-        assert call(client, "predict", note)[0] == "complete"
+        assert call(client, "predict", note, None)[0] == "complete"
         post_malformed(lambda path, body: client.post(path, content=body))
         client.get("/", params={"note": CANARY})
     assert "Traceback" not in served.read("err")

@@ -44,7 +44,7 @@ def post(body, announced=None, path="/v1/classify"):
 HEALTH = get("/health")
 # An event of the page, and the stream that brings its result.
 PREDICT = gate.EVENTS.index("predict")
-EVENT = {"fn_index": PREDICT, "data": ["knee pain"], "session_hash": "one"}
+EVENT = {"fn_index": PREDICT, "data": ["knee pain", None], "session_hash": "one"}
 CALL = post(json.dumps(EVENT).encode(), path="/gradio_api/queue/join")
 EVENTS = get("/gradio_api/queue/data?session_hash=one")
 

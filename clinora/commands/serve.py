@@ -141,11 +141,13 @@ def load_and_serve(
     from clinora.serving.app import create_app, serve
     from clinora.serving.card import model_card
     from clinora.serving.passwords import read_passwords
+    from clinora.serving.words import read_examples
 
     keep_freed_memory()
     users = None
     if args.auth_file is not None:
         users = read_passwords(args.auth_file)
+    examples = read_examples(args.run)
     classifier, *others = Classifier.load_several(
         [args.run, *runs.values()],
         base=args.base,
@@ -168,6 +170,7 @@ def load_and_serve(
         hosts=hosts,
         users=users,
         card=model_card(classifier, args.run),
+        examples=examples,
         url=url,
         trusted_proxies=args.trusted_proxy,
         run=Path(args.run).resolve().name,

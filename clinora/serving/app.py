@@ -29,16 +29,17 @@ from clinora.serving.log import AccessLog
 from clinora.serving.metrics import Metrics
 from clinora.serving.observer import Observe, Observer
 from clinora.serving.openapi import build_document
-from clinora.serving.page import CSS, THEME, build_page
+from clinora.serving.page import STYLES, THEME, build_page, page_head
 from clinora.serving.passwords import BasicAuth
 from clinora.serving.proxy import Proxies
 from clinora.serving.rate_limit import RateLimit
 from clinora.serving.server import serve
 from clinora.serving.storage import KEPT_SECONDS, Storage
+from clinora.serving.words import words_about
 
 __all__ = ["create_app", "serve"]
 
-MOST_SESSIONS_WITH_STATE = 1_000  # sessions of which Gradio keeps the last prediction, for a flag
+MOST_SESSIONS_WITH_STATE = 1_000  # sessions of which Gradio keeps the last notes
 AT_ONCE = 32  # handlers of the page that run at once; the batcher limits the load on the model
 MOST_QUEUED_EVENTS = 64  # events of the page that wait for a handler
 # Any other host name may be another site's that its owner points at this machine (DNS rebinding).
@@ -55,6 +56,7 @@ def create_app(
     hosts: Sequence[str] = (),
     users: dict[str, tuple[bytes, bytes]] | None = None,
     card: str = "",
+    examples: Sequence[str] = (),
     url: str = "http://127.0.0.1:7860",
     trusted_proxies: Sequence[str] = (),
     run: str = "unnamed",
@@ -73,6 +75,7 @@ def create_app(
         hosts: Host names that the app accepts in addition to those of the loopback address.
         users: Salt and password hash of each user. With None, no password is required.
         card: The model card, in Markdown.
+        examples: The run's own examples, instead of the published ones.
         url: The app's address, for the examples on the page. An address in ``GRADIO_ROOT_PATH``
             takes precedence.
         trusted_proxies: Addresses or networks, such as ``10.0.0.0/28``, of the proxies whose
@@ -108,7 +111,8 @@ def create_app(
     if log is not None:
         metrics.watch("clinora_lost_log_lines", "Lines that the log lacks", lambda: log.lost_lines)
     observer = Observer(metrics, log)
-    page = build_page(batcher, Flags(flags_folder), storage, card, url)
+    words = words_about(classifier, examples)
+    page = build_page(batcher, Flags(flags_folder), storage, words, card, url)
     observe_events(page, observer)
     page.state_session_capacity = MOST_SESSIONS_WITH_STATE
     # Gradio's own threads; in a shared pool, waiting handlers would block all other routes.
@@ -129,7 +133,8 @@ def create_app(
         mcp_server=False,
         ssr_mode=False,
         theme=THEME,
-        css=CSS,
+        css_paths=STYLES,
+        head=page_head(),
     )
 
     @asynccontextmanager

@@ -1,69 +1,96 @@
-"""The page's first tab: one note, its prediction, its explanation, and flags."""
+"""The page's first tab: one note, its answer, the explanation, flags, and the last notes."""
+
+from collections.abc import Sequence
 
 import gradio as gr
 
-from clinora.classifier import Classifier, Prediction
-from clinora.explain import Part, leave_one_out
-from clinora.notes import Note, clean_text
+from clinora.notes import clean_text
+from clinora.serving.answer import WAITING
+from clinora.serving.answering import Answers
 from clinora.serving.batcher import Batcher
-from clinora.serving.events import (
-    checked_note,
-    client_of_event,
-    message,
-    wait_for,
-    with_error_messages,
-)
+from clinora.serving.events import message, owner_of_event, with_error_messages
 from clinora.serving.flags import Flags, FlagsFullError
+from clinora.serving.history import History, history_csv, history_html
+from clinora.serving.storage import Storage
+from clinora.serving.words import Words
 
 REASONS = ("The class is wrong", "The confidence is wrong", "The highlights mislead", "Other")
-
-# The published example, then three fictional notes: Orthopedic, Radiology and Surgery.
-EXAMPLES = [
-    "The patient reports severe chest pain and shortness of breath. ECG shows ST elevation. "
-    "Possible myocardial infarction.",
-    "Left knee pain and swelling after a twisting injury while skiing. Positive Lachman test, "
-    "full range of motion. Suspected anterior cruciate ligament tear; brace and crutches given.",
-    "CT of the abdomen and pelvis with contrast. The liver, spleen and kidneys are unremarkable. "
-    "No free fluid or lymphadenopathy. Impression: no acute abnormality.",
-    "The patient was placed under general anesthesia, prepped and draped. The inflamed appendix "
-    "was divided with a stapler and removed. The incisions were closed; blood loss was minimal.",
-]
+HISTORY_FILE = "last-notes.csv"
 
 
-def classify_tab(batcher: Batcher, flags: Flags) -> None:
+def classify_tab(batcher: Batcher, flags: Flags, storage: Storage, words: Words) -> None:
     """Add the tab's contents to the page that is being built."""
-    classifier = batcher.classifier
-    labels = classifier.labels
+    labels = batcher.classifier.labels
+    answers = Answers(batcher, words)
+    history = gr.State(History())
+    cleared = gr.Textbox(visible=False)  # the note before it was cleared; it stays in the browser
+    with gr.Row(elem_classes="note-and-answer"):
+        with gr.Column():
+            note = gr.Textbox(
+                label=words.note, lines=8, max_lines=20, elem_id="note",
+                placeholder="Type or paste a note. Ctrl+Enter submits it.",
+            )  # fmt: skip
+            with gr.Row():
+                submit = gr.Button("Submit", variant="primary", min_width=120, elem_id="submit")
+                clear = gr.Button("Clear", min_width=120)
+                undo = gr.Button("Undo", visible=False, min_width=120, elem_id="undo")
+            if words.examples:
+                _examples(note, words.examples)
+        with gr.Column(elem_classes="answer"):
+            card = gr.Markdown(WAITING, latex_delimiters=[], elem_id="card")
+            as_json = gr.JSON(label="Predicted Classification in JSON Format")
+            as_text = gr.Textbox(label="Prediction in text", interactive=False)
+            with gr.Accordion("Probabilities", open=False):
+                shares = gr.Label(label="Uncalibrated probabilities", num_top_classes=len(labels))
+                numbers = gr.Markdown(elem_classes="small")
+        with gr.Column(elem_classes="whole-row answer"):
+            explanation = gr.Markdown(latex_delimiters=[], elem_id="explanation")
+            explain = gr.Button("Explain this answer", visible=False)
+    reason, consent = _flag_form(note, history, flags)
+    last_notes = _last_notes(history, storage, labels)
 
-    def predict(note: str | None) -> tuple:
-        note = checked_note(note)
-        prediction = wait_for(batcher.submit([note], client=client_of_event())[0])
-        # In the same event: the browser loses a chained event that starts as the last one ends.
-        parts = wait_for(
-            batcher.submit_job(lambda: leave_one_out(classifier, note), client=client_of_event())
-        )
-        record = prediction.as_json() | {
-            "confidence": prediction.confidence,
-            "sha256": Note(note, ()).sha256,
-            "tokens": prediction.tokens,
-            "tokens_exact": not prediction.truncated,
-        }
-        shares = dict(zip(labels, prediction.probabilities, strict=True))
-        return (
-            prediction.as_json(), prediction.as_text(), shares, _confidence(prediction),
-            _verdict(prediction, classifier), _length(prediction, classifier), _spans(parts),
-            record,
-        )  # fmt: skip
+    outputs = [card, as_json, as_text, shares, numbers, last_notes, explanation, explain]
+    # With "multiple", a note can be submitted while the one before is still being explained.
+    predicted = submit.click(
+        with_error_messages(answers.predict), [note, history], outputs,
+        trigger_mode="multiple", show_progress_on=card, api_name="predict",
+    )  # fmt: skip
+    predicted.failure(answers.fail, history, outputs, api_name="clear_failed_prediction")
+    explain.click(
+        with_error_messages(answers.explain), [note, history], explanation, api_name="explain"
+    )
+    # Not gr.ClearButton: it evaluates a string as a script, which the security policy forbids.
+    clear.click(
+        with_error_messages(answers.clear), [note, history],
+        [note, cleared, undo, reason, consent, *outputs], api_name="clear",
+    )  # fmt: skip
+    undo.click(
+        with_error_messages(answers.undo), [cleared, history], [note, cleared, undo, *outputs],
+        api_name="undo_clear",
+    )  # fmt: skip
 
-    def flag(note: str | None, record: dict | None, consent: bool, reason: str | None) -> None:
-        if record is None:
+
+def _examples(note: gr.Textbox, examples: Sequence[str]) -> None:
+    """Add examples; a click puts one into the note's box."""
+    choices = gr.Dataset(
+        components=[note], samples=[[example] for example in examples], type="index",
+        label="Examples", elem_id="examples",
+    )  # fmt: skip
+    choices.click(lambda number: examples[number], choices, note, api_name="choose_example")
+
+
+def _flag_form(note: gr.Textbox, history: gr.State, flags: Flags) -> tuple[gr.Radio, gr.Checkbox]:
+    """Add the form that flags the answer that is shown; return its inputs."""
+
+    def flag(note: str | None, history: History, consent: bool, reason: str | None) -> None:
+        if history.shown is None:
             raise message("There is no prediction to flag: submit a note first.")
         if reason not in REASONS:
             raise message("Choose a reason first.")
-        record = record | {"reason": reason}
+        record = history.shown.as_record() | {"reason": reason}
         if consent is True:
             note = clean_text(note or "")
-            if Note(note, ()).sha256 != record["sha256"]:
+            if not history.shown.is_of(note):
                 raise message("The note has changed since its prediction: submit it again.")
             record["note"] = note
         try:
@@ -73,80 +100,31 @@ def classify_tab(batcher: Batcher, flags: Flags) -> None:
         words = "with" if consent is True else "without"
         gr.Info(f"The prediction was flagged, {words} the note's text.")
 
-    with gr.Row(elem_classes="note-and-answer"):
-        with gr.Column():
-            note = gr.Textbox(label="Enter Clinical Note", lines=8, max_lines=20)
-            with gr.Row():
-                clear = gr.Button("Clear", min_width=120)
-                submit = gr.Button("Submit", variant="primary", min_width=120)
-            length = gr.Markdown(elem_classes="small")
-            examples = gr.Dataset(
-                components=[note], samples=[[example] for example in EXAMPLES], type="index",
-                label="Examples", elem_id="examples",
-            )  # fmt: skip
-        with gr.Column():
-            as_json = gr.JSON(label="Predicted Classification in JSON Format")
-            as_text = gr.Textbox(label="Prediction in text", interactive=False)
-            verdict = gr.Markdown(elem_classes="refer")
-            confidence = gr.Textbox(label="Confidence that this class is right", interactive=False)
-            shares = gr.Label(label="Uncalibrated probabilities", num_top_classes=len(labels))
-    highlighted = gr.HighlightedText(
-        label="Sentences for the predicted class (red, above 0) and against it (purple, below 0)",
-        show_legend=True,
-    )
-    gr.Markdown(
-        "A value is how far the probability of the predicted class falls without the sentence. It "
-        "is not a reason that a clinician would give.",
-        elem_classes="small",
-    )
     reason = gr.Radio(REASONS, label="Why flag this prediction?")
     consent = gr.Checkbox(False, label="I may store this note's text: keep it with the flag")
-    flag_button = gr.Button("Flag")
-    record = gr.State()  # the last prediction; it stays on the server and holds no note text
-    outputs = [as_json, as_text, shares, confidence, verdict, length, highlighted, record]
-    empty = (None, None, None, None, "", "", None, None)
-    examples.click(lambda number: EXAMPLES[number], examples, note, api_name="choose_example")
-    predicted = submit.click(with_error_messages(predict), note, outputs, api_name="predict")
-    predicted.failure(lambda: empty, None, outputs, api_name="clear_failed_prediction")
-    # Not gr.ClearButton: it evaluates a string as a script, which the security policy forbids.
-    clear.click(
-        lambda: (None, *empty, None, False), None,
-        [note, *outputs, reason, consent], api_name="clear",
-    )  # fmt: skip
-    flag_button.click(
-        with_error_messages(flag), [note, record, consent, reason], None, api_name="flag"
-    )
+    button = gr.Button("Flag")
+    button.click(with_error_messages(flag), [note, history, consent, reason], None, api_name="flag")
+    return reason, consent
 
 
-def _spans(parts: list[Part]) -> list[tuple[str, float | None]]:
-    """Give each part with its effect as a share, from −1 to 1, the range of the page's colours."""
-    spans = []
-    for part in parts:
-        share = None if part.effect is None else part.effect / 100
-        spans.append((part.text, share))
-    return spans
+def _last_notes(history: gr.State, storage: Storage, labels: Sequence[str]) -> gr.Markdown:
+    """Add the last notes, side by side, and their file; return where they are shown."""
 
+    def make_file(history: History) -> str:
+        if not history.entries:
+            raise message("There is no note to download: submit a note first.")
+        content = history_csv(history, labels)
+        return str(storage.add(owner_of_event(), HISTORY_FILE, content).path)
 
-def _confidence(prediction: Prediction) -> str:
-    if prediction.confidence is None:
-        return "not calibrated"
-    return f"{prediction.confidence:.1%}"
-
-
-def _verdict(prediction: Prediction, classifier: Classifier) -> str:
-    if not prediction.refer:
-        return ""
-    threshold = classifier.calibration.threshold
-    if threshold > 1:
-        return "Refer to a person: this run was never right often enough to answer by itself."
-    return (
-        f"Refer to a person: the confidence of {prediction.confidence:.1%} is under this run's "
-        f"threshold of {threshold:.1%}."
-    )
-
-
-def _length(prediction: Prediction, classifier: Classifier) -> str:
-    if not prediction.truncated:
-        return f"The note has {prediction.tokens:,} tokens; all were read."
-    limit = classifier.token_limit
-    return f"The note has more than {limit:,} tokens; the first {limit:,} were read."
+    with gr.Accordion("The last ten notes of this visit", open=False):
+        gr.Markdown(
+            "The server keeps the beginnings of these notes in its memory, for you alone, and "
+            "forgets them five minutes after you close the page. The CSV file holds the same "
+            "texts; the server deletes it after at most 35 minutes.",
+            elem_classes="small",
+        )
+        last_notes = gr.Markdown(history_html(History(), labels), latex_delimiters=[])
+        button = gr.Button("Make a CSV file")
+        file = gr.File(label="The last notes (CSV)", interactive=False)
+    button.click(with_error_messages(make_file), history, file, api_name="download_last_notes")
+    return last_notes

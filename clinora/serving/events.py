@@ -21,12 +21,14 @@ from clinora.serving import report_error
 from clinora.serving.activity import ACTIVITY, CLIENT_CLOSED, Activity
 from clinora.serving.api import REQUEST_SECONDS, note_error
 from clinora.serving.batcher import BusyError
-from clinora.serving.gate import CLASSIFYING_EVENTS, MODEL_EVENTS
+from clinora.serving.gate import MODEL_EVENTS
 from clinora.serving.observer import Observer
 from clinora.serving.proxy import network_of
 from clinora.serving.rate_limit import RateLimitError
+from clinora.serving.storage import Owner
 
 REFUSED = 422  # status of an event that ends with a message to its visitor
+VISIT_IN_SCOPE = "clinora.visit"  # key of an event's visit in the ASGI scope of its request
 POLL_SECONDS = 0.2  # between checks whether the visitor is still connected
 EVENT = "clinora.event"  # key of an event's activity in the ASGI scope of its request
 
@@ -59,12 +61,9 @@ def wait_for(future: Future) -> object:
             if visitor_is_gone():
                 raise VisitorGoneError
             wait([future], POLL_SECONDS)
-        result = future.result(0)
+        return future.result(0)
     finally:
         future.cancel()
-    if isinstance(result, Prediction):
-        _count(result)
-    return result
 
 
 def client_of_event() -> str:
@@ -73,6 +72,12 @@ def client_of_event() -> str:
     if request is None:
         return ""
     return network_of(request.client)
+
+
+def owner_of_event() -> Owner:
+    """Return the owner of the files that the current handler makes: the visit of its event."""
+    request = LocalContext.request.get()
+    return Owner(request.request.scope[VISIT_IN_SCOPE], client_of_event())
 
 
 def visitor_is_gone() -> bool:
@@ -97,21 +102,36 @@ def message(text: str, status: int = REFUSED) -> gr.Error:
     return error
 
 
-def with_error_messages(handler: Callable) -> Callable:
-    """Wrap a handler so that the page shows a message for each error, without the error's text."""
+@contextmanager
+def error_messages() -> Iterator[None]:
+    """Turn each error into a message for the page, without the error's text."""
+    try:
+        yield
+    except gr.Error:
+        raise
+    except (BusyError, TimeoutError):
+        raise message("The service is busy: try again in a moment.", 503) from None
+    except VisitorGoneError:
+        raise message("The page was closed.", CLIENT_CLOSED) from None
+    except Exception as error:
+        raise message(f"This did not work; reference {report_error(error)}.", 500) from None
 
-    @functools.wraps(handler)
-    def guarded(*arguments: object) -> object:
-        try:
-            return handler(*arguments)
-        except gr.Error:
-            raise
-        except (BusyError, TimeoutError):
-            raise message("The service is busy: try again in a moment.", 503) from None
-        except VisitorGoneError:
-            raise message("The page was closed.", CLIENT_CLOSED) from None
-        except Exception as error:
-            raise message(f"This did not work; reference {report_error(error)}.", 500) from None
+
+def with_error_messages(handler: Callable) -> Callable:
+    """Wrap a handler, a function or a generator, so that the page shows ``error_messages``."""
+    if inspect.isgeneratorfunction(handler):
+
+        @functools.wraps(handler)
+        def guarded(*arguments: object) -> Iterator:
+            with error_messages():
+                yield from handler(*arguments)
+
+    else:
+
+        @functools.wraps(handler)
+        def guarded(*arguments: object) -> object:
+            with error_messages():
+                return handler(*arguments)
 
     return guarded
 
@@ -136,6 +156,12 @@ def admit_notes(notes: int) -> None:
         _activity().admit(notes)
     except RateLimitError as error:
         raise message(str(error), 429) from None
+
+
+def count_prediction(prediction: Prediction) -> None:
+    """Record the prediction that the current event gives for a note."""
+    if LocalContext.request.get(None) is not None:  # inside an event
+        _activity().add(prediction)
 
 
 def _observed(name: str, handler: Callable, observer: Observer) -> Callable:
@@ -174,10 +200,3 @@ def _observed(name: str, handler: Callable, observer: Observer) -> Callable:
 def _activity() -> Activity:
     """Return the activity of the event that the current handler processes."""
     return LocalContext.request.get().request.scope[EVENT]
-
-
-def _count(prediction: Prediction) -> None:
-    """Count a prediction in the current event, unless the event only compares or explains."""
-    activity = _activity()
-    if activity.event in CLASSIFYING_EVENTS:
-        activity.add(prediction)

@@ -28,6 +28,7 @@ from starlette.datastructures import MutableHeaders, UploadFile
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from clinora.serving.api import RETRY_AFTER
+from clinora.serving.events import VISIT_IN_SCOPE
 from clinora.serving.files import MOST_COLUMNS, MOST_NAME_CHARACTERS, FileError
 from clinora.serving.proxy import network_of
 from clinora.serving.reading import check_in_subprocess
@@ -58,10 +59,13 @@ FIRST_ROUTES = ("/", "/config")
 # The events that the page triggers, by their api_name.
 EVENTS = (
     "choose_example",
+    "flag",
+    "download_last_notes",
     "predict",
     "clear_failed_prediction",
+    "explain",
     "clear",
-    "flag",
+    "undo_clear",
     "count_for_rank",
     "count_for_targets",
     "compare_strengths",
@@ -72,11 +76,16 @@ EVENTS = (
     "classify_file",
     "clear_failed_file",
 )
-# Events whose predictions count as classified notes in the log.
-CLASSIFYING_EVENTS = ("predict", "classify_file")
 # Events that use the model for one note, which counts towards the rate limit. A file counts by its
 # rows.
-MODEL_EVENTS = ("predict", "compare_strengths", "compare_moved_strength", "compare_merged")
+MODEL_EVENTS = (
+    "predict",
+    "explain",
+    "undo_clear",
+    "compare_strengths",
+    "compare_moved_strength",
+    "compare_merged",
+)
 
 
 class Join(BaseModel):
@@ -139,7 +148,7 @@ def add_page(app: FastAPI, blocks: gradio.Blocks, gradio_app: ASGIApp, storage: 
         ]
         session = _session(visit, received.session_hash)
         body = {"fn_index": received.fn_index, "session_hash": session, "data": data}
-        forward = Forward(gradio_app, body=json.dumps(body).encode())
+        forward = Forward(gradio_app, body=json.dumps(body).encode(), visit=visit)
         return sessions.join(session, network_of(request.client), forward)
 
     async def queue_data(request: Request) -> Forward:
@@ -149,10 +158,12 @@ def add_page(app: FastAPI, blocks: gradio.Blocks, gradio_app: ASGIApp, storage: 
             raise HTTPException(404, "No event was triggered, or its result was already read.")
         return Forward(gradio_app, query={"session_hash": session})
 
-    async def heartbeat(request: Request) -> Forward:
+    async def heartbeat(request: Request) -> ASGIApp:
         _refuse_head(request)
         session = _session(_visit(request), request.path_params["session"])
-        return Forward(gradio_app, path=f"/gradio_api/heartbeat/{session}")
+        return sessions.heartbeat(
+            session, Forward(gradio_app, path=f"/gradio_api/heartbeat/{session}")
+        )
 
     async def upload(request: Request) -> Response:
         owner = Owner(_visit(request), network_of(request.client))
@@ -403,15 +414,18 @@ class Forward:
         query: dict[str, str] | None = None,
         body: bytes = b"",
         cookie: str | None = None,
+        visit: str | None = None,
     ) -> None:
         self.gradio_app = gradio_app
         self.path = path
         self.query = b"" if query is None else urlencode(query).encode()
         self.body = body
         self.cookie = cookie
+        self.visit = visit
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope = dict(scope, query_string=self.query, path_params={})
+        scope[VISIT_IN_SCOPE] = self.visit  # for the owner of the files that a handler makes
         if scope["method"] == "HEAD":
             scope["method"] = "GET"
         if self.path is not None:

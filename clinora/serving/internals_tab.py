@@ -9,7 +9,6 @@ from clinora.explain import layer_updates
 from clinora.figures import singular_values_figure, updates_figure
 from clinora.llama import LlamaConfig
 from clinora.serving.batcher import Batcher
-from clinora.serving.classify_tab import EXAMPLES
 from clinora.serving.events import checked_note, client_of_event, wait_for, with_error_messages
 
 TINYLLAMA = LlamaConfig(
@@ -22,8 +21,8 @@ TINYLLAMA = LlamaConfig(
 )
 
 
-def internals_tab(batcher: Batcher) -> None:
-    """Add the tab's contents to the page that is being built."""
+def internals_tab(batcher: Batcher, example: str) -> None:
+    """Add the tab's contents, with a note to start with, to the page that is being built."""
     classifier = batcher.classifier
     model = classifier.model
     labels = classifier.labels
@@ -118,7 +117,7 @@ def internals_tab(batcher: Batcher) -> None:
     with gr.Row():
         gr.Plot(updates_figure(updates), format="png", show_label=False)
         gr.Plot(singular_values_figure(updates), format="png", show_label=False)
-    note = gr.Textbox(EXAMPLES[0], label="A note to try strengths on", lines=3, max_lines=8)
+    note = gr.Textbox(example, label="A note to try strengths on", lines=3, max_lines=8)
     strength = gr.Slider(0, 2, 1, step=0.05, label="Strength of the adapter")
     table = gr.Dataframe(
         headers=["class", "base (0)", "adapter (1)", "chosen strength"], interactive=False,

@@ -15,6 +15,7 @@ from clinora.serving.events import (
     VisitorGoneError,
     admit_notes,
     client_of_event,
+    count_prediction,
     message,
     wait_for,
     with_error_messages,
@@ -64,7 +65,9 @@ def many_tab(batcher: Batcher, storage: Storage) -> None:
                 results.append("The service was busy.")
             else:
                 try:
-                    results.append(wait_for(next(answers)))
+                    prediction = wait_for(next(answers))
+                    count_prediction(prediction)
+                    results.append(prediction)
                 except VisitorGoneError:
                     for future in futures:
                         future.cancel()
@@ -117,7 +120,7 @@ def many_tab(batcher: Batcher, storage: Storage) -> None:
             raise
         table = [[ROW, *map(spreadsheet_safe, kept), *RESULT_FIELDS]]
         for number, (row, result) in enumerate(zip(rows, results, strict=True), 1):
-            table.append([number, *map(spreadsheet_safe, row.kept), *_result_cells(result)])
+            table.append([number, *map(spreadsheet_safe, row.kept), *result_cells(result)])
         out = io.StringIO(newline="")
         csv.writer(out).writerows(table)
         # With a byte-order mark, Excel reads it as UTF-8.
@@ -173,7 +176,7 @@ def _no_columns() -> tuple[dict, dict]:
     return gr.update(choices=[], value=None), gr.update(choices=[], value=[])
 
 
-def _result_cells(result: Prediction | str) -> list[object]:
+def result_cells(result: Prediction | str) -> list[object]:
     """Return the cells of a prediction, or of an error, in the order of ``RESULT_FIELDS``."""
     if isinstance(result, str):
         return [*("" for _field in RESULT_FIELDS[:-1]), result]

@@ -1,4 +1,6 @@
-"""The page: its tabs, its theme and its words about the API and the model."""
+"""The page: its tabs, its theme and its words about the API."""
+
+from pathlib import Path
 
 import gradio as gr
 
@@ -8,12 +10,7 @@ from clinora.serving.flags import Flags
 from clinora.serving.internals_tab import internals_tab
 from clinora.serving.many_tab import many_tab
 from clinora.serving.storage import Storage
-
-TITLE = "Clinical Note Classifier"
-DESCRIPTION = (
-    "This model classifies clinical notes into diagnosis categories. Choose your output format."
-)
-DISCLAIMER = "Demonstration only, not a medical device."
+from clinora.serving.words import DISCLAIMER, PRIVACY, Words
 
 THEME = gr.themes.Default(
     primary_hue="blue",
@@ -22,34 +19,8 @@ THEME = gr.themes.Default(
     font=["system-ui", "sans-serif"],
     font_mono=["ui-monospace", "monospace"],
 )
-CSS = """
-.gradio-container { max-width: min(1080px, 100vw) !important; margin: 0 auto !important; }
-.gradio-container .column, .gradio-container .block { min-width: 0 !important; max-width: 100%; }
-/* On a phone, columns are stacked, and nothing is cut off. */
-.gradio-container .row > .column, .gradio-container .row > .block,
-.gradio-container .row > .form > .block { min-width: min(300px, 100%) !important; }
-/* On a phone, the examples come last, so that the prediction directly follows the note. */
-@media (max-width: 700px) {
-  .note-and-answer > .column { display: contents; }
-  .note-and-answer > .column > * { flex: 0 0 100%; }
-  #examples { order: 1; }
-}
-.gradio-container :focus-visible { outline: 2px solid var(--color-accent) !important; }
-.small { font-size: var(--text-sm); }
-.refer p { border-left: 4px solid var(--color-red); padding-left: 12px; font-weight: 600; }
-/* Gradio's default breaks words anywhere, and its colour at −1 is too dark to read text on. */
-.gradio-container .textfield { word-break: normal; overflow-wrap: anywhere; }
-/* Long class names wrap in the predictions, in the heading and beside their bars. */
-.gradio-container .output-class, .gradio-container .confidence-set .text,
-.gradio-container .json-node .content { overflow-wrap: anywhere; min-width: 0; }
-/* On a phone the card's tables keep words whole; only a name longer than its column is broken. */
-.gradio-container .model-card table { table-layout: fixed; width: 100%; max-width: 640px; }
-.gradio-container .model-card :is(th, td) { padding: 6px; word-break: normal;
-  overflow-wrap: anywhere; }
-.gradio-container .model-card th:first-child { width: 38%; }
-.gradio-container .score-token { --pale: color-mix(in srgb, var(--body-background-fill) 40%, #0000);
-  background-image: linear-gradient(var(--pale), var(--pale)); }
-"""
+STYLES = Path(__file__).parent / "page.css"
+SCRIPT = Path(__file__).parent / "page.js"
 
 CURL = """curl -s {url}/v1/classify \\
   -H 'Content-Type: application/json' \\
@@ -65,23 +36,29 @@ answers 503 with `Retry-After`. Where a password file is in use, page and API as
 password (`curl -u NAME`, `httpx.post(…, auth=(name, password))`)."""
 
 
-def build_page(batcher: Batcher, flags: Flags, storage: Storage, card: str, url: str) -> gr.Blocks:
+def build_page(
+    batcher: Batcher, flags: Flags, storage: Storage, words: Words, card: str, url: str
+) -> gr.Blocks:
     """Build the page.
 
     Args:
         batcher: Runs the model for all visitors.
         flags: Stores flagged predictions.
         storage: Stores the visitors' files.
+        words: The page's words about the run.
         card: The model card, in Markdown.
         url: The page's address, for the examples.
     """
-    with gr.Blocks(title=TITLE, analytics_enabled=False) as page:
-        gr.Markdown(f"# {TITLE}\n\n{DESCRIPTION}")
-        gr.Markdown(DISCLAIMER, elem_classes="small")
+    with gr.Blocks(title=words.title, analytics_enabled=False) as page:
+        gr.Markdown(f"# {words.title}\n\n{words.description}")
+        gr.Markdown(
+            f"<p>{words.purpose}</p><p>{PRIVACY}</p><p>{DISCLAIMER}</p>", latex_delimiters=[],
+            elem_classes="small",
+        )  # fmt: skip
         with gr.Tab("Classify"):
-            classify_tab(batcher, flags)
+            classify_tab(batcher, flags, storage, words)
         with gr.Tab("LoRA internals"):
-            internals_tab(batcher)
+            internals_tab(batcher, words.examples[0] if words.examples else "")
         with gr.Tab("Many notes"):
             many_tab(batcher, storage)
         with gr.Tab("API"):
@@ -91,3 +68,8 @@ def build_page(batcher: Batcher, flags: Flags, storage: Storage, card: str, url:
         with gr.Tab("Model card"):
             gr.Markdown(card, latex_delimiters=[], elem_classes="model-card")
     return page
+
+
+def page_head() -> str:
+    """Return what the page's head holds in addition to Gradio's: the page's own script."""
+    return f"<script>{SCRIPT.read_text(encoding='utf-8')}</script>"

@@ -1,9 +1,11 @@
 """Limits for each client's events and sessions in Gradio.
 
 Gradio's own limits apply to all clients together, so one client could fill its queue or displace
-the sessions of others. Gradio also keeps a list of events for each session, without a limit.
+the sessions of others. Gradio also keeps a list of events for each session, without a limit, and
+the state of a session, which holds notes, after its page was closed.
 """
 
+import asyncio
 from collections import Counter
 
 import gradio
@@ -15,6 +17,8 @@ from clinora.serving.api import RETRY_AFTER
 MOST_EVENTS_OF_A_CLIENT = 16  # waiting or running events of one client
 MOST_SESSIONS_OF_A_CLIENT = 100  # remembered sessions of one client
 MOST_SESSIONS_IN_ALL = 1_000
+# How long the state is kept after a page was closed: a connection may break under an open page.
+SECONDS_AFTER_CLOSING = 300
 
 
 class Sessions:
@@ -27,6 +31,8 @@ class Sessions:
     def __init__(self, blocks: gradio.Blocks) -> None:
         self._blocks = blocks
         self._clients: dict[str, str] = {}  # client of each session, the last used at the end
+        self._open_pages: Counter[str] = Counter()  # open heartbeats of each session
+        self._closed: dict[str, asyncio.TimerHandle] = {}  # sessions whose state will be removed
         self._joining: Counter[str] = Counter()  # each client's events on the way to Gradio's queue
 
     def join(self, session: str, client: str, forward: ASGIApp) -> ASGIApp:
@@ -63,6 +69,45 @@ class Sessions:
 
         return join_and_count
 
+    def heartbeat(self, session: str, forward: ASGIApp) -> ASGIApp:
+        """Return the ASGI app of a page's heartbeat: a request that lasts until the page is closed.
+
+        After ``SECONDS_AFTER_CLOSING``, the session's state is removed, unless the page is back.
+
+        Args:
+            session: The session hash under which Gradio keeps the page's state.
+            forward: Passes the request on to Gradio.
+        """
+
+        async def wait_and_forget(scope: Scope, receive: Receive, send: Send) -> None:
+            self._open_pages[session] += 1
+            self._keep_state(session)
+            try:
+                await forward(scope, receive, send)
+            finally:
+                self._open_pages[session] -= 1
+                if self._open_pages[session] == 0:
+                    del self._open_pages[session]
+                    self._forget_state_later(session)
+
+        return wait_and_forget
+
+    def _forget_state_later(self, session: str) -> None:
+        if session not in self._blocks.state_holder.session_data:
+            return
+        loop = asyncio.get_running_loop()
+        timer = loop.call_later(SECONDS_AFTER_CLOSING, self._forget_state, session)
+        self._closed[session] = timer
+
+    def _keep_state(self, session: str) -> None:
+        if session in self._closed:
+            self._closed.pop(session).cancel()
+
+    def _forget_state(self, session: str) -> None:
+        self._keep_state(session)  # the timer is of no more use
+        self._blocks.state_holder.session_data.pop(session, None)
+        self._blocks.state_holder.time_last_used.pop(session, None)
+
     def _forget_beyond(self, most: int, sessions: list[str], in_use: set[str]) -> None:
         """Remove the oldest idle sessions of a list from Gradio, until ``most`` are left."""
         idle = [session for session in sessions if session not in in_use]
@@ -71,5 +116,4 @@ class Sessions:
             del self._clients[session]
             self._blocks._queue.pending_messages_per_session.pop(session, None)
             self._blocks._queue.pending_event_ids_session.pop(session, None)
-            self._blocks.state_holder.session_data.pop(session, None)
-            self._blocks.state_holder.time_last_used.pop(session, None)
+            self._forget_state(session)
