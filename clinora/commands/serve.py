@@ -65,6 +65,12 @@ def build_parser(prog: str = "clinora serve") -> argparse.ArgumentParser:
         help="proxy (address or network) whose X-Forwarded-For and X-Forwarded-Proto headers are "
         "trusted; may be repeated (default: none)",
     )
+    add(
+        "--live-lesson",
+        action="store_true",
+        help="offer the page's live lesson, which trains on this machine, although --auth-file is "
+        "given; without --auth-file it is always offered",
+    )
     add_run_quantize_option(parser)
     add_machine_options(parser)
     return parser
@@ -123,6 +129,7 @@ def serve_run(args: argparse.Namespace, prog: str) -> None:
             card=model_card(classifier, args.run),
             url=url,
             trusted_proxies=args.trusted_proxy,
+            live_lesson=args.live_lesson,
         )
         print(f"Clinora: {url}", flush=True)
         serve(app, listener)

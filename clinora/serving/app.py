@@ -23,6 +23,7 @@ from clinora.serving.batcher import Batcher
 from clinora.serving.flags import Flags
 from clinora.serving.gate import add_page
 from clinora.serving.guard import BodyLimit, Guard
+from clinora.serving.lesson_process import Lessons
 from clinora.serving.page import CSS, THEME, build_page
 from clinora.serving.passwords import BasicAuth
 from clinora.serving.proxy import Proxies
@@ -50,6 +51,7 @@ def create_app(
     card: str = "",
     url: str = "http://127.0.0.1:7860",
     trusted_proxies: Sequence[str] = (),
+    live_lesson: bool = False,
 ) -> FastAPI:
     """Create the app. The page at ``/`` and the API share one batcher.
 
@@ -67,6 +69,8 @@ def create_app(
             takes precedence.
         trusted_proxies: Addresses or networks, such as ``10.0.0.0/28``, of the proxies whose
             X-Forwarded-For and X-Forwarded-Proto headers are trusted.
+        live_lesson: Whether to offer the live lesson, which trains on the server, although
+            passwords are required. Without passwords it is always offered.
 
     Raises:
         ValueError: A trusted proxy is not an IP address or a network, or ``GRADIO_ROOT_PATH`` is
@@ -84,7 +88,8 @@ def create_app(
     os.environ["GRADIO_ANALYTICS_MAX_EVENTS"] = "50"
     os.environ["GRADIO_ANALYTICS_CACHE_FREQUENCY"] = "1000000"
     batcher = Batcher(classifier)
-    page = build_page(batcher, Flags(flags_folder), storage, card, url)
+    lessons = Lessons() if users is None or live_lesson else None
+    page = build_page(batcher, Flags(flags_folder), storage, lessons, card, url)
     page.state_session_capacity = MOST_SESSIONS_WITH_STATE
     # Gradio's own threads; in a shared pool, waiting handlers would block all other routes.
     page.max_threads = AT_ONCE
@@ -128,6 +133,7 @@ def create_app(
     add_page(app, page, gradio_app, storage)
     app.state.gradio = gradio_app.routes[-1].app  # mount_gradio_app added this route last
     app.state.batcher = batcher
+    app.state.lessons = lessons
     app.state.trusted_proxies = proxies
     return app
 

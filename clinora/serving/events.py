@@ -6,19 +6,27 @@ handler fails, the page shows a reference to the log, since an error's message m
 
 import functools
 import html
+import inspect
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
+from contextlib import contextmanager
 
 import gradio as gr
+from gradio.components.plot import PlotData
 from gradio.context import LocalContext
+from matplotlib.figure import Figure
 
 from clinora.notes import clean_text, has_visible
 from clinora.serving import report_error
 from clinora.serving.api import REQUEST_SECONDS, note_error
 from clinora.serving.batcher import BusyError
+from clinora.serving.pictures import data_url
 from clinora.serving.proxy import network_of
 
+# Options of an event that draws: one picture at a time, for all visitors together, so that drawing
+# does not slow down the server's other threads.
+DRAWING = {"concurrency_limit": 1, "concurrency_id": "drawing"}
 POLL_SECONDS = 0.2  # between checks whether the visitor is still connected
 
 
@@ -47,8 +55,7 @@ def wait_for(future: Future) -> object:
     end = time.monotonic() + REQUEST_SECONDS
     try:
         while not future.done() and time.monotonic() < end:
-            if visitor_is_gone():
-                raise VisitorGoneError
+            check_visitor()
             wait([future], POLL_SECONDS)
         return future.result(0)
     finally:
@@ -73,25 +80,90 @@ def visitor_is_gone() -> bool:
     return event is not None and not event.alive
 
 
+def check_visitor() -> None:
+    """Raise VisitorGoneError if the visitor has closed the page or the connection."""
+    if visitor_is_gone():
+        raise VisitorGoneError
+
+
+def session_of_event() -> str:
+    """Return the session, one page in one browser, whose event the current handler processes."""
+    return LocalContext.request.get().session_hash
+
+
 def message(text: str) -> gr.Error:
     """Create an error whose text the page shows literally; Gradio shows messages as HTML."""
     return gr.Error(html.escape(text, quote=False), print_exception=False)
 
 
 def with_error_messages(handler: Callable) -> Callable:
-    """Wrap a handler so that the page shows a message for each error, without the error's text."""
+    """Wrap a handler, which may be a generator, so that the page shows a message for each error.
+
+    The message does not contain the error's text.
+    """
+    if inspect.isgeneratorfunction(handler):
+
+        @functools.wraps(handler)
+        def guarded_steps(*arguments: object) -> Iterator[object]:
+            with _errors_as_messages():
+                yield from handler(*arguments)
+
+        return guarded_steps
 
     @functools.wraps(handler)
     def guarded(*arguments: object) -> object:
-        try:
+        with _errors_as_messages():
             return handler(*arguments)
-        except gr.Error:
-            raise
-        except (BusyError, TimeoutError):
-            raise message("The service is busy: try again in a moment.") from None
-        except VisitorGoneError:
-            raise message("The page was closed.") from None
-        except Exception as error:
-            raise message(f"This did not work; reference {report_error(error)}.") from None
 
     return guarded
+
+
+@contextmanager
+def _errors_as_messages() -> Iterator[None]:
+    try:
+        yield
+    except gr.Error:
+        raise
+    except (BusyError, TimeoutError):
+        raise message("The service is busy: try again in a moment.") from None
+    except VisitorGoneError:
+        raise message("The page was closed.") from None
+    except Exception as error:
+        raise message(f"This did not work; reference {report_error(error)}.") from None
+
+
+def fill_when_opened(
+    tab: gr.Tab, outputs: Sequence[gr.components.Component], values: Callable, api_name: str
+) -> None:
+    """Fill components when a visitor opens a tab for the first time.
+
+    Args:
+        tab: The tab.
+        outputs: The components.
+        values: Gives their values in this order. It is called once for all visitors, when the
+            first of them opens the tab, so that a slow computation does not delay the start.
+        api_name: The name of the event.
+    """
+    values = functools.cache(values)
+    is_filled = gr.State(False)
+
+    def fill(filled: bool) -> tuple:
+        if filled:  # a visitor may have changed them meanwhile
+            return True, *(gr.skip() for _ in outputs)
+        return True, *values()
+
+    # Only one visitor at a time, so that the values are not computed several times at once.
+    tab.select(
+        with_error_messages(fill), is_filled, [is_filled, *outputs], concurrency_limit=1,
+        api_name=api_name,
+    )  # fmt: skip
+
+
+def plot_of(picture: str) -> PlotData:
+    """Return what gr.Plot shows for a picture, given as a data URL."""
+    return PlotData(type="matplotlib", plot=picture)
+
+
+def draw(figure: Figure) -> PlotData:
+    """Draw a figure and return what gr.Plot shows."""
+    return plot_of(data_url(figure))

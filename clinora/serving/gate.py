@@ -64,9 +64,19 @@ EVENTS = (
     "flag",
     "count_for_rank",
     "count_for_targets",
+    "train_lesson",
+    "stop_lesson",
+    "open_results",
+    "choose_result",
+    "open_adapter",
+    "show_weights",
+    "open_note",
     "compare_strengths",
     "compare_moved_strength",
     "compare_merged",
+    "show_attention",
+    "show_attention_layer",
+    "show_attention_head",
     "choose_columns",
     "clear_columns",
     "classify_file",
@@ -263,7 +273,9 @@ def _check_number(component: gradio.Slider, value: object, _find: FindFile) -> f
     raise ExpectedError(f"a number from {low:g} to {high:g}")
 
 
-def _check_choice(component: gradio.Radio, value: object, _find: FindFile) -> str | None:
+def _check_choice(
+    component: gradio.Radio | gradio.Dropdown, value: object, _find: FindFile
+) -> str | None:
     if value is not None and value not in _choices(component):
         raise ExpectedError("one of the choices")
     return value
@@ -278,10 +290,15 @@ def _check_choices(component: gradio.CheckboxGroup, value: object, _find: FindFi
     return value
 
 
-def _check_columns(
-    component: gradio.Dropdown, value: object, _find: FindFile
+def _check_dropdown(
+    component: gradio.Dropdown, value: object, find: FindFile
 ) -> str | list[str] | None:
-    """Check names of columns; the handler checks that the file has them."""
+    """Check a choice of a fixed list, or names of columns if the list begins empty.
+
+    The handler checks that the file has these columns.
+    """
+    if component.choices:
+        return _check_choice(component, value, find)
     if value is None:
         return None
     if not component.multiselect:
@@ -299,7 +316,7 @@ def _is_name(value: object) -> bool:
     return isinstance(value, str) and len(value) <= MOST_NAME_CHARACTERS
 
 
-def _choices(component: gradio.Radio | gradio.CheckboxGroup) -> list[str]:
+def _choices(component: gradio.Radio | gradio.CheckboxGroup | gradio.Dropdown) -> list[str]:
     return [value for _name, value in component.choices]
 
 
@@ -336,7 +353,7 @@ CHECKS = {
     gradio.Slider: _check_number,
     gradio.Radio: _check_choice,
     gradio.CheckboxGroup: _check_choices,
-    gradio.Dropdown: _check_columns,
+    gradio.Dropdown: _check_dropdown,
     gradio.File: _check_file,
     gradio.Dataset: _check_example,
     gradio.State: _ignore_state,

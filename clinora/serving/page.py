@@ -6,6 +6,7 @@ from clinora.serving.batcher import Batcher
 from clinora.serving.classify_tab import classify_tab
 from clinora.serving.flags import Flags
 from clinora.serving.internals_tab import internals_tab
+from clinora.serving.lesson_process import Lessons
 from clinora.serving.many_tab import many_tab
 from clinora.serving.storage import Storage
 
@@ -60,13 +61,21 @@ answers 503 with `Retry-After`. Where a password file is in use, page and API as
 password (`curl -u NAME`, `httpx.post(…, auth=(name, password))`)."""
 
 
-def build_page(batcher: Batcher, flags: Flags, storage: Storage, card: str, url: str) -> gr.Blocks:
+def build_page(
+    batcher: Batcher,
+    flags: Flags,
+    storage: Storage,
+    lessons: Lessons | None,
+    card: str,
+    url: str,
+) -> gr.Blocks:
     """Build the page.
 
     Args:
         batcher: Runs the model for all visitors.
         flags: Stores flagged predictions.
         storage: Stores the visitors' files.
+        lessons: Gives the live lesson; None if it is off.
         card: The model card, in Markdown.
         url: The page's address, for the examples.
     """
@@ -75,8 +84,8 @@ def build_page(batcher: Batcher, flags: Flags, storage: Storage, card: str, url:
         gr.Markdown(DISCLAIMER, elem_classes="small")
         with gr.Tab("Classify"):
             classify_tab(batcher, flags)
-        with gr.Tab("LoRA internals"):
-            internals_tab(batcher)
+        with gr.Tab("LoRA internals") as internals:
+            internals_tab(batcher, lessons, internals)
         with gr.Tab("Many notes"):
             many_tab(batcher, storage)
         with gr.Tab("API"):
