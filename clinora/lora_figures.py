@@ -86,7 +86,7 @@ def steps_figure(
     figure.subplots_adjust(left=0.13, right=0.97, top=0.94, bottom=0.1, hspace=0.42)
     above, below = figure.subplots(2)
     above.plot(range(1, len(losses) + 1), losses, color=BLACK, marker="o", markersize=4)
-    above.set(xlim=(0, steps), ylim=(0, max([2, *losses]) * 1.1), ylabel="loss (nats)")
+    above.set(xlim=(0, steps + 0.5), ylim=(0, max([2, *losses]) * 1.1), ylabel="loss (nats)")
     above.set_title("Loss of each step's notes", fontsize=11)
     styles = {}
     for name, values in norms.items():
@@ -96,7 +96,9 @@ def steps_figure(
             below.plot([], [], label=target, **styles[target])
         below.plot(range(len(values)), values, linewidth=1, markersize=3, **styles[target])
     largest = max(max(values) for values in norms.values())
-    below.set(xlim=(0, steps), ylim=(0, max(1, 1.1 * largest)), xlabel="step", ylabel="‖s·B·A‖")
+    below.set(
+        xlim=(0, steps + 0.5), ylim=(0, max(1, 1.1 * largest)), xlabel="step", ylabel="‖s·B·A‖"
+    )
     below.set_title("Size of the update, a line for each layer", fontsize=11)
     below.legend(fontsize=8, loc="upper left")
     for axes in (above, below):
@@ -168,7 +170,9 @@ def strengths_figure(labels: Sequence[str], columns: Mapping[str, Sequence[float
         axes.bar_label(bars, [f"{share:.1%}" for share in column], padding=3, fontsize=8)
     families, missing = fonts_for(labels)
     names = [
-        textwrap.fill(replace_missing(label, missing), NAME_CHARACTERS, max_lines=2, placeholder="…")
+        textwrap.fill(
+            replace_missing(label, missing), NAME_CHARACTERS, max_lines=2, placeholder="…"
+        )
         for label in labels
     ]
     axes.set_yticks(range(len(labels)), names, parse_math=False, fontfamily=families)

@@ -12,6 +12,7 @@ from clinora.serving.events import (
     with_error_messages,
 )
 from clinora.serving.lesson_process import (
+    MOST_SHOWN,
     Lessons,
     LessonStoppedError,
     LessonTakenError,
@@ -50,7 +51,9 @@ def lesson_part(lessons: Lessons | None) -> None:
         "This trains LoRA of rank 8 on q_proj and v_proj, and a head, in a copy of the bundled "
         "base: 20 steps of AdamW on the bundled notes, each on 8 notes of at most 64 tokens. B "
         "starts at zero, so B·A does too, and grows with the steps. At the end, LoRA is merged "
-        "into the weights. The model that this page serves does not change."
+        "into the weights. The model that this page serves does not change.\n\n"
+        "The matrices are those of the first two adapted layers, at most their first "
+        f"{MOST_SHOWN} rows and columns: blue is below zero, white is zero, red is above it."
     )
     with gr.Row():
         start = gr.Button("Train 20 steps", variant="primary", min_width=120)

@@ -27,6 +27,7 @@ _log = logging.getLogger(__name__)
 MOST_SECONDS = 60
 NICENESS = 10  # about a tenth of a processor's time, as long as the server needs that processor
 POLL_SECONDS = 0.2  # between checks whether the lesson has to stop
+MOST_SHOWN = 64  # rows and columns of a matrix: with more, single entries could not be seen
 # The absolute values of A, B and s·B·A that have the full colour. They are the same at all steps,
 # so that the pictures show how the matrices grow. After 20 steps, 99% of the entries lie within
 # 0.077, 0.039 and 0.010.
@@ -178,9 +179,9 @@ def _as_json(part: object) -> dict:
 
     if isinstance(part, Comparison):
         return dataclasses.asdict(part)
-    matrices = {
-        name: tuple(matrix.numpy() for matrix in group) for name, group in part.matrices.items()
-    }
+    matrices = {}
+    for name, group in part.matrices.items():
+        matrices[name] = tuple(matrix[:MOST_SHOWN, :MOST_SHOWN].numpy() for matrix in group)
     return {
         "step": part.step,
         "steps": STEPS,
