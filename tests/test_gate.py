@@ -283,7 +283,7 @@ BAD = {
 GOOD = {
     gradio.Textbox: [None, "", "fever", "x" * 250_000],
     gradio.Checkbox: [True, False],
-    gradio.Slider: [1, 2],
+    gradio.Slider: [1, 1.0],
     gradio.Radio: [None, "Other"],
     gradio.CheckboxGroup: [[], ["q_proj"], ["q_proj", "v_proj"]],
     gradio.Dropdown: [None],

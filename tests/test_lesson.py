@@ -194,7 +194,7 @@ def lessons(lasting_client, monkeypatch):
 def test_the_page_shows_the_comparison_at_the_end(visitor, lessons):
     event, (status, *_) = call(visitor, "train_lesson")
     assert event == "complete"
-    for number in ("35", "1.750", "1.500", "25.0%", "50.0%", "6e-05"):
+    for number in ("35", "1.750", "1.500", "25.0%", "50.0%", "0.00006"):
         assert number in status
 
 

@@ -90,5 +90,5 @@ def _comparison(part: dict) -> str:
     table = "\n".join(lines)
     return (
         f"All steps are done, and LoRA was merged into the weights.\n\n{table}\n\nMerging changed "
-        f"no probability by more than {100 * part['difference']:.1g} points: that is rounding."
+        f"no probability by more than {100 * part['difference']:.5f} points: that is rounding."
     )
