@@ -17,7 +17,7 @@ from clinora.explain import LayerUpdate
 from clinora.figures import BLACK, BLUE, GREY, fonts_for, replace_missing
 
 SIGNED = "RdBu_r"  # can also be told apart with red-green colour blindness
-NAME_CHARACTERS = 24  # in a line of a class name beside its bars; a name has at most two lines
+NAME_CHARACTERS = 18  # in a line of a class name beside its bars; a name has at most two lines
 PHONE_WIDTH = 4.6  # inches; wider figures have letters that are too small on a phone
 
 
@@ -156,7 +156,7 @@ def strengths_figure(labels: Sequence[str], columns: Mapping[str, Sequence[float
     """
     thickness = 0.8 / len(columns)
     height = 1.3 + 0.26 * len(columns) * len(labels)
-    figure = Figure(figsize=(7, height), dpi=120, layout="constrained")
+    figure = Figure(figsize=(5.4, height), dpi=150, layout="constrained")
     axes = figure.subplots()
     looks = (("white", None), (BLACK, None), (BLUE, "//"))
     for number, ((name, column), (colour, hatch)) in enumerate(
@@ -177,10 +177,10 @@ def strengths_figure(labels: Sequence[str], columns: Mapping[str, Sequence[float
     ]
     axes.set_yticks(range(len(labels)), names, parse_math=False, fontfamily=families)
     axes.invert_yaxis()  # the first class on top
-    axes.set(xlim=(0, 1.12), xlabel="probability; the trained head stays on", ylabel="class")
+    axes.set(xlim=(0, 1.15), xlabel="probability; the trained head stays on")
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.set_title("Probabilities at three strengths of the adapter", fontsize=11)
-    figure.legend(loc="outside lower center", ncols=3, fontsize=9)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
     return figure
 
 

@@ -56,8 +56,8 @@ def lesson_part(lessons: Lessons | None) -> None:
         f"{MOST_SHOWN} rows and columns: blue is below zero, white is zero, red is above it."
     )
     with gr.Row():
-        start = gr.Button("Train 20 steps", variant="primary", min_width=120)
-        end = gr.Button("Stop", min_width=120)
+        start = gr.Button("Train 20 steps", variant="primary", min_width=150)
+        end = gr.Button("Stop", min_width=150)
     status = gr.Markdown()
     with gr.Row():
         steps = gr.Plot(show_label=False)
@@ -80,13 +80,10 @@ def _status(part: dict) -> str:
 
 def _comparison(part: dict) -> str:
     """Describe the comparison at the end, as a table and a sentence."""
-    lines = [
-        f"| {part['notes']} test notes | before training | trained | merged |",
-        "|---|---:|---:|---:|",
-    ]
-    losses = " | ".join(f"{loss:.3f}" for loss in part["losses"])
-    accuracies = " | ".join(f"{accuracy:.1%}" for accuracy in part["accuracies"])
-    lines += [f"| loss (nats) | {losses} |", f"| accuracy | {accuracies} |"]
+    lines = [f"| {part['notes']} test notes | loss (nats) | accuracy |", "|---|---:|---:|"]
+    times = ("before training", "trained", "merged")
+    for when, loss, accuracy in zip(times, part["losses"], part["accuracies"], strict=True):
+        lines.append(f"| {when} | {loss:.3f} | {accuracy:.1%} |")
     table = "\n".join(lines)
     return (
         f"All steps are done, and LoRA was merged into the weights.\n\n{table}\n\nMerging changed "
