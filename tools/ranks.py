@@ -129,6 +129,7 @@ def write_results(args: argparse.Namespace) -> None:
     report = {
         "training_notes": len(notes.on("training")),
         "test_notes": len(test),
+        "seeds": list(args.seeds),
         "token_limit": args.token_limit,
         "training": dataclasses.asdict(TrainingConfig(steps=args.steps)),
         "ranks": summarise(results, test),

@@ -19,6 +19,7 @@ def results_part(tab: gr.Tab) -> None:
     report = json.loads(RESULTS.read_text(encoding="utf-8"))
     rows = report["ranks"]
     ranks = [row["rank"] for row in rows]
+    seeds = " ".join(map(str, report["seeds"]))
 
     def show(place: float) -> tuple[str, PlotData, PlotData]:
         place = int(place)
@@ -43,7 +44,7 @@ def results_part(tab: gr.Tab) -> None:
         f"The bundled base, trained on the {report['training_notes']:,} training notes of "
         f"MTSamples and measured on its {report['test_notes']:,} test notes: "
         f"{report['training']['steps']} steps, {report['token_limit']} tokens of a note, α = 2r. "
-        "`python -m tools.ranks --notes mtsamples --out runs/ranks` repeats it."
+        f"`python -m tools.ranks --notes mtsamples --seeds {seeds} --out runs/ranks` repeats it."
     )
     place = gr.Slider(
         0, len(rows) - 1, ranks.index(FIRST_RANK), step=1,
