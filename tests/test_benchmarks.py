@@ -22,7 +22,18 @@ from clinora.lora import apply_lora
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = ("gpu", "job", "lengths", "inference", "start", "scaling", "shape", "step", "nf4")
+SCRIPTS = (
+    "gpu",
+    "job",
+    "lengths",
+    "inference",
+    "lesson",
+    "start",
+    "scaling",
+    "shape",
+    "step",
+    "nf4",
+)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

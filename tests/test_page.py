@@ -254,14 +254,13 @@ def test_a_layers_matrices_are_those_of_the_model(client, classifier, monkeypatc
 
 
 def test_the_pictures_are_there_when_the_tab_is_opened_and_stay_as_they_are(client):
-    for event, pictures in (("open_results", 2), ("open_adapter", 5), ("open_note", 2)):
-        _, first = call(client, event, None)
-        shown = [value for value in first if isinstance(value, dict) and "plot" in value]
-        assert len(shown) == pictures
-        _, again = call(client, event, None)
-        assert not any("data:image" in str(value) for value in again)
-        _, of_another = call(client, event, None, session="another")
-        assert of_another == first
+    _, first = call(client, "open_internals", None)
+    shown = [value for value in first if isinstance(value, dict) and "plot" in value]
+    assert len(shown) == 9
+    _, again = call(client, "open_internals", None)
+    assert not any("data:image" in str(value) for value in again)
+    _, of_another = call(client, "open_internals", None, session="another")
+    assert of_another == first
 
 
 def test_the_results_show_each_measured_rank(client):

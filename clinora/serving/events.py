@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import gradio as gr
 from gradio.components.plot import PlotData
@@ -132,25 +133,37 @@ def _errors_as_messages() -> Iterator[None]:
         raise message(f"This did not work; reference {report_error(error)}.") from None
 
 
-def fill_when_opened(
-    tab: gr.Tab, outputs: Sequence[gr.components.Component], values: Callable, api_name: str
-) -> None:
+@dataclass(frozen=True, slots=True)
+class Filling:
+    """Components, and the function that gives their first values in the same order."""
+
+    outputs: Sequence[gr.components.Component]
+    values: Callable[[], Sequence]
+
+
+def fill_when_opened(tab: gr.Tab, fillings: Sequence[Filling], api_name: str) -> None:
     """Fill components when a visitor opens a tab for the first time.
+
+    The values are computed once for all visitors, when the first of them opens the tab, so that a
+    slow computation does not delay the start.
 
     Args:
         tab: The tab.
-        outputs: The components.
-        values: Gives their values in this order. It is called once for all visitors, when the
-            first of them opens the tab, so that a slow computation does not delay the start.
+        fillings: What to fill. All of it is one event, because the browser may lose one of several
+            events that start together.
         api_name: The name of the event.
     """
-    values = functools.cache(values)
+    outputs = [output for filling in fillings for output in filling.outputs]
     is_filled = gr.State(False)
+
+    @functools.cache
+    def first_values() -> list:
+        return [value for filling in fillings for value in filling.values()]
 
     def fill(filled: bool) -> tuple:
         if filled:  # a visitor may have changed them meanwhile
             return True, *(gr.skip() for _ in outputs)
-        return True, *values()
+        return True, *first_values()
 
     # Only one visitor at a time, so that the values are not computed several times at once.
     tab.select(

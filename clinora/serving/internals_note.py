@@ -12,10 +12,10 @@ from clinora.serving.batcher import Batcher
 from clinora.serving.classify_tab import EXAMPLES
 from clinora.serving.events import (
     DRAWING,
+    Filling,
     checked_note,
     client_of_event,
     draw,
-    fill_when_opened,
     wait_for,
     with_error_messages,
 )
@@ -24,8 +24,8 @@ MOST_ATTENTION_TOKENS = 40  # more labels could not be read
 FIRST_STRENGTH = 1.0
 
 
-def note_part(batcher: Batcher, tab: gr.Tab) -> None:
-    """Add the note, and what shows the adapter at work on it, to the tab that is being built."""
+def note_part(batcher: Batcher) -> Filling:
+    """Add the note, and what shows the adapter at work on it, and say what fills the pictures."""
     classifier = batcher.classifier
     model = classifier.model
     lora = model.lora_config
@@ -117,14 +117,12 @@ def note_part(batcher: Batcher, tab: gr.Tab) -> None:
             attending, [note, layer, head], attention, trigger_mode="always_last",
             api_name=event, **DRAWING,
         )  # fmt: skip
-    fill_when_opened(
-        tab,
+    return Filling(
         [bars, attention],
         lambda: (
             compare_strengths(EXAMPLES[0], FIRST_STRENGTH),
             show_attention(EXAMPLES[0], first_layer, 0),
         ),
-        api_name="open_note",
     )
 
 

@@ -8,14 +8,14 @@ from gradio.components.plot import PlotData
 from clinora.checkpoint import BUNDLED
 from clinora.explain import LayerUpdate
 from clinora.lora_figures import ranks_figure, singular_values_figure
-from clinora.serving.events import DRAWING, draw, fill_when_opened, with_error_messages
+from clinora.serving.events import DRAWING, Filling, draw, with_error_messages
 
 FIRST_RANK = 8
 RESULTS = BUNDLED / "ranks.json"  # made by tools.ranks
 
 
-def results_part(tab: gr.Tab) -> None:
-    """Add the results to the tab that is being built."""
+def results_part() -> Filling:
+    """Add the results to the tab that is being built, and say what fills them."""
     report = json.loads(RESULTS.read_text(encoding="utf-8"))
     rows = report["ranks"]
     ranks = [row["rank"] for row in rows]
@@ -60,7 +60,7 @@ def results_part(tab: gr.Tab) -> None:
         with_error_messages(show), place, outputs, trigger_mode="always_last",
         api_name="choose_result", **DRAWING,
     )  # fmt: skip
-    fill_when_opened(tab, outputs, lambda: show(ranks.index(FIRST_RANK)), "open_results")
+    return Filling(outputs, lambda: show(ranks.index(FIRST_RANK)))
 
 
 def _words(row: dict) -> str:

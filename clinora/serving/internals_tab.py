@@ -17,6 +17,7 @@ from clinora.lora_figures import (
 from clinora.serving.batcher import Batcher
 from clinora.serving.events import (
     DRAWING,
+    Filling,
     client_of_event,
     draw,
     fill_when_opened,
@@ -50,9 +51,8 @@ def internals_tab(batcher: Batcher, lessons: Lessons | None, tab: gr.Tab) -> Non
     )
     _count_part(batcher)
     lesson_part(lessons)
-    results_part(tab)
-    _adapter_part(batcher, tab)
-    note_part(batcher, tab)
+    fillings = [results_part(), _adapter_part(batcher), note_part(batcher)]
+    fill_when_opened(tab, fillings, "open_internals")
 
 
 def _count_part(batcher: Batcher) -> None:
@@ -99,8 +99,8 @@ def _count_part(batcher: Batcher) -> None:
         )  # fmt: skip
 
 
-def _adapter_part(batcher: Batcher, tab: gr.Tab) -> None:
-    """Add the pictures of what the loaded adapter changed."""
+def _adapter_part(batcher: Batcher) -> Filling:
+    """Add the pictures of what the loaded adapter changed, and say what fills them."""
     model = batcher.classifier.model
     layers = dict(lora_layers(model))
     names = list(layers)
@@ -151,4 +151,4 @@ def _adapter_part(batcher: Batcher, tab: gr.Tab) -> None:
         with_error_messages(show_weights), chosen, weights, trigger_mode="always_last",
         api_name="show_weights", **DRAWING,
     )  # fmt: skip
-    fill_when_opened(tab, [changes, spectrum, *weights], first_values, "open_adapter")
+    return Filling([changes, spectrum, *weights], first_values)
