@@ -25,7 +25,6 @@ from matplotlib.font_manager import (
 from matplotlib.ticker import PercentFormatter
 
 from clinora.evaluation import wilson
-from clinora.explain import LayerUpdate
 
 BLACK = "#111111"
 GREY = "#707070"
@@ -65,10 +64,10 @@ def confusion_figure(confusion: np.ndarray, labels: Sequence[str]) -> Figure:
             )  # fmt: skip
     places = range(len(labels))
     slant = {"rotation": 30, "ha": "right"} if few else {"rotation": 90, "ha": "center"}
-    families, missing = _fonts_for(labels)
+    families, missing = fonts_for(labels)
     if missing:
         figure.supxlabel(MISSING_NOTE, fontsize=8)
-    names = [_replace(label, missing) for label in labels]
+    names = [replace_missing(label, missing) for label in labels]
     # No parsing: a class name such as "$x$" is not a formula.
     axes.set_xticks(places, names, parse_math=False, fontfamily=families, **slant)
     axes.set_yticks(places, names, parse_math=False, fontfamily=families)
@@ -86,7 +85,7 @@ def confusion_figure(confusion: np.ndarray, labels: Sequence[str]) -> Figure:
     return figure
 
 
-def _fonts_for(texts: Sequence[str]) -> tuple[list[str], set[str]]:
+def fonts_for(texts: Sequence[str]) -> tuple[list[str], set[str]]:
     """Return font families that together have the characters of some texts.
 
     matplotlib takes each character from the first of the families that has it. These are the usual
@@ -141,7 +140,7 @@ def _regular_fonts() -> dict[str, str]:
     return fonts
 
 
-def _replace(text: str, missing: set[str]) -> str:
+def replace_missing(text: str, missing: set[str]) -> str:
     """Replace the characters that no installed font has."""
     return "".join(MISSING if character in missing else character for character in text)
 
@@ -286,71 +285,3 @@ def _equal_parts(values: np.ndarray, count: int) -> list[np.ndarray]:
 def _percent(axes: Axes) -> None:
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(PercentFormatter(1, decimals=None))
-
-
-def updates_figure(updates: Sequence[LayerUpdate]) -> Figure:
-    """Draw how much an adapter changed each weight: ‖ΔW‖ / ‖W‖ by layer and target."""
-    names = [_layer_and_target(update.name) for update in updates]
-    layers = sorted({layer for layer, _ in names})
-    targets = list(dict.fromkeys(target for _, target in names))
-    shares = np.full((len(layers), len(targets)), np.nan)
-    for (layer, target), update in zip(names, updates, strict=True):
-        shares[layers.index(layer), targets.index(target)] = update.share
-    width = max(4.6, 1.3 + 0.85 * len(targets))
-    height = max(3.4, 1.2 + 0.32 * len(layers))
-    figure = Figure(figsize=(width, height), dpi=200, layout="constrained")
-    axes = figure.subplots()
-    most = np.nanmax(shares)
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=most or 1, aspect="auto")
-    for (row, column), share in np.ndenumerate(shares):
-        if np.isfinite(share):
-            axes.text(
-                column, row, f"{share:.1%}", ha="center", va="center", fontsize=8,
-                color="white" if share > 0.6 * most else "black",
-            )  # fmt: skip
-    axes.set_xticks(range(len(targets)), targets)
-    axes.set_yticks(range(len(layers)), layers)
-    axes.set(xlabel="adapted weight W", ylabel="layer")
-    axes.set_title("How much each weight was changed:\n‖ΔW‖ / ‖W‖, Frobenius norms", fontsize=11)
-    return figure
-
-
-def singular_values_figure(updates: Sequence[LayerUpdate]) -> Figure:
-    """Draw the singular values of each layer's update, and the effective ranks of each target."""
-    figure = Figure(figsize=(4.6, 3.4), dpi=200, layout="constrained")
-    axes = figure.subplots()
-    of_target: dict[str, list[LayerUpdate]] = {}
-    for update in updates:
-        _, target = _layer_and_target(update.name)
-        of_target.setdefault(target, []).append(update)
-    styles = {target: _style(number) for number, target in enumerate(of_target)}
-    for update in updates:
-        _, target = _layer_and_target(update.name)
-        number = range(1, len(update.singular_values) + 1)
-        axes.plot(number, update.singular_values, linewidth=1, markersize=3, **styles[target])
-    for target, group in of_target.items():
-        ranks = [update.effective_rank for update in group]
-        label = f"{target}: effective rank {min(ranks):.1f} to {max(ranks):.1f}"
-        axes.plot([], [], label=label, **styles[target])
-    axes.set(xlabel="index of the singular value", ylabel="singular value", ylim=(0, None))
-    axes.set_title("Singular values of ΔW:\na line for each layer", fontsize=11)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend(fontsize=8)
-    return figure
-
-
-def _layer_and_target(name: str) -> tuple[int, str]:
-    """Give the layer's number, which is the last number in the name, and the last segment."""
-    parts = name.split(".")
-    numbers = [int(part) for part in parts if part.isdigit()]
-    layer = numbers[-1] if numbers else 0
-    return layer, parts[-1]
-
-
-def _style(number: int) -> dict:
-    """Give one of twelve styles of a line."""
-    return {
-        "color": (BLUE, BLACK, GREY)[number % 3],
-        "linestyle": ("-", "--", ":")[number % 3],
-        "marker": "os^D"[number // 3 % 4],
-    }

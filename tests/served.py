@@ -21,6 +21,23 @@ UNCHANGED = {"__type__": "update"}  # the value of an output that an event leave
 CANARY = "canary-7f3a"  # part of a note's text, for tests that search where it must not appear
 
 
+# One white pixel.
+PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAA"
+PIXEL += "CklEQVR4nGP4DwABAQEAsTj2FAAAAABJRU5ErkJggg=="
+PICTURE = f"data:image/png;base64,{PIXEL}"
+LESSON_STEP = {
+    "step": 1, "steps": 20, "loss": 1.5, "norm": 0.5, "steps_picture": PICTURE,
+    "factors_picture": PICTURE,
+}  # fmt: skip
+# Takes the place of the live lesson's process, and goes on until it is ended.
+ENDLESS_LESSON = f"""
+import time
+while True:
+    print({json.dumps(json.dumps(LESSON_STEP))}, flush=True)
+    time.sleep(0.1)
+"""
+
+
 def calibration(threshold):
     """Give a calibration that refers the notes whose confidence is below ``threshold``."""
     return Calibration(

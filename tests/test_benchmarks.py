@@ -23,8 +23,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = (
-    "explain", "gpu", "job", "lengths", "inference", "start", "scaling", "shape", "step", "nf4",
-    "observing",
+    "explain", "gpu", "job", "lengths", "inference", "lesson", "start", "scaling", "shape", "step",
+    "nf4", "observing",
 )  # fmt: skip
 
 

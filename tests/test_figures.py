@@ -12,15 +12,12 @@ from matplotlib.colors import to_rgb
 from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
 
 from clinora import figures
-from clinora.explain import LayerUpdate
 from clinora.figures import (
     confusion_figure,
     coverage_figure,
     length_figure,
     reliability_figure,
-    singular_values_figure,
     training_figure,
-    updates_figure,
 )
 from clinora.report import png
 from tools.compare import rank_figure
@@ -384,37 +381,3 @@ def test_every_axis_says_what_it_is(figure):
     for axes in figure.axes:
         assert axes.get_ylabel()
     assert re.search(r"\w", figure.axes[0].get_title())
-
-
-def test_the_figure_of_updates_shows_each_layers_share_in_its_place():
-    shares = {(layer, t): 0.01 * (10 * layer + k) for layer in range(3) for k, t in enumerate("qv")}
-    updates = [
-        LayerUpdate(name=f"model.layers.{layer}.attn.{t}", share=share, singular_values=(1.0,),
-                    effective_rank=1.0)
-        for (layer, t), share in shares.items()
-    ]  # fmt: skip
-    (axes,) = updates_figure(updates).axes
-    drawn = {tuple(text.get_position()): text.get_text() for text in axes.texts}
-    assert drawn == {("qv".index(t), layer): f"{s:.1%}" for (layer, t), s in shares.items()}
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["q", "v"]
-    np.testing.assert_allclose(axes.images[0].get_array()[2], [0.2, 0.21])
-
-
-def test_the_figure_of_singular_values_has_a_line_a_layer_and_a_style_a_target():
-    updates = [
-        LayerUpdate(name=f"layers.{layer}.{t}", share=0.1, singular_values=(3.0 + layer, 1.0),
-                    effective_rank=1.5 + layer)
-        for layer in range(2) for t in ("q", "k", "v", "o", "gate", "up", "down")
-    ]  # fmt: skip
-    (axes,) = singular_values_figure(updates).axes
-    lines = axes.get_lines()
-    assert [list(line.get_ydata()) for line in lines[:14]] == [[3, 1]] * 7 + [[4, 1]] * 7
-    styles = {(li.get_color(), li.get_linestyle(), li.get_marker()) for li in lines[:7]}
-    assert len(styles) == 7
-    assert "q: effective rank 1.5 to 2.5" in [t.get_text() for t in axes.get_legend().texts]
-
-
-def test_an_adapter_that_changed_nothing_is_drawn_too():
-    update = LayerUpdate(name="layers.0.q", share=0.0, singular_values=(0.0,), effective_rank=0.0)
-    (axes,) = updates_figure([update]).axes
-    assert axes.texts[0].get_text() == "0.0%"

@@ -27,7 +27,7 @@ from clinora.serving.app import create_app
 from clinora.serving.flags import Flags
 from clinora.serving.guard import MOST_BODY_BYTES, MOST_FILE_BYTES
 from clinora.serving.words import EXAMPLES
-from tests.served import CANARY, ROOT, Person, call, join, run_async
+from tests.served import CANARY, ENDLESS_LESSON, ROOT, Person, call, join, run_async
 from tests.served import running as served_from_a_thread
 
 TABLE = b"transcription\nKnee pain for two days.\n"
@@ -282,7 +282,7 @@ BAD = {
 GOOD = {
     gradio.Textbox: [None, "", "fever", "x" * 250_000],
     gradio.Checkbox: [True, False],
-    gradio.Slider: [1, 2],
+    gradio.Slider: [1, 1.0],
     gradio.Radio: [None, "Other"],
     gradio.CheckboxGroup: [[], ["q_proj"], ["q_proj", "v_proj"]],
     gradio.Dropdown: [None],
@@ -316,6 +316,16 @@ def test_each_input_takes_what_its_component_may_hold_and_nothing_else(app, clie
                 data = [*good[:place], value, *good[place + 1 :]]
                 answer = ask(client, number, data)
                 assert answer.status_code == status, (event.api_name, kind, value)
+
+
+def test_a_list_that_is_fixed_takes_its_choices_alone(app, client, monkeypatch):
+    """The lists of a file's columns begin empty; this one has the names of the layers."""
+    monkeypatch.setattr(gate, "Forward", lambda *_, **__: gate.PlainTextResponse("passed"))
+    client.cookies[gate.VISIT_COOKIE] = "me"
+    names = {event.api_name: number for number, event, _ in inputs_of(app)}
+    layer = "model.layers.1.self_attn.q_proj"
+    for value, status in ((layer, 200), ("model.layers.9.self_attn.q_proj", 422), ([layer], 422)):
+        assert ask(client, names["show_weights"], [value]).status_code == status
 
 
 def test_a_state_never_comes_from_the_browser(client):
@@ -653,7 +663,9 @@ def test_the_page_uses_every_open_route_and_event_and_no_other(
             events.add(request.post_data_json["fn_index"])
 
     page.on("request", look)
-    with served_from_a_thread(create_app(classifier, tmp_path)) as port:
+    app = create_app(classifier, tmp_path)
+    app.state.lessons.command = [sys.executable, "-c", ENDLESS_LESSON]
+    with served_from_a_thread(app) as port:
         url = f"http://127.0.0.1:{port}"
         person = Person(page, url)
         config = httpx.get(f"{url}/config").json()
@@ -713,11 +725,24 @@ def use_every_control(person, tmp_path):
     before = table.inner_text()
     page.get_by_role("checkbox", name="k_proj").check()
     expect(table).not_to_have_text(before, use_inner_text=True)
+    person.press("Train 20 steps")
+    page.get_by_text("Step 1 of 20").wait_for()
+    person.press("Stop")
+    page.get_by_text("Stopped. Step 1 of 20").wait_for()
+    expect(page.locator("img")).to_have_count(11)  # two of the lesson
+    page.get_by_role("slider", name="Measured rank").focus()
+    page.keyboard.press("Home")
+    page.get_by_text("Rank 1:").wait_for()
+    page.get_by_label("Layer whose matrices").click()
+    page.get_by_role("option", name="model.layers.1.self_attn.v_proj").click()
     page.get_by_role("slider", name="Strength").focus()
     page.keyboard.press("Home")
-    strengths = page.get_by_role("grid", name="Probabilities")
-    expect(strengths).to_contain_text("Radiology")
     person.press("Compare strengths")
+    person.press("Show attention")
+    for slider in ("Layer of the attention", "Head"):
+        page.get_by_role("slider", name=slider).focus()
+        page.keyboard.press("ArrowLeft")
+        page.keyboard.press("ArrowRight")
     person.press("Merge and compare")
     page.get_by_text("Largest difference of a probability").wait_for()
 

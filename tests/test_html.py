@@ -95,10 +95,7 @@ def visit(chromium, trained, folder, classes, file_name, column):
 
         person.open("LoRA internals")
         person.press("Compare strengths")
-        strengths = page.get_by_role("grid", name="Probabilities")
-        for name in classes:
-            expect(strengths).to_contain_text(name)
-        expect(page.locator("img")).to_have_count(2)  # the figures
+        expect(page.locator("img")).to_have_count(9)  # the figures
         steps.append(elements(page))
 
         person.open("Many notes")
@@ -206,7 +203,7 @@ def test_long_class_names_wrap_and_leave_the_percentages_in_sight(
             person.open(tab)
             if tab == "LoRA internals":
                 person.press("Compare strengths")
-                expect(page.get_by_role("grid", name="Probabilities")).to_contain_text(names[0])
+                expect(page.locator("img")).to_have_count(9)
             assert page.evaluate("document.documentElement.scrollWidth") <= width, tab
             if tab == "Model card":
                 for table in page.locator("table").filter(visible=True).all():

@@ -3,6 +3,7 @@
 import csv
 import html
 import io
+import json
 import re
 import threading
 import time
@@ -12,10 +13,13 @@ import gradio
 import pytest
 import torch
 from fastapi.testclient import TestClient
+from matplotlib.figure import Figure
 
 import clinora
+from clinora.attention import attention_weights
 from clinora.budget import base_parameters
-from clinora.serving import answering, events
+from clinora.checkpoint import BUNDLED
+from clinora.serving import answering, events, internals_note, internals_tab
 from clinora.serving import batcher as batcher_module
 from clinora.serving.answer import CONFIDENT, NEEDS_A_PERSON, STALE
 from clinora.serving.answering import Answers
@@ -381,30 +385,43 @@ def base_probabilities(small_run, classifier):
     return base.probabilities([NOTE])[0][0].tolist()
 
 
-def shares(table, column):
-    return [float(row[column].removesuffix("%")) / 100 for row in table["data"]]
+@pytest.fixture
+def drawn(monkeypatch):
+    """The values of the bars that the page draws, in place of the pictures."""
+    seen = []
+
+    def note_and_draw(labels, columns):
+        seen.append((list(labels), dict(columns)))
+        return Figure(figsize=(1, 1))
+
+    monkeypatch.setattr(internals_note, "strengths_figure", note_and_draw)
+    return seen
 
 
-def test_strength_0_is_the_base_and_1_the_adapter(client, classifier, base_probabilities):
+def test_strength_0_is_the_base_and_1_the_adapter(client, classifier, base_probabilities, drawn):
     adapted = classifier([NOTE])[0].probabilities
     for strength, expected in ((0, base_probabilities), (1, adapted)):
-        _, (table,) = call(client, "compare_strengths", NOTE, strength)
-        assert [row[0] for row in table["data"]] == list(classifier.labels)
-        assert shares(table, 1) == pytest.approx(base_probabilities, abs=6e-4)
-        assert shares(table, 2) == pytest.approx(adapted, abs=6e-4)
-        assert shares(table, 3) == pytest.approx(expected, abs=6e-4)
+        assert call(client, "compare_strengths", NOTE, strength)[0] == "complete"
+        labels, columns = drawn[-1]
+        assert labels == list(classifier.labels)
+        base, adapter, chosen = columns.values()
+        assert base == pytest.approx(base_probabilities, abs=1e-5)
+        assert adapter == pytest.approx(adapted, abs=1e-5)
+        assert chosen == pytest.approx(expected, abs=1e-5)
     assert base_probabilities != pytest.approx(adapted, abs=0.01)
 
 
-def test_visitors_with_different_strengths_do_not_affect_each_other(client):
-    alone = {s: call(client, "compare_strengths", NOTE, s)[1][0]["data"] for s in (0.25, 1.75)}
+def test_visitors_with_different_strengths_do_not_affect_each_other(client, drawn):
+    alone = {}
+    for strength in (0.25, 1.75):
+        call(client, "compare_strengths", NOTE, strength)
+        alone[f"chosen ({strength:g})"] = drawn.pop()[1]
     predicted = by_label(predict(client, NOTE, "alone").probabilities)
     found = []
 
     def ask(strength, session):
         for _ in range(5):
-            _, (table,) = call(client, "compare_strengths", NOTE, strength, session=session)
-            found.append(table["data"] == alone[strength])
+            found.append(call(client, "compare_strengths", NOTE, strength, session=session)[0])
             # Notes that wait together run as one batch, which rounds differently.
             shown = by_label(predict(client, NOTE, session).probabilities)
             found.append(shown == pytest.approx(predicted, abs=1e-5))
@@ -412,13 +429,76 @@ def test_visitors_with_different_strengths_do_not_affect_each_other(client):
     threads = [
         threading.Thread(target=ask, args=(strength, f"person{i}at{int(100 * strength)}"))
         for i in range(3)
-        for strength in alone
+        for strength in (0.25, 1.75)
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == [True] * 60
+    assert sorted(found, key=str) == [True] * 30 + ["complete"] * 30
+    assert len(drawn) == 30
+    for _, columns in drawn:
+        (name,) = columns.keys() & alone.keys()
+        assert columns == alone[name]
+
+
+def test_the_page_draws_the_attention_of_the_chosen_head(client, classifier, monkeypatch):
+    seen = []
+
+    def note_and_draw(weights, tokens, title):
+        seen.append((weights, list(tokens)))
+        return Figure(figsize=(1, 1))
+
+    monkeypatch.setattr(internals_note, "attention_figure", note_and_draw)
+    for layer, head in ((0, 0), (1, 3)):
+        assert call(client, "show_attention", NOTE, layer, head)[0] == "complete"
+        ids = classifier.tokenizer.encode(NOTE)[:40]
+        weights, tokens = seen.pop()
+        expected = attention_weights(classifier, ids, layer)[head]
+        assert weights == pytest.approx(expected.numpy(), abs=1e-6)
+        assert len(tokens) == len(ids) == 40
+        # A token of white space alone is shown as a dot.
+        text = "".join(tokens[1:]).replace("·", "")
+        assert "".join(NOTE.split()).startswith(text)
+
+
+def test_a_layers_matrices_are_those_of_the_model(client, classifier, monkeypatch):
+    seen = {}
+
+    def note_and_draw(matrix, _limit, title):
+        seen[title] = matrix
+        return Figure(figsize=(1, 1))
+
+    monkeypatch.setattr(internals_tab, "matrix_figure", note_and_draw)
+    name = "model.layers.1.self_attn.v_proj"
+    assert call(client, "show_weights", name)[0] == "complete"
+    state = {key: p.double().numpy() for key, p in classifier.model.state_dict().items()}
+    update = 2.0 * state[f"{name}.lora_B"] @ state[f"{name}.lora_A"]  # α/r = 8/4
+    weight = state[f"{name}.weight"]
+    for title, expected in {"W": weight, "ΔW": update, "W + ΔW": weight + update}.items():
+        assert seen[title] == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_pictures_are_there_when_the_tab_is_opened_and_stay_as_they_are(client):
+    _, first = call(client, "open_internals", None)
+    shown = [value for value in first if isinstance(value, dict) and "plot" in value]
+    assert len(shown) == 9
+    _, again = call(client, "open_internals", None)
+    assert not any("data:image" in str(value) for value in again)
+    _, of_another = call(client, "open_internals", None, session="another")
+    assert of_another == first
+
+
+def test_the_results_show_each_measured_rank(client):
+    report = json.loads((BUNDLED / "ranks.json").read_text())
+    ranks = [row["rank"] for row in report["ranks"]]
+    assert ranks == [1, 2, 4, 8, 16, 32]
+    for place, row in enumerate(report["ranks"]):
+        _, (words, *_) = call(client, "choose_result", place)
+        assert f"Rank {row['rank']}**" in words
+        # Six layers of width 320, with a v_proj of 160 outputs.
+        assert f"{6 * row['rank'] * (320 + 320 + 320 + 160):,} parameters" in words
+        assert f"{row['accuracy']:.1%}" in words
 
 
 def test_comparing_the_merged_weights_changes_nothing(client, classifier):

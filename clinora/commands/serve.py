@@ -78,6 +78,12 @@ def build_parser(prog: str = "clinora serve") -> argparse.ArgumentParser:
         metavar="N",
         help="notes a minute that each user may send (default: %(default)s)",
     )
+    add(
+        "--live-lesson",
+        action="store_true",
+        help="offer the page's live lesson, which trains on this machine, although --auth-file is "
+        "given; without --auth-file it is always offered",
+    )
     add_run_quantize_option(parser)
     add_machine_options(parser)
     return parser
@@ -176,6 +182,7 @@ def load_and_serve(
         run=Path(args.run).resolve().name,
         log=log,
         rate_limit=rate_limit,
+        live_lesson=args.live_lesson,
     )
     print(f"Clinora: {url}", flush=True)
     serve(app, listener)

@@ -25,6 +25,7 @@ from clinora.serving.events import observe_events
 from clinora.serving.flags import Flags
 from clinora.serving.gate import add_page
 from clinora.serving.guard import BodyLimit, Guard
+from clinora.serving.lesson_process import Lessons
 from clinora.serving.log import AccessLog
 from clinora.serving.metrics import Metrics
 from clinora.serving.observer import Observe, Observer
@@ -62,6 +63,7 @@ def create_app(
     run: str = "unnamed",
     log: AccessLog | None = None,
     rate_limit: RateLimit | None = None,
+    live_lesson: bool = False,
 ) -> FastAPI:
     """Create the app. The page at ``/`` and the API share one batcher.
 
@@ -84,6 +86,8 @@ def create_app(
         log: The access log; None: there is none. The caller closes it after the service has ended.
         rate_limit: How many notes a minute each user may send, or each network of clients without
             users; None: the default limit.
+        live_lesson: Whether to offer the live lesson, which trains on the server, although
+            passwords are required. Without passwords it is always offered.
 
     Raises:
         ValueError: A trusted proxy is not an IP address or a network, or ``GRADIO_ROOT_PATH`` is
@@ -112,7 +116,8 @@ def create_app(
         metrics.watch("clinora_lost_log_lines", "Lines that the log lacks", lambda: log.lost_lines)
     observer = Observer(metrics, log)
     words = words_about(classifier, examples)
-    page = build_page(batcher, Flags(flags_folder), storage, words, card, url)
+    lessons = Lessons() if users is None or live_lesson else None
+    page = build_page(batcher, Flags(flags_folder), storage, words, lessons, card, url)
     observe_events(page, observer)
     page.state_session_capacity = MOST_SESSIONS_WITH_STATE
     # Gradio's own threads; in a shared pool, waiting handlers would block all other routes.
@@ -161,6 +166,7 @@ def create_app(
     app.state.gradio = gradio_app.routes[-1].app  # mount_gradio_app added this route last
     app.state.batcher = batcher
     app.state.metrics = metrics
+    app.state.lessons = lessons
     app.state.trusted_proxies = proxies
     return app
 

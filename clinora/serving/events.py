@@ -21,14 +21,13 @@ from clinora.serving import report_error
 from clinora.serving.activity import ACTIVITY, CLIENT_CLOSED, Activity
 from clinora.serving.api import REQUEST_SECONDS, note_error
 from clinora.serving.batcher import BusyError
-from clinora.serving.gate import MODEL_EVENTS
+from clinora.serving.gate import MODEL_EVENTS, VISIT_IN_SCOPE
 from clinora.serving.observer import Observer
 from clinora.serving.proxy import network_of
 from clinora.serving.rate_limit import RateLimitError
 from clinora.serving.storage import Owner
 
 REFUSED = 422  # status of an event that ends with a message to its visitor
-VISIT_IN_SCOPE = "clinora.visit"  # key of an event's visit in the ASGI scope of its request
 POLL_SECONDS = 0.2  # between checks whether the visitor is still connected
 EVENT = "clinora.event"  # key of an event's activity in the ASGI scope of its request
 
@@ -58,8 +57,7 @@ def wait_for(future: Future) -> object:
     end = time.monotonic() + REQUEST_SECONDS
     try:
         while not future.done() and time.monotonic() < end:
-            if visitor_is_gone():
-                raise VisitorGoneError
+            check_visitor()
             wait([future], POLL_SECONDS)
         return future.result(0)
     finally:
@@ -88,6 +86,17 @@ def visitor_is_gone() -> bool:
     queue = LocalContext.blocks.get()._queue
     event = queue.event_ids_to_events.get(LocalContext.event_id.get())
     return event is not None and not event.alive
+
+
+def check_visitor() -> None:
+    """Raise VisitorGoneError if the visitor has closed the page or the connection."""
+    if visitor_is_gone():
+        raise VisitorGoneError
+
+
+def session_of_event() -> str:
+    """Return the session, one page in one browser, whose event the current handler processes."""
+    return LocalContext.request.get().session_hash
 
 
 def message(text: str, status: int = REFUSED) -> gr.Error:

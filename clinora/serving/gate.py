@@ -28,7 +28,6 @@ from starlette.datastructures import MutableHeaders, UploadFile
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from clinora.serving.api import RETRY_AFTER
-from clinora.serving.events import VISIT_IN_SCOPE
 from clinora.serving.files import MOST_COLUMNS, MOST_NAME_CHARACTERS, FileError
 from clinora.serving.proxy import network_of
 from clinora.serving.reading import check_in_subprocess
@@ -36,6 +35,7 @@ from clinora.serving.sessions import Sessions
 from clinora.serving.storage import Owner, Storage, StoredFile
 
 VISIT_COOKIE = "clinora_visit"
+VISIT_IN_SCOPE = "clinora.visit"  # key of an event's visit in the ASGI scope of its request
 # A pattern, because http.cookies needs seconds for a value of many backslashes (CVE-2024-7592).
 VISIT_PATTERN = re.compile(rf"(?:^|; ?){VISIT_COOKIE}=([A-Za-z0-9_-]{{1,64}})(?=;|$)")
 MOST_PATH_CHARACTERS = 200  # in the path of a file of the page
@@ -68,9 +68,17 @@ EVENTS = (
     "undo_clear",
     "count_for_rank",
     "count_for_targets",
+    "train_lesson",
+    "stop_lesson",
+    "open_internals",
+    "choose_result",
+    "show_weights",
     "compare_strengths",
     "compare_moved_strength",
     "compare_merged",
+    "show_attention",
+    "show_attention_layer",
+    "show_attention_head",
     "choose_columns",
     "clear_columns",
     "classify_file",
@@ -85,6 +93,9 @@ MODEL_EVENTS = (
     "compare_strengths",
     "compare_moved_strength",
     "compare_merged",
+    "show_attention",
+    "show_attention_layer",
+    "show_attention_head",
 )
 
 
@@ -279,7 +290,9 @@ def _check_number(component: gradio.Slider, value: object, _find: FindFile) -> f
     raise ExpectedError(f"a number from {low:g} to {high:g}")
 
 
-def _check_choice(component: gradio.Radio, value: object, _find: FindFile) -> str | None:
+def _check_choice(
+    component: gradio.Radio | gradio.Dropdown, value: object, _find: FindFile
+) -> str | None:
     if value is not None and value not in _choices(component):
         raise ExpectedError("one of the choices")
     return value
@@ -294,10 +307,15 @@ def _check_choices(component: gradio.CheckboxGroup, value: object, _find: FindFi
     return value
 
 
-def _check_columns(
-    component: gradio.Dropdown, value: object, _find: FindFile
+def _check_dropdown(
+    component: gradio.Dropdown, value: object, find: FindFile
 ) -> str | list[str] | None:
-    """Check names of columns; the handler checks that the file has them."""
+    """Check a choice of a fixed list, or names of columns if the list begins empty.
+
+    The handler checks that the file has these columns.
+    """
+    if component.choices:
+        return _check_choice(component, value, find)
     if value is None:
         return None
     if not component.multiselect:
@@ -315,7 +333,7 @@ def _is_name(value: object) -> bool:
     return isinstance(value, str) and len(value) <= MOST_NAME_CHARACTERS
 
 
-def _choices(component: gradio.Radio | gradio.CheckboxGroup) -> list[str]:
+def _choices(component: gradio.Radio | gradio.CheckboxGroup | gradio.Dropdown) -> list[str]:
     return [value for _name, value in component.choices]
 
 
@@ -352,7 +370,7 @@ CHECKS = {
     gradio.Slider: _check_number,
     gradio.Radio: _check_choice,
     gradio.CheckboxGroup: _check_choices,
-    gradio.Dropdown: _check_columns,
+    gradio.Dropdown: _check_dropdown,
     gradio.File: _check_file,
     gradio.Dataset: _check_example,
     gradio.State: _ignore_state,

@@ -1,15 +1,26 @@
-"""The page's tab about LoRA: parameter counts, the adapter's updates, strengths and merging."""
+"""The page's tab about LoRA: parameter counts, a live lesson, results, and the loaded adapter."""
 
 import gradio as gr
-from torch.func import functional_call
+import torch
+from gradio.components.plot import PlotData
 
-import clinora
 from clinora.budget import base_parameters, linear_shapes, lora_targets
 from clinora.explain import layer_updates
-from clinora.figures import singular_values_figure, updates_figure
 from clinora.llama import LlamaConfig
+from clinora.lora import lora_layers
+from clinora.lora_figures import (
+    full_colour,
+    matrix_figure,
+    singular_values_figure,
+    updates_figure,
+)
 from clinora.serving.batcher import Batcher
-from clinora.serving.events import checked_note, client_of_event, wait_for, with_error_messages
+from clinora.serving.events import client_of_event, message, wait_for, with_error_messages
+from clinora.serving.filling import DRAWING, Filling, draw, fill_when_opened
+from clinora.serving.internals_lesson import lesson_part
+from clinora.serving.internals_note import note_part
+from clinora.serving.internals_results import results_part
+from clinora.serving.lesson_process import Lessons
 
 TINYLLAMA = LlamaConfig(
     vocab_size=32_000,
@@ -19,16 +30,28 @@ TINYLLAMA = LlamaConfig(
     num_attention_heads=32,
     num_key_value_heads=4,
 )
+MOST_SHOWN = 128  # rows and columns of a matrix: with more, single entries could not be seen
 
 
-def internals_tab(batcher: Batcher, example: str) -> None:
+def internals_tab(batcher: Batcher, lessons: Lessons | None, tab: gr.Tab, example: str) -> None:
     """Add the tab's contents, with a note to start with, to the page that is being built."""
-    classifier = batcher.classifier
-    model = classifier.model
-    labels = classifier.labels
+    lora = batcher.classifier.model.lora_config
+    gr.Markdown(
+        f"The loaded adapter: rank {lora.rank}, α = {lora.alpha:g}, on {', '.join(lora.targets)}. "
+        f"In these layers {lora.equation} takes the place of W, with A (r × in) and B (out × r). "
+        "ΔW is the difference of both."
+    )
+    _count_part(batcher)
+    lesson_part(lessons)
+    fillings = [results_part(), _adapter_part(batcher), note_part(batcher, example)]
+    fill_when_opened(tab, fillings, "open_internals")
+
+
+def _count_part(batcher: Batcher) -> None:
+    """Add the table of how many parameters a rank trains."""
+    model = batcher.classifier.model
     lora = model.lora_config
     config = model.model.config
-    updates = layer_updates(model)
     adapted = []  # last parts of the names, since a target may be "layers.0.self_attn.q_proj"
     for target in lora.targets:
         name = target.split(".")[-1]
@@ -51,54 +74,6 @@ def internals_tab(batcher: Batcher, example: str) -> None:
             )
         return rows
 
-    def compare_strengths(note: str | None, strength: float) -> list[list[str]]:
-        note = checked_note(note)
-        chosen = min(2.0, max(0.0, float(strength)))
-
-        def job() -> list:
-            probabilities = []
-            for value in (0.0, 1.0, chosen):
-                with clinora.lora_strength(model, value):
-                    probabilities.append(classifier([note])[0].probabilities)
-            return probabilities
-
-        columns = wait_for(batcher.submit_job(job, client=client_of_event()))
-        rows = []
-        for i, label in enumerate(labels):
-            rows.append([label, *(f"{column[i]:.1%}" for column in columns)])
-        return rows
-
-    def compare_merged(note: str | None) -> str:
-        note = checked_note(note)
-
-        def job() -> tuple:
-            replaced = {}
-            for name, layer in model.named_modules():
-                if isinstance(layer, clinora.LoRALinear):
-                    replaced[f"{name}.weight"] = clinora.merged_weight(layer)
-
-            def run_merged(*inputs: object) -> object:
-                with clinora.lora_disabled(model):
-                    return functional_call(model, replaced, inputs)
-
-            ids = classifier.tokenizer.encode(note, classifier.token_limit)
-            logits = classifier.logits([ids], run_merged)
-            return classifier([note])[0].probabilities, logits.softmax(-1)[0].tolist()
-
-        separate, merged = wait_for(batcher.submit_job(job, client=client_of_event()))
-        difference = max(abs(p - q) for p, q in zip(separate, merged, strict=True))
-        dtype = str(classifier.dtype).removeprefix("torch.")
-        return (
-            f"Largest difference of a probability: {100 * difference:.2g} points. The merged "
-            f"weight {lora.equation} is rounded once, to {dtype}; the model that is served was not "
-            "changed."
-        )
-
-    gr.Markdown(
-        f"The loaded adapter: rank {lora.rank}, α = {lora.alpha:g}, on {', '.join(lora.targets)}. "
-        f"In these layers {lora.equation} takes the place of W, with A (r × in) and B (out × r). "
-        "ΔW is the difference of both."
-    )
     with gr.Row():
         rank = gr.Slider(1, max(64, lora.rank), lora.rank, step=1, label="Rank r")
         targets = gr.CheckboxGroup(
@@ -114,23 +89,58 @@ def internals_tab(batcher: Batcher, example: str) -> None:
             with_error_messages(count), [rank, targets], counts, trigger_mode="always_last",
             api_name=event,
         )  # fmt: skip
+
+
+def _adapter_part(batcher: Batcher) -> Filling:
+    """Add the pictures of what the loaded adapter changed, and say what fills them."""
+    model = batcher.classifier.model
+    layers = dict(lora_layers(model))
+    names = list(layers)
+
+    @torch.no_grad()
+    def matrices(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Give the first rows and columns of W and of ΔW."""
+        layer = layers[name]
+        weight = layer.weight.to(layer.lora_A.dtype)
+        update = layer.adapted(weight) - weight
+        part = (slice(MOST_SHOWN), slice(MOST_SHOWN))
+        return weight[part].cpu(), update[part].cpu()
+
+    def show_weights(name: str | None) -> tuple[PlotData, PlotData, PlotData]:
+        if name is None:
+            raise message("Choose a layer first.")
+        future = batcher.submit_job(lambda: matrices(name), client=client_of_event())
+        weight, update = (matrix.numpy() for matrix in wait_for(future))
+        limit = full_colour(weight)
+        return (
+            draw(matrix_figure(weight, limit, "W")),
+            draw(matrix_figure(update, full_colour(update), "ΔW")),
+            draw(matrix_figure(weight + update, limit, "W + ΔW")),
+        )
+
+    def first_values() -> tuple[PlotData, ...]:
+        updates = layer_updates(model)
+        return (
+            draw(updates_figure(updates)),
+            draw(singular_values_figure(updates)),
+            *show_weights(names[0]),
+        )
+
+    gr.Markdown("## The loaded adapter")
     with gr.Row():
-        gr.Plot(updates_figure(updates), format="png", show_label=False)
-        gr.Plot(singular_values_figure(updates), format="png", show_label=False)
-    note = gr.Textbox(example, label="A note to try strengths on", lines=3, max_lines=8)
-    strength = gr.Slider(0, 2, 1, step=0.05, label="Strength of the adapter")
-    table = gr.Dataframe(
-        headers=["class", "base (0)", "adapter (1)", "chosen strength"], interactive=False,
-        label="Probabilities; the trained head stays on", wrap=True,
-        column_widths=["40%", "20%", "20%", "20%"],
+        changes = gr.Plot(show_label=False)
+        spectrum = gr.Plot(show_label=False)
+    chosen = gr.Dropdown(names, value=names[0], label="Layer whose matrices are shown")
+    gr.Markdown(
+        f"Blue is below zero, white is zero, red is above it. At most the first {MOST_SHOWN} rows "
+        "and columns are shown. W and W + ΔW have the same colours; ΔW has its own, because it is "
+        "much smaller.",
+        elem_classes="small",
+    )
+    with gr.Row():
+        weights = [gr.Plot(show_label=False) for _ in range(3)]
+    chosen.change(
+        with_error_messages(show_weights), chosen, weights, trigger_mode="always_last",
+        api_name="show_weights", **DRAWING,
     )  # fmt: skip
-    compare = gr.Button("Compare strengths")
-    merge = gr.Button("Merge and compare")
-    merged = gr.Markdown()
-    strengths = with_error_messages(compare_strengths)
-    compare.click(strengths, [note, strength], table, api_name="compare_strengths")
-    strength.change(
-        strengths, [note, strength], table, trigger_mode="always_last",
-        api_name="compare_moved_strength",
-    )  # fmt: skip
-    merge.click(with_error_messages(compare_merged), note, merged, api_name="compare_merged")
+    return Filling([changes, spectrum, *weights], first_values)

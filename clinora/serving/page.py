@@ -8,6 +8,7 @@ from clinora.serving.batcher import Batcher
 from clinora.serving.classify_tab import classify_tab
 from clinora.serving.flags import Flags
 from clinora.serving.internals_tab import internals_tab
+from clinora.serving.lesson_process import Lessons
 from clinora.serving.many_tab import many_tab
 from clinora.serving.storage import Storage
 from clinora.serving.words import DISCLAIMER, PRIVACY, Words
@@ -37,7 +38,13 @@ password (`curl -u NAME`, `httpx.post(…, auth=(name, password))`)."""
 
 
 def build_page(
-    batcher: Batcher, flags: Flags, storage: Storage, words: Words, card: str, url: str
+    batcher: Batcher,
+    flags: Flags,
+    storage: Storage,
+    words: Words,
+    lessons: Lessons | None,
+    card: str,
+    url: str,
 ) -> gr.Blocks:
     """Build the page.
 
@@ -46,6 +53,7 @@ def build_page(
         flags: Stores flagged predictions.
         storage: Stores the visitors' files.
         words: The page's words about the run.
+        lessons: Gives the live lesson; None if it is off.
         card: The model card, in Markdown.
         url: The page's address, for the examples.
     """
@@ -57,8 +65,9 @@ def build_page(
         )  # fmt: skip
         with gr.Tab("Classify"):
             classify_tab(batcher, flags, storage, words)
-        with gr.Tab("LoRA internals"):
-            internals_tab(batcher, words.examples[0] if words.examples else "")
+        with gr.Tab("LoRA internals") as internals:
+            example = words.examples[0] if words.examples else ""
+            internals_tab(batcher, lessons, internals, example)
         with gr.Tab("Many notes"):
             many_tab(batcher, storage)
         with gr.Tab("API"):

@@ -66,11 +66,16 @@ def read_in_subprocess(content: bytes, column: str, kept: Sequence[str]) -> list
     return [FileRow(*row) for row in _ask("read_rows", content, column, list(kept))]
 
 
-def _ask(function: str, content: bytes, *arguments: object) -> Any:
-    """Call a function of ``FUNCTIONS`` in another process."""
+def environment_of_process() -> dict[str, str]:
+    """Give the environment of another process that imports this package and has one thread."""
     paths = [str(Path(clinora.__file__).parents[1])]
     if "PYTHONPATH" in os.environ:
         paths.append(os.environ["PYTHONPATH"])
+    return os.environ | ONE_THREAD | {"PYTHONPATH": os.pathsep.join(paths)}
+
+
+def _ask(function: str, content: bytes, *arguments: object) -> Any:
+    """Call a function of ``FUNCTIONS`` in another process."""
     request = json.dumps({"function": function, "arguments": arguments}).encode()
     too_much = FileError(
         "The file takes too much time or memory to read: choose a part of it, or save it as "
@@ -82,7 +87,7 @@ def _ask(function: str, content: bytes, *arguments: object) -> Any:
             input=request + b"\n" + content,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,  # an error's message may quote a note
-            env=os.environ | ONE_THREAD | {"PYTHONPATH": os.pathsep.join(paths)},
+            env=environment_of_process(),
             timeout=MOST_SECONDS,
         )
     except subprocess.TimeoutExpired:
