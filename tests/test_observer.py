@@ -243,7 +243,7 @@ def test_an_error_has_a_line_too(service, monkeypatch):
 
     monkeypatch.setattr(clinora.Classifier, "__call__", fail)
     assert service.client.post("/v1/classify", json={"note": NOTES[0]}).status_code == 500
-    assert call(service.client, "predict", NOTES[0])[0] == "error"
+    assert call(service.client, "predict", NOTES[0], None)[0] == "error"
     found = [(x["event"], x["status"], x["classes"]) for x in service.lines() if x["notes"]]
     assert found == [(None, 500, {}), ("predict", 500, {})]
 
@@ -279,8 +279,8 @@ def test_a_client_that_leaves_has_a_line_of_its_own(classifier, tmp_path, monkey
 
 
 def test_a_classification_on_the_page_is_one_line_with_its_event(service, classifier):
-    assert call(service.client, "predict", NOTES[0])[0] == "complete"
-    assert call(service.client, "predict", f" {CANARY[:0]}", session="two")[0] == "error"
+    assert call(service.client, "predict", NOTES[0], None)[0] == "complete"
+    assert call(service.client, "predict", f" {CANARY[:0]}", None, session="two")[0] == "error"
     lines = service.lines()
     prediction = classifier(NOTES[:1])[0]
     events = [line for line in lines if line["event"] == "predict"]
@@ -423,15 +423,15 @@ def test_events_of_the_page_count_and_their_message_says_when_to_try_again(class
     with Service(classifier, tmp_path, rate_limit=RateLimit(3, clock)) as service:
         client = service.client
         assert client.post("/v1/classify", json={"note": NOTES[0]}).status_code == 200
-        assert call(client, "predict", NOTES[0])[0] == "complete"
+        assert call(client, "predict", NOTES[0], None)[0] == "complete"
         assert call(client, "compare_merged", NOTES[0], session="two")[0] == "complete"
-        for number, data in enumerate([("predict", NOTES[0]), ("compare_merged", NOTES[0])]):
+        for number, data in enumerate([("predict", NOTES[0], None), ("compare_merged", NOTES[0])]):
             event, answer = call(client, *data, session=f"late{number}")
             assert event == "error"
             assert "Try again in 20 s" in answer["error"]
-        assert call(client, "clear", session="three")[0] == "complete"  # uses no model
+        assert call(client, "clear", NOTES[0], None, session="three")[0] == "complete"  # uses no model
         clock.now = 20
-        assert call(client, "predict", NOTES[0], session="four")[0] == "complete"
+        assert call(client, "predict", NOTES[0], None, session="four")[0] == "complete"
         statuses = [line["status"] for line in service.lines() if line["event"] == "predict"]
     assert statuses == [200, 429, 200]
 
@@ -464,6 +464,6 @@ def test_with_passwords_a_stranger_sees_nothing_of_it(classifier, tmp_path, path
 def test_an_event_of_one_user_is_logged_as_that_users(classifier, tmp_path):
     with Service(classifier, tmp_path, users=users("alice", "bob")) as service:
         service.client.headers["Authorization"] = basic("bob")
-        assert call(service.client, "predict", NOTES[0])[0] == "complete"
-        assert join(service.client, "predict", NOTES[0], session="two").status_code == 200
+        assert call(service.client, "predict", NOTES[0], None)[0] == "complete"
+        assert join(service.client, "predict", NOTES[0], None, session="two").status_code == 200
         assert {line["user"] for line in service.lines() if line["event"]} == {"bob"}

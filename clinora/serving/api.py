@@ -166,6 +166,7 @@ def _describe_classifier(classifier: Classifier) -> dict:
         "labels": list(classifier.labels),
         "token_limit": classifier.token_limit,
         "calibrated": classifier.calibration is not None,
+        "detects_out_of_distribution": classifier.outliers is not None,
     }
 
 

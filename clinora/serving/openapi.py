@@ -225,9 +225,18 @@ def _prediction(classifier: dict) -> dict:
         "description": "Calibrated probability that the predicted class is right."
     }
     refer = {"type": "boolean", "description": "Whether to refer the note to a person."}
+    unlike = {
+        "type": "boolean",
+        "description": "Whether the text is unlike the notes that the run was trained on. Such a "
+        "note is referred to a person.",
+    }
+    if not classifier["detects_out_of_distribution"]:
+        unlike = {"type": "null", "description": "The run does not recognise such texts."}
     if not classifier["calibrated"]:
         confidence = {"type": "null", "description": "The run was not calibrated."}
         refer = confidence
+        if classifier["detects_out_of_distribution"]:
+            refer = {"enum": [None, True], "description": "True for a text unlike the run's notes."}
     return _object(
         {
             "predicted_class": {"type": "integer", "minimum": 0, "maximum": len(labels) - 1},
@@ -246,6 +255,7 @@ def _prediction(classifier: dict) -> dict:
                 "maximum": classifier["token_limit"],
                 "description": "Tokens that the model has read.",
             },
+            "out_of_distribution": unlike,
         }
     )
 
@@ -258,6 +268,10 @@ def _model_schema() -> dict:
         "labels": labels | {"description": "Names of the classes, by index."},
         "token_limit": count | {"description": "Tokens of a note that are read."},
         "calibrated": {"type": "boolean"},
+        "detects_out_of_distribution": {
+            "type": "boolean",
+            "description": "Whether the run recognises texts unlike those that it was trained on.",
+        },
     }
     limits = ("notes_in_request", "characters_in_note", "bytes_in_request", "notes_per_minute")
     return _object(
