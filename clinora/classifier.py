@@ -25,7 +25,8 @@ from clinora.combine import load_adapters
 from clinora.device import choose_device, choose_dtype
 from clinora.llama import LlamaForSequenceClassification
 from clinora.lora import LoRAConfig, apply_lora
-from clinora.notes import Note, check_class_names, clean_text, has_visible
+from clinora.notes import Note, check_class_names, clean_text, has_visible, ordinary_case
+from clinora.outliers import OutlierLimit, OutlierScorer
 from clinora.quantize import QUANTIZATIONS
 from clinora.run import BaseRecord, DataRecord, RunRecord, seen_hashes
 from clinora.tokenizer import Tokenizer
@@ -96,9 +97,12 @@ class Prediction:
         confidence: Calibrated probability that ``label`` is one of the note's labels; None if the
             run was not calibrated.
         probabilities: One for each class, by index; they sum to 1.
-        refer: Whether to refer the note to a person; None if the run was not calibrated.
+        refer: Whether to refer the note to a person: the confidence is below the run's threshold, or
+            ``out_of_distribution`` is true. Otherwise None if the run was not calibrated.
         tokens: Tokens of the note. For a truncated note, counting stops one token after the limit.
         truncated: Whether the note is longer than the token limit, so that its end was not read.
+        out_of_distribution: Whether the text is unlike the notes that the run was trained on; None
+            if the run has no limit for that.
     """
 
     label: str
@@ -108,6 +112,7 @@ class Prediction:
     refer: bool | None
     tokens: int
     truncated: bool
+    out_of_distribution: bool | None = None
 
     def as_json(self) -> dict[str, int | str]:
         """Give the published form: ``{"predicted_class": 0, "label": "…"}``."""
@@ -127,6 +132,7 @@ class Classifier:
         labels: Names of the classes, by index.
         token_limit: How many tokens of a note are read.
         calibration: How confidence is computed; None if the run was not calibrated.
+        outliers: The score below which a text is unlike the run's notes; None if none was chosen.
         dtype: The dtype that autocast computes in; by default, that of the base.
         quantization: How the weights of the base were quantised in training: "none", "nf4" or
             "nf4-double".
@@ -169,6 +175,8 @@ class Classifier:
         self.labels = tuple(labels)
         self.token_limit = token_limit
         self.calibration = calibration
+        self.outliers: OutlierLimit | None = None
+        self._outlier_scorer: OutlierScorer | None = None  # loaded when it is first needed
         self.dtype = dtype or model.model.embed_tokens.weight.dtype
         self.quantization = model.quantization
         self.data: DataRecord | None = None
@@ -321,6 +329,7 @@ class Classifier:
             limit = record.token_limit
             classifier = cls(adapted, tokenizer, record.labels, limit, record.calibration)
             classifier.quantization = record.quantization
+            classifier.outliers = record.outliers
             classifier.data = record.data
             classifier.training_options = record.training_options
             classifier.versions = record.versions
@@ -342,6 +351,7 @@ class Classifier:
             base=BaseRecord.of(self.model.source),
             quantization=self.quantization,
             calibration=self.calibration,
+            outliers=self.outliers,
             data=self.data,
             training_options=self.training_options,
             versions=self.versions,
@@ -395,7 +405,7 @@ class Classifier:
 
     def encode(self, text: str) -> list[int]:
         """Clean and tokenise a note for ``predict``: ids, at most one beyond the token limit."""
-        return self.tokenizer.encode(clean_text(text), self.token_limit + 1)
+        return self._encode_note(text, self.token_limit + 1)
 
     def predict(self, ids: Sequence[Sequence[int]]) -> list[Prediction]:
         """Classify notes from their token ids, as ``encode`` gives them.
@@ -411,6 +421,10 @@ class Classifier:
         if self.calibration is not None:
             confidences = self.calibration.confidence(probabilities).tolist()
             referrals = [confidence < self.calibration.threshold for confidence in confidences]
+        unlike = [None] * len(ids)
+        if self.outliers is not None:
+            unlike = (self.outlier_scores(ids) < self.outliers.limit).tolist()
+            referrals = [outlier or refer for outlier, refer in zip(unlike, referrals, strict=True)]
         predictions = []
         for i, index in enumerate(probabilities.argmax(-1).tolist()):
             prediction = Prediction(
@@ -421,6 +435,7 @@ class Classifier:
                 refer=referrals[i],
                 tokens=len(ids[i]),
                 truncated=len(ids[i]) > self.token_limit,
+                out_of_distribution=unlike[i],
             )
             predictions.append(prediction)
         return predictions
@@ -450,6 +465,17 @@ class Classifier:
         if not np.isfinite(probabilities).all():
             raise ValueError("the model's probabilities are not finite: try --precision fp32")
         return probabilities
+
+    def outlier_scores(self, ids: Sequence[Sequence[int]]) -> np.ndarray:
+        """Score how much notes are like clinical notes, from their token ids: (N,) float32.
+
+        ``OutlierScorer`` reads what the classifier reads, with a tokenizer of its own.
+        """
+        if self._outlier_scorer is None:
+            device = self.model.score.weight.device
+            self._outlier_scorer = OutlierScorer(device, self.dtype)
+        texts = [self.tokenizer.decode(note[: self.token_limit]) for note in ids]
+        return self._run(self._outlier_scorer.encode(texts), self._outlier_scorer).numpy()
 
     def logits(
         self, ids: Sequence[Sequence[int] | Tensor], model: Callable | None = None
@@ -482,7 +508,10 @@ class Classifier:
         """Clean and tokenise notes, at most ``INFERENCE_NOTES`` at a time."""
         for start in range(0, len(texts), INFERENCE_NOTES):
             part = texts[start : start + INFERENCE_NOTES]
-            yield [self.tokenizer.encode(clean_text(text), limit) for text in part]
+            yield [self._encode_note(text, limit) for text in part]
+
+    def _encode_note(self, text: str, limit: int | None) -> list[int]:
+        return self.tokenizer.encode(ordinary_case(clean_text(text)), limit)
 
     @torch.inference_mode()
     def _run(self, ids: Sequence[Sequence[int] | Tensor], model: Callable) -> Tensor:

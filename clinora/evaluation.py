@@ -30,6 +30,7 @@ from clinora.calibration import (
 from clinora.classifier import Classifier
 from clinora.lora import lora_disabled
 from clinora.notes import Note, Notes, are_correct, soft_targets
+from clinora.outliers import OutlierLimit, choose_limit
 
 REPLICATES = 1000  # draws of the bootstrap
 BINS = 10  # bins of the calibration error
@@ -616,6 +617,23 @@ def calibrate(
     probabilities, _ = classifier.probabilities([note.text for note in notes])
     correct = are_correct(notes, probabilities.argmax(-1))
     return fit_calibration(probabilities, correct, promise)
+
+
+def outlier_limit(classifier: Classifier, notes: Sequence[Note]) -> OutlierLimit | None:
+    """Choose the score below which a text is unlike these notes.
+
+    Nothing is fitted to the notes but the limit, so training notes serve as well as others.
+
+    Args:
+        classifier: A classifier, trained or not.
+        notes: Notes of the run.
+
+    Returns:
+        The limit; None if there are fewer than 50 notes.
+    """
+    ids = [classifier.encode(note.text) for note in notes]
+    scores = classifier.outlier_scores(ids) if ids else np.empty(0)
+    return choose_limit(scores)
 
 
 def ceiling(notes: Sequence[Note]) -> float:

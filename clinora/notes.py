@@ -7,6 +7,7 @@ example with its own label, is supported for comparison.
 
 import hashlib
 import math
+import string
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Sequence
@@ -52,6 +53,10 @@ SHORT = 50  # characters; shorter texts rarely allow a prediction
 LONGEST_TEXT_FILE = 4_000_000  # bytes of a note in a folder
 LONGEST_CLASS_NAME = 100  # characters; a longer one is a note, not a class
 
+MOSTLY = 0.9  # share of capitals among the letters of a text that is all in capitals
+FEWEST_LETTERS = 20  # a shorter text may be abbreviations alone
+_CAPITALS = string.ascii_uppercase.encode()
+
 # What clean_text writes in place of a lone surrogate.
 REPLACEMENT = "\ufffd"
 
@@ -79,6 +84,33 @@ def clean_text(text: str) -> str:
     """
     text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
     return text.replace("\r\n", "\n").replace("\r", "\n").strip()
+
+
+def ordinary_case(text: str) -> str:
+    """Write a text that is all in capitals in lower case; any other text stays as it is.
+
+    A model that learned from notes in ordinary case reads words in capitals as other words, often
+    letter by letter. A text counts as all in capitals if at least 90% of its letters A–Z and a–z are
+    capitals, since units such as mg may be in lower case, and if it has at least 20 of these
+    letters, since a shorter text may be abbreviations alone. The number of characters stays the
+    same.
+
+    >>> ordinary_case("NO CHEST PAIN. ASPIRIN 81 mg DAILY.")
+    'no chest pain. aspirin 81 mg daily.'
+    >>> ordinary_case("NSTEMI. CXR clear.")
+    'NSTEMI. CXR clear.'
+    """
+    content = text.encode(errors="replace")
+    capitals = len(content) - len(content.translate(None, _CAPITALS))
+    letters = capitals + len(content) - len(content.translate(None, _CAPITALS.lower()))
+    if letters < FEWEST_LETTERS or capitals < MOSTLY * letters:
+        return text
+    return "".join(_lower(character) for character in text)
+
+
+def _lower(character: str) -> str:
+    low = character.lower()
+    return low if len(low) == 1 else character  # in lower case, İ would be two characters
 
 
 def has_visible(text: str) -> bool:

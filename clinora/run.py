@@ -23,6 +23,7 @@ from clinora.checkpoint import (
 )
 from clinora.llama import LlamaConfig
 from clinora.notes import Note, Notes, check_class_names
+from clinora.outliers import OutlierLimit
 from clinora.quantize import check_quantization
 
 RUN_FILE = "clinora.json"
@@ -149,6 +150,7 @@ class RunRecord:
         base: The base model.
         quantization: How its weights were quantised in training: "none", "nf4" or "nf4-double".
         calibration: How confidence is computed; None if the run was not calibrated.
+        outliers: The score below which a text is unlike the run's notes; None if none was chosen.
         data: The notes that it was trained on; None if they were not recorded.
         training_options: The options of ``TrainingConfig``, the precision, and the variant and rank
             of LoRA; may be empty.
@@ -160,6 +162,7 @@ class RunRecord:
     base: BaseRecord
     quantization: str
     calibration: Calibration | None
+    outliers: OutlierLimit | None
     data: DataRecord | None
     training_options: dict[str, Any]
     versions: dict[str, str]
@@ -172,8 +175,11 @@ class RunRecord:
             CheckpointError: The file is missing, has another schema, or lacks a valid value.
         """
         path = folder / RUN_FILE
-        # If the training was not recorded, the file has none of the first three.
-        defaults = {"notes": None, "training": {}, "versions": {}, "quantization": "none"}
+        # If the training was not recorded, the file has none of the first three. Older runs have no
+        # limit for outliers.
+        defaults = {
+            "notes": None, "training": {}, "versions": {}, "quantization": "none", "outliers": None,
+        }  # fmt: skip
         values = defaults | read_json(path)
         if values.get("schema") != SCHEMA:
             raise CheckpointError(f"{path}: schema {values.get('schema')!r}, expected {SCHEMA}")
@@ -190,6 +196,7 @@ class RunRecord:
             base=_read_base(_take(values, "base", dict, path), path),
             quantization=quantization,
             calibration=_read_calibration(_take(values, "calibration", dict | None, path), path),
+            outliers=_read_outliers(_take(values, "outliers", dict | None, path), path),
             data=_read_data(_take(values, "notes", dict | None, path), path),
             training_options=_take(values, "training", dict, path),
             versions=_take(values, "versions", dict, path),
@@ -217,6 +224,8 @@ class RunRecord:
         values["calibration"] = None
         if self.calibration is not None:
             values["calibration"] = dataclasses.asdict(self.calibration)
+        if self.outliers is not None:
+            values["outliers"] = dataclasses.asdict(self.outliers)
         write_atomically(folder / RUN_FILE, (json.dumps(values, indent=2) + "\n").encode())
 
 
@@ -247,6 +256,15 @@ def _read_calibration(values: dict | None, path: Path) -> Calibration | None:
         return Calibration(**values)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: calibration: {error}") from None
+
+
+def _read_outliers(values: dict | None, path: Path) -> OutlierLimit | None:
+    if values is None:
+        return None
+    try:
+        return OutlierLimit(**values)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: outliers: {error}") from None
 
 
 def _read_data(values: dict | None, path: Path) -> DataRecord | None:

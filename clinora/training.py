@@ -36,7 +36,7 @@ from clinora.checkpoint import write_atomically
 from clinora.classifier import Classifier, group_by_length, pad
 from clinora.device import gathered, summed, world
 from clinora.lora import layers_without_gradient
-from clinora.notes import Note, are_correct, clean_text, soft_targets, text_sha256
+from clinora.notes import Note, are_correct, clean_text, ordinary_case, soft_targets, text_sha256
 from clinora.resume import State
 from clinora.run import RUN_FILE
 
@@ -299,7 +299,8 @@ def encode(classifier: Classifier, notes: Sequence[Note]) -> Examples:
     """Tokenise notes up to the token limit."""
     ids = []
     for note in notes:
-        text = clean_text(note.text)  # as in prediction; notes from a file are already clean
+        # As in prediction; notes from a file are already clean.
+        text = ordinary_case(clean_text(note.text))
         tokens = classifier.tokenizer.encode(text, classifier.token_limit)
         ids.append(torch.tensor(tokens, dtype=torch.int32))
     shares = soft_targets(notes, len(classifier.labels))

@@ -31,6 +31,7 @@ def expected(classifier, note):
         "label": prediction.label,
         "confidence": prediction.confidence,
         "refer": prediction.refer,
+        "out_of_distribution": prediction.out_of_distribution,
         "probabilities": pytest.approx(
             dict(zip(classifier.labels, prediction.probabilities, strict=True)), abs=1e-5
         ),

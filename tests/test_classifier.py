@@ -24,6 +24,8 @@ from clinora.checkpoint import BUNDLED, CheckpointError
 from clinora.classifier import group_by_length, pad
 from clinora.device import choose_device, choose_dtype
 from clinora.lora import LoRAConfig
+from clinora.notes import Note
+from clinora.training import encode as training_ids
 from tests.checkpoint_files import edit_json
 
 NOTES = [
@@ -103,6 +105,24 @@ def test_evaluation_counts_all_tokens_and_predicts_the_same(classifier):
     assert max(tokens) > classifier.token_limit + 1
     for row, prediction in zip(probabilities, classifier(NOTES), strict=True):
         assert prediction.probabilities == tuple(row.tolist())
+
+
+def test_a_note_in_capitals_gets_the_answer_of_its_lower_case(classifier):
+    """In capitals, this text was once another class with another confidence."""
+    capitals, lower = NOTES[0].upper(), NOTES[0].lower()
+    (expected,) = classifier([lower])
+    assert classifier([capitals]) == [expected]
+    assert classifier.predict([classifier.encode(capitals)]) == [expected]
+    probabilities, _ = classifier.probabilities([capitals, lower])
+    assert (probabilities[0] == probabilities[1]).all()
+    assert torch.equal(*torch.cat(list(classifier.states([capitals, lower]))))
+    trained_on = training_ids(classifier, [Note(capitals, (0,)), Note(lower, (0,))]).ids
+    assert torch.equal(*trained_on)
+
+
+def test_a_note_in_ordinary_case_is_tokenised_as_it_is_written(classifier):
+    for note in NOTES:
+        assert classifier.encode(note) == classifier.tokenizer.encode(note, 513)
 
 
 def test_published_forms(classifier):

@@ -25,6 +25,7 @@ from clinora.notes import (
     clean_text,
     has_visible,
     is_correct,
+    ordinary_case,
     read_notes,
     row_sides,
     side_of,
@@ -104,6 +105,53 @@ def test_cleaning_changes_line_ends_and_the_white_space_around_a_text_alone(text
 )
 def test_half_a_character_becomes_the_replacement_character(text, clean):
     assert clean_text(text) == clean
+
+
+def test_a_text_in_capitals_is_written_in_lower_case_units_included():
+    for text in (
+        "SEVERE CHEST PAIN SINCE MONDAY. ECG SHOWS ST ELEVATION.",
+        "NO EDEMA OF THE LEGS. CONTINUE ASPIRIN 81 mg DAILY AND METOPROLOL 25 mg.",
+        "DOULEUR \u00c0 L'\u00c9PAULE GAUCHE DEPUIS LA CHUTE",
+    ):
+        assert ordinary_case(text) == text.lower()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Severe chest pain. ECG shows ST elevation.",
+        "PREOPERATIVE DIAGNOSIS: Torn meniscus, left knee. ANESTHESIA: General.",
+        "NSTEMI. CABG X3. DNR.",  # 17 letters: it may be abbreviations alone
+        "120/80, 72, 98.6, 16, 97%",
+        "\u80f8\u75db\u4e09\u5929\u3002" * 10,
+    ],
+)
+def test_any_other_text_keeps_its_case(text):
+    assert ordinary_case(text) == text
+
+
+SOME_LETTERS = strategies.text("aAbBzZ\u0130\u00df\u03a3\u00c9 .\ud800\U0001f642", max_size=60)
+
+
+@hypothesis.given(SOME_LETTERS, SOME_LETTERS)
+def test_only_texts_of_nine_capitals_in_ten_letters_change_and_never_in_length(first, second):
+    """Places in the changed text are places in the text itself."""
+    text = first + second.upper()
+    letters = re.findall("[A-Za-z]", text)
+    is_in_capitals = len(letters) >= 20 and len(re.findall("[A-Z]", text)) >= 0.9 * len(letters)
+    changed = ordinary_case(text)
+    assert len(changed) == len(text)
+    assert changed.casefold() == text.casefold()
+    if is_in_capitals:
+        assert not re.search("[A-Z]", changed)
+    else:
+        assert changed == text
+
+
+def test_no_note_of_mtsamples_changes(data):
+    """So what was measured on them before texts in capitals were changed is still valid."""
+    notes = read_notes(data / "mtsamples.csv", classes="all").notes
+    assert [note for note in notes if ordinary_case(note.text) != note.text] == []
 
 
 def test_equal_texts_have_equal_hashes_whatever_they_are_written_with():

@@ -22,6 +22,7 @@ BASE = {
 SMALLEST = {
     "schema": 1, "labels": ["A", "B"], "base": BASE, "token_limit": 64, "calibration": None,
 }  # fmt: skip
+OUTLIERS = {"limit": 0.0, "notes": 60, "false_alarms": 0.0}
 
 
 def write(folder, values):
@@ -67,6 +68,11 @@ def test_a_record_of_a_run_whose_training_is_not_known_is_the_same_too(tmp_path)
         ({"notes": {"seen": [{}]}}, "seen holds"),
         ({"notes": {"seen": [], "fingerprints": 1}}, "fingerprints is missing"),
         ({"training": 7}, "training is missing"),
+        ({"outliers": 0.5}, "outliers is missing"),
+        ({"outliers": {"limit": 0.5}}, "outliers: .*missing"),
+        ({"outliers": OUTLIERS | {"words": []}}, "outliers: .*words"),
+        ({"outliers": OUTLIERS | {"limit": "0"}}, "outliers: .*expected a finite number"),
+        ({"outliers": OUTLIERS | {"limit": float("nan")}}, "outliers: .*expected a finite number"),
     ],
 )
 def test_a_damaged_record_is_an_error_that_names_the_file_and_the_key(tmp_path, change, message):

@@ -16,7 +16,7 @@ ORDER = [
     ["lora", "llama"],
     ["variants", "quantize", "budget", "testing", "files", "checkpoint", "adapter", "combine"],
     ["tables", "tokenizer", "notes", "device"],
-    ["calibration", "run", "classifier"],
+    ["calibration", "outliers", "run", "classifier"],
     ["explain", "baselines", "evaluation"],
     ["resume", "training", "predict", "cluster"],
     ["figures", "report"],

@@ -196,7 +196,7 @@ def train_and_report(args: argparse.Namespace, prog: str) -> None:
     from clinora.calibration import check_promise
     from clinora.classifier import Classifier
     from clinora.device import choose_device, keep_freed_memory, world
-    from clinora.evaluation import assess, calibrate
+    from clinora.evaluation import assess, calibrate, outlier_limit
     from clinora.notes import NAMED_NOTES, choose_classes, read_notes
     from clinora.report import model_table, read_steps, results_table, write_report
     from clinora.run import base_hashes
@@ -283,6 +283,7 @@ def train_and_report(args: argparse.Namespace, prog: str) -> None:
         split_fingerprint=notes.split_fingerprint,
     )
     classifier.calibration = calibrate(classifier, validation, args.promise)
+    classifier.outliers = outlier_limit(classifier, [*training, *validation])
     classifier.save(args.run)
     results, answers = assess(classifier, notes, test, learned_from=notes, seed=config.seed)
     report = args.run / "report"

@@ -116,6 +116,7 @@ def describe(prediction: Prediction, classifier: Classifier) -> dict:
     return prediction.as_json() | {
         "confidence": prediction.confidence,
         "refer": prediction.refer,
+        "out_of_distribution": prediction.out_of_distribution,
         "probabilities": dict(zip(classifier.labels, prediction.probabilities, strict=True)),
         "tokens": prediction.tokens,
         "tokens_exact": not prediction.truncated,  # if false, the note has at least ``tokens``
