@@ -97,8 +97,8 @@ class Prediction:
         confidence: Calibrated probability that ``label`` is one of the note's labels; None if the
             run was not calibrated.
         probabilities: One for each class, by index; they sum to 1.
-        refer: Whether to refer the note to a person: the confidence is below the run's threshold, or
-            ``out_of_distribution`` is true. Otherwise None if the run was not calibrated.
+        refer: Whether to refer the note to a person: ``out_of_distribution`` is true, or the
+            confidence is below the run's threshold. Otherwise None if the run was not calibrated.
         tokens: Tokens of the note. For a truncated note, counting stops one token after the limit.
         truncated: Whether the note is longer than the token limit, so that its end was not read.
         out_of_distribution: Whether the text is unlike the notes that the run was trained on; None

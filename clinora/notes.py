@@ -90,10 +90,9 @@ def ordinary_case(text: str) -> str:
     """Write a text that is all in capitals in lower case; any other text stays as it is.
 
     A model that learned from notes in ordinary case reads words in capitals as other words, often
-    letter by letter. A text counts as all in capitals if at least 90% of its letters A–Z and a–z are
-    capitals, since units such as mg may be in lower case, and if it has at least 20 of these
-    letters, since a shorter text may be abbreviations alone. The number of characters stays the
-    same.
+    letter by letter. A text counts as all in capitals if it has at least 20 letters A–Z and a–z,
+    since a shorter text may be abbreviations alone, and if at least 90% of these are capitals,
+    since units such as mg may be in lower case. The number of characters stays the same.
 
     >>> ordinary_case("NO CHEST PAIN. ASPIRIN 81 mg DAILY.")
     'no chest pain. aspirin 81 mg daily.'

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Words:
-    """What lists are made of: drugs, lab tests with their ranges, abbreviations, marks of a line."""
+    """What lists are made of: drugs, lab tests with ranges, abbreviations, marks of a line."""
 
     drugs: tuple[str, ...]
     labs: dict[str, tuple[int, int]]
@@ -20,14 +20,14 @@ class Words:
 
 TO_FIT = Words(
     drugs=(
-        "amlodipine 5 mg", "simvastatin 20 mg", "glipizide 10 mg", "prednisone 20 mg", "Zoloft 50 mg",
-        "hydrochlorothiazide 25 mg", "Plavix 75 mg", "insulin glargine 20 units", "Tylenol 650 mg",
-        "potassium chloride 20 mEq", "Synthroid 0.1 mg", "ciprofloxacin 500 mg",
+        "amlodipine 5 mg", "simvastatin 20 mg", "glipizide 10 mg", "prednisone 20 mg",
+        "Zoloft 50 mg", "hydrochlorothiazide 25 mg", "Plavix 75 mg", "insulin glargine 20 units",
+        "Tylenol 650 mg", "potassium chloride 20 mEq", "Synthroid 0.1 mg", "ciprofloxacin 500 mg",
     ),
     labs={
-        "AST": (10, 90), "ALT": (10, 90), "sodium": (128, 150), "potassium": (3, 6), "CO2": (18, 30),
-        "hematocrit": (25, 50), "platelets": (90, 450), "calcium": (8, 11), "albumin": (2, 5),
-        "bilirubin": (0, 4), "creatinine": (1, 4), "TSH": (0, 9),
+        "AST": (10, 90), "ALT": (10, 90), "sodium": (128, 150), "potassium": (3, 6),
+        "CO2": (18, 30), "hematocrit": (25, 50), "platelets": (90, 450), "calcium": (8, 11),
+        "albumin": (2, 5), "bilirubin": (0, 4), "creatinine": (1, 4), "TSH": (0, 9),
     },
     shorthand=(
         "PMH COPD, CAD", "s/p CABG x 3", "afeb, VSS", "c/o HA x 2 wks", "R shoulder pain",
@@ -43,9 +43,9 @@ TO_MEASURE = Words(
         "albuterol inhaler", "levothyroxine 50 mcg", "gabapentin 300 mg", "citalopram 10 mg",
     ),
     labs={
-        "Na": (128, 150), "K": (3, 6), "Cl": (95, 110), "BUN": (8, 60), "Cr": (1, 4), "WBC": (3, 20),
-        "Hgb": (7, 17), "Plt": (90, 450), "glucose": (60, 320), "INR": (1, 4), "troponin": (0, 9),
-        "A1c": (5, 13),
+        "Na": (128, 150), "K": (3, 6), "Cl": (95, 110), "BUN": (8, 60), "Cr": (1, 4),
+        "WBC": (3, 20), "Hgb": (7, 17), "Plt": (90, 450), "glucose": (60, 320), "INR": (1, 4),
+        "troponin": (0, 9), "A1c": (5, 13),
     },
     shorthand=(
         "pt c/o", "45M w/ CP", "72F s/p fall", "hx CHF, DM2, HTN", "no SOB, no N/V", "lungs CTAB",

@@ -1,7 +1,7 @@
 """Texts that are no English clinical notes, of several kinds, made without a network.
 
-Sentences of ``other_texts.txt``, source code and manual of the installed Python, headers of PyTorch,
-licences of installed packages, and lines that a generator of random numbers makes up.
+Sentences of ``other_texts.txt``, source code and manual of the installed Python, headers of
+PyTorch, licences of installed packages, and lines that a generator of random numbers makes up.
 """
 
 import json

@@ -2,9 +2,9 @@
 
     python -m tools.outlier_table --data FOLDER
 
-FOLDER has ``mtsamples.csv`` and ``mtsdialog/mtsdialog.csv``, as for ``tools.fit_outliers``. Clinical
-texts are those of the test split; other texts are of the kinds that the probe was fitted with, and
-of kinds that it was not fitted with.
+FOLDER has ``mtsamples.csv`` and ``mtsdialog/mtsdialog.csv``, as for ``tools.fit_outliers``.
+Clinical texts are those of the test split; other texts are of the kinds that the probe was fitted
+with, and of kinds that it was not fitted with.
 """
 
 import argparse
