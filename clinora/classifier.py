@@ -26,7 +26,7 @@ from clinora.device import choose_device, choose_dtype
 from clinora.llama import LlamaForSequenceClassification
 from clinora.lora import LoRAConfig, apply_lora
 from clinora.notes import Note, check_class_names, clean_text, has_visible, ordinary_case
-from clinora.outliers import OutlierLimit, OutlierScorer
+from clinora.outliers import OutlierLimit, load_scorer
 from clinora.quantize import QUANTIZATIONS
 from clinora.run import BaseRecord, DataRecord, RunRecord, seen_hashes
 from clinora.tokenizer import Tokenizer
@@ -176,7 +176,6 @@ class Classifier:
         self.token_limit = token_limit
         self.calibration = calibration
         self.outliers: OutlierLimit | None = None
-        self._outlier_scorer: OutlierScorer | None = None  # loaded when it is first needed
         self.dtype = dtype or model.model.embed_tokens.weight.dtype
         self.quantization = model.quantization
         self.data: DataRecord | None = None
@@ -471,11 +470,9 @@ class Classifier:
 
         ``OutlierScorer`` reads what the classifier reads, with a tokenizer of its own.
         """
-        if self._outlier_scorer is None:
-            device = self.model.score.weight.device
-            self._outlier_scorer = OutlierScorer(device, self.dtype)
+        scorer = load_scorer(self.model.score.weight.device, self.dtype)
         texts = [self.tokenizer.decode(note[: self.token_limit]) for note in ids]
-        return self._run(self._outlier_scorer.encode(texts), self._outlier_scorer).numpy()
+        return self._run(scorer.encode(texts), scorer).numpy()
 
     def logits(
         self, ids: Sequence[Sequence[int] | Tensor], model: Callable | None = None

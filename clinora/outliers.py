@@ -8,6 +8,7 @@ below which its own notes hardly ever score.
 Shapes: N texts, B batch, T tokens, D width.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -110,3 +111,9 @@ class OutlierScorer(nn.Module):
         counts = (positions >= 1) & (positions < lengths[:, None])  # (B, T)
         sums = (states * counts[..., None]).sum(1)  # (B, D)
         return sums / (lengths - 1).clamp(min=1)[:, None]
+
+
+@functools.cache
+def load_scorer(device: torch.device, dtype: torch.dtype) -> OutlierScorer:
+    """Load the scorer when it is first needed; all runs on a device share it."""
+    return OutlierScorer(device, dtype)

@@ -429,7 +429,9 @@ def test_events_of_the_page_count_and_their_message_says_when_to_try_again(class
             event, answer = call(client, *data, session=f"late{number}")
             assert event == "error"
             assert "Try again in 20 s" in answer["error"]
-        assert call(client, "clear", NOTES[0], None, session="three")[0] == "complete"  # uses no model
+        assert (
+            call(client, "clear", NOTES[0], None, session="three")[0] == "complete"
+        )  # uses no model
         clock.now = 20
         assert call(client, "predict", NOTES[0], None, session="four")[0] == "complete"
         statuses = [line["status"] for line in service.lines() if line["event"] == "predict"]

@@ -28,6 +28,9 @@ TO_FIT = Words(
         "AST": (10, 90), "ALT": (10, 90), "sodium": (128, 150), "potassium": (3, 6),
         "CO2": (18, 30), "hematocrit": (25, 50), "platelets": (90, 450), "calcium": (8, 11),
         "albumin": (2, 5), "bilirubin": (0, 4), "creatinine": (1, 4), "TSH": (0, 9),
+        "Mg": (1, 3), "Ca": (8, 11), "Phos": (2, 5), "ESR": (5, 80), "CRP": (0, 90),
+        "PTT": (24, 60), "Hct": (25, 50), "MCV": (70, 100), "LDL": (60, 200), "CK": (30, 400),
+        "Alk phos": (40, 200),
     },
     shorthand=(
         "PMH COPD, CAD", "s/p CABG x 3", "afeb, VSS", "c/o HA x 2 wks", "R shoulder pain",

@@ -37,7 +37,7 @@ TUNED = (
     "French", "Shopping lists", "E-mails", "Fiction", "Python code", "Numbers", "Log lines",
 )  # fmt: skip
 MOST = 300  # texts of a source that are used
-LISTS = 60  # of each kind
+LISTS = 120  # of each kind
 FALSE_ALARMS = 0.02  # share of the validation notes of a source that may score below 0
 
 
