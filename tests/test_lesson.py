@@ -135,9 +135,11 @@ def test_a_visitor_stops_the_own_lesson_and_no_others():
 
 
 def test_a_stop_does_not_reach_the_next_lesson():
-    lessons = lessons_of(SHORT)
-    list(lessons.run("one", nobody_leaves))
-    lessons.stop("one")
+    lessons = lessons_of(ENDLESS_LESSON)
+    with pytest.raises(LessonStoppedError):
+        for _ in lessons.run("one", nobody_leaves):
+            lessons.stop("one")
+    lessons.command = [sys.executable, "-c", SHORT]
     assert list(lessons.run("one", nobody_leaves)) == [LESSON_STEP, END]
 
 
