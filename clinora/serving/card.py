@@ -61,8 +61,13 @@ MISSED = (
 OVERCONFIDENCE = """Mean confidence minus the share correct, in points. Above 0, the confidence is
 too high:"""
 
+DETECTION = (
+    "A text that does not look like an English clinical note is referred to a person, but not "
+    "every such text is recognised."
+)
+NO_DETECTION = "It does not recognise such a text."
 LIMITS = """- It predicts one of its {count} classes for any text, also for a text that is not a
-  clinical note.
+  clinical note. {other_text}
 - It reads the first {limit:,} tokens (words and parts of words) of a note, and ignores the rest.
 - It learned from the notes that are described below. Notes from another hospital, country or time,
   or in another language, are written differently, and the model can be less accurate on them.
@@ -113,7 +118,11 @@ def model_card(classifier: Classifier, run: str | Path) -> str:
         "Intended use": INTENDED_USE.format(count=count, classes=classes),
         "Accuracy": _accuracy(reports),
         "Confidence": _confidence(classifier, reports),
-        "Limits": LIMITS.format(count=count, limit=classifier.token_limit),
+        "Limits": LIMITS.format(
+            count=count,
+            limit=classifier.token_limit,
+            other_text=NO_DETECTION if classifier.outliers is None else DETECTION,
+        ),
         "Data": _data(classifier, reports),
         "Model": _model(classifier),
     }

@@ -8,6 +8,7 @@ import clinora
 from clinora.attention import attention_weights
 from clinora.classifier import Classifier
 from clinora.lora_figures import attention_figure, strengths_figure
+from clinora.notes import ordinary_case
 from clinora.serving.batcher import Batcher
 from clinora.serving.events import checked_note, client_of_event, wait_for, with_error_messages
 from clinora.serving.filling import DRAWING, Filling, draw
@@ -54,7 +55,7 @@ def note_part(batcher: Batcher, example: str) -> Filling:
                 with clinora.lora_disabled(model):
                     return functional_call(model, replaced, inputs)
 
-            ids = classifier.tokenizer.encode(note, classifier.token_limit)
+            ids = classifier.encode(note)[: classifier.token_limit]
             logits = classifier.logits([ids], run_merged)
             return classifier([note])[0].probabilities, logits.softmax(-1)[0].tolist()
 
@@ -71,7 +72,7 @@ def note_part(batcher: Batcher, example: str) -> Filling:
         note = checked_note(note)
         layer = int(layer)
         head = int(head)
-        ids = classifier.tokenizer.encode(note, MOST_ATTENTION_TOKENS)
+        ids = classifier.encode(note)[:MOST_ATTENTION_TOKENS]
         weights = wait_for(
             batcher.submit_job(
                 lambda: attention_weights(classifier, ids, layer)[head], client=client_of_event()
@@ -136,7 +137,7 @@ def probabilities_at(
 
 def token_texts(classifier: Classifier, note: str, count: int) -> list[str]:
     """Give the text of each of a note's first tokens; one that begins the input has none."""
-    places = classifier.tokenizer.places(note, count)
+    places = classifier.tokenizer.places(ordinary_case(note), count)  # as the model reads it
     in_front = len(classifier.tokenizer.first)  # tokens that are no part of the note
     texts = ["⟨start⟩"] * in_front
     for begin, end in places[in_front:]:
