@@ -332,6 +332,8 @@ class Classifier:
             classifier.data = record.data
             classifier.training_options = record.training_options
             classifier.versions = record.versions
+            if classifier.outliers is not None:
+                load_scorer(chosen_device, classifier.dtype)  # not while the first note waits
             classifiers.append(classifier)
         return classifiers
 

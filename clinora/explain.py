@@ -139,12 +139,15 @@ def variants(parts: Sequence[str]) -> list[str]:
     return texts
 
 
-def effects(parts: Sequence[str], predictions: Sequence[Prediction]) -> list[Part]:
+def effects(
+    parts: Sequence[str], predictions: Sequence[Prediction], index: int | None = None
+) -> list[Part]:
     """Compute the effect of each part, with the equation of ``leave_one_out``.
 
     Args:
         parts: The parts that were read.
         predictions: The predictions for ``variants(parts)``, in order.
+        index: The class to explain; by default the one predicted for all parts together.
 
     Raises:
         ValueError: The number of predictions is not that of ``variants(parts)``.
@@ -158,9 +161,11 @@ def effects(parts: Sequence[str], predictions: Sequence[Prediction]) -> list[Par
     if len(parts) < 2:
         return [Part(text, None) for text in parts]
     whole, *without = predictions
+    if index is None:
+        index = whole.index
     explained = []
     for text, prediction in zip(parts, without, strict=True):
-        fall = whole.probabilities[whole.index] - prediction.probabilities[whole.index]
+        fall = whole.probabilities[index] - prediction.probabilities[index]
         explained.append(Part(text, 100 * fall))
     return explained
 

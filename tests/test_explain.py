@@ -141,6 +141,8 @@ def test_effects_are_of_the_class_that_is_predicted_for_the_whole_note():
     without = [prediction(0.5, 0.375, 0.125), prediction(0.125, 0.75, 0.125)]
     expected = [Part("A. ", 25.0), Part("B.", -12.5)]
     assert effects(["A. ", "B."], [whole, *without]) == expected
+    of_third = [Part("A. ", 0.0), Part("B.", 0.0)]
+    assert effects(["A. ", "B."], [whole, *without], index=2) == of_third
 
 
 def test_variants_leave_out_each_part_once():

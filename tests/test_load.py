@@ -10,6 +10,7 @@ import psutil
 import pytest
 
 import clinora
+from clinora.serving import sessions
 from clinora.serving.sessions import MOST_EVENTS_OF_A_CLIENT
 from clinora.serving.words import EXAMPLES
 from tests.served import join
@@ -98,3 +99,14 @@ def test_a_client_with_too_many_events_is_refused_at_once(client, classifier, mo
     answers = [join(client, "predict", "fever", None, session=f"s{i}") for i in range(most + 1)]
     may_go_on.set()
     assert [answer.status_code for answer in answers] == [200] * most + [503]
+
+
+def test_a_client_that_does_not_read_its_results_is_refused(client, monkeypatch):
+    monkeypatch.setattr(sessions, "MOST_UNREAD_MESSAGES", 10)
+    details = []
+    for _ in range(30):
+        answer = join(client, "clear", "fever", None)
+        details.append(answer.json().get("detail", ""))
+        time.sleep(0.05)
+    assert details[0] == ""
+    assert "not read" in details[-1]

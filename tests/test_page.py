@@ -290,6 +290,11 @@ def test_a_busy_service_gives_the_answer_without_an_explanation(client, classifi
     assert "percentage points" in explanation
 
 
+def test_one_client_does_not_take_all_explanations(client, monkeypatch):
+    monkeypatch.setattr(answering, "MOST_OF_A_CLIENT", 0)
+    assert "busy" in predict(client, NOTE).explanation
+
+
 def test_on_a_large_base_an_answer_is_explained_on_request(classifier, tmp_path, monkeypatch):
     monkeypatch.setattr(answering, "MOST_PARAMETERS", 100)
     with TestClient(create_app(classifier, tmp_path), "http://127.0.0.1") as client:
@@ -341,6 +346,20 @@ def test_clearing_an_empty_note_keeps_the_note_that_was_cleared_before(client):
     _, outputs = call(client, "clear", "", None)
     assert outputs[1:3] == [UNCHANGED, UNCHANGED]  # the cleared note, and the Undo button
     assert undo(client, cleared)[2].text == answer.text
+
+
+def test_undo_needs_no_new_prediction(client, classifier, monkeypatch):
+    answer = predict(client, NOTE)
+    cleared = clear(client, NOTE)
+
+    def fail(*_):
+        raise RuntimeError
+
+    monkeypatch.setattr(classifier, "logits", fail)
+    note, _, shown = undo(client, cleared)
+    assert (note, shown.text, shown.card.split("answer-class")[1]) == (
+        NOTE, answer.text, answer.card.split("answer-class")[1],
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("submitted", [None, "Another note."])

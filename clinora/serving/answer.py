@@ -15,6 +15,9 @@ WAITING = '<div class="answer-card"><p>The answer appears here.</p></div>'
 STALE = "The note has changed. Press Submit."
 # The second class is named as well if its probability is at least this share of the first's.
 ALSO_LIKELY = 0.5
+CAPITALS = (
+    "The note is in capitals. It was read in lower case; in normal case the answer may be another."
+)
 FULL_COLOUR = 50  # points; a part with this effect, or a larger one, has the full colour
 
 
@@ -27,9 +30,10 @@ def needs_person(prediction: Prediction) -> bool:
 
 
 def second_class(prediction: Prediction, labels: Sequence[str]) -> str | None:
-    """Return the second most probable class if it is likely too."""
-    first, second = sorted(prediction.probabilities, reverse=True)[:2]
-    if second < ALSO_LIKELY * first:
+    """Return the second most probable class if it alone is likely too."""
+    first, *others_probable = sorted(prediction.probabilities, reverse=True)
+    likely = [probability for probability in others_probable if probability >= ALSO_LIKELY * first]
+    if len(likely) != 1:
         return None
     others = [i for i in range(len(labels)) if i != prediction.index]
     return labels[max(others, key=lambda i: prediction.probabilities[i])]
@@ -57,7 +61,7 @@ def how_often_right(confidence: float, calibration: Calibration) -> str:
 
 
 def fingerprint(note: str) -> str:
-    """Return a number for a note, by which the page's script finds out that the note has changed.
+    """Return the digits by which the page's script finds out that a note has changed.
 
     It is the CRC-32 of the text in UTF-16, with the line ends that a browser gives.
     """
@@ -66,7 +70,13 @@ def fingerprint(note: str) -> str:
 
 
 def answer_card(
-    prediction: Prediction, classifier: Classifier, words: Words, unread: str, key: str
+    prediction: Prediction,
+    classifier: Classifier,
+    words: Words,
+    key: str,
+    *,
+    in_capitals: bool = False,
+    unread: str = "",
 ) -> str:
     """Return the card of a prediction: the class, the verdict, and what a reader has to know.
 
@@ -74,13 +84,16 @@ def answer_card(
         prediction: The prediction.
         classifier: The run's classifier.
         words: The page's words about the run.
-        unread: ``unread_banner`` of the note.
         key: ``fingerprint`` of the note.
+        in_capitals: Whether the note is in capitals, so that it was read in lower case.
+        unread: ``unread_banner`` of the note.
     """
     if prediction.out_of_distribution:  # the calibration holds for notes like the run's alone
         sentences = [words.unusual, "How often the model is right about such a text is unknown."]
     else:
         sentences = _confidence_sentences(prediction, classifier)
+    if in_capitals:
+        sentences.append(CAPITALS)
     lines = "".join(f"<p>{literal(sentence)}</p>" for sentence in sentences)
     refer = needs_person(prediction)
     # The page's script reads the id: the second number tells one answer from the next.

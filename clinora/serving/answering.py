@@ -1,12 +1,16 @@
 """Answers the notes of the page's first tab: the prediction, its explanation, Clear and Undo."""
 
 import threading
+import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import gradio as gr
 
 from clinora.explain import effects, parts_of, variants
-from clinora.notes import clean_text
+from clinora.notes import clean_text, ordinary_case
+from clinora.serving import report_error
 from clinora.serving.answer import (
     STALE,
     WAITING,
@@ -16,6 +20,7 @@ from clinora.serving.answer import (
     fingerprint,
     unread_banner,
 )
+from clinora.serving.api import REQUEST_SECONDS
 from clinora.serving.batcher import Batcher, BusyError
 from clinora.serving.events import (
     checked_note,
@@ -34,6 +39,7 @@ from clinora.serving.words import Words
 MOST_PARAMETERS = 20_000_000
 # At once; more would occupy the handlers that other visitors' notes need.
 MOST_EXPLANATIONS = 8
+MOST_OF_A_CLIENT = 2
 
 
 class Answers:
@@ -50,7 +56,8 @@ class Answers:
         self.words = words
         model = self.classifier.model
         self.explains_itself = sum(p.numel() for p in model.parameters()) <= MOST_PARAMETERS
-        self._explaining = threading.BoundedSemaphore(MOST_EXPLANATIONS)
+        self._explaining: Counter[str] = Counter()  # explanations being computed, by client
+        self._lock = threading.Lock()  # of this counter
 
     def predict(self, note: str | None, history: History) -> Iterator[tuple]:
         """Yield the answer, then its explanation, unless the page shows another answer by then.
@@ -62,19 +69,41 @@ class Answers:
         text = checked_note(note)
         try:
             prediction = wait_for(self.batcher.submit([text], client=client_of_event())[0])
-        except Exception:
+        except Exception as error:
             if turn == history.turn:
                 raise
-        if turn < history.turn:  # the page was cleared, or waits for the answer to another note
+            report_error(error)  # the page waits for the answer to another note
             yield _no_change(8)
             return
         count_prediction(prediction)
+        if turn < history.turn:  # the page was cleared, or waits for the answer to another note
+            yield _no_change(8)
+            return
         entry = Entry.of(text, prediction)
         history.add(entry)
+        yield from self._show(note, text, entry, history)
+
+    def _show(self, note: str, text: str, entry: Entry, history: History) -> Iterator[tuple]:
+        """Yield an answer, then its explanation, unless the page shows another answer by then.
+
+        Args:
+            note: The note as the page has it.
+            text: The cleaned note.
+            entry: The note's entry in the history.
+            history: The visit's notes.
+        """
+        prediction = entry.prediction
         unread = unread_banner(text, "".join(parts_of(self.classifier, text)))
         labels = self.classifier.labels
         answer = (
-            answer_card(prediction, self.classifier, self.words, unread, fingerprint(note)),
+            answer_card(
+                prediction,
+                self.classifier,
+                self.words,
+                fingerprint(note),
+                in_capitals=ordinary_case(text) != text,
+                unread=unread,
+            ),
             prediction.as_json(),
             prediction.as_text(),
             dict(zip(labels, prediction.probabilities, strict=True)),
@@ -121,7 +150,9 @@ class Answers:
         if history.cleared is None or not history.cleared.is_of(clean_text(cleared or "")):
             yield *restored, *self.no_answer()
             return
-        for answer in self.predict(cleared, history):
+        history.turn += 1
+        history.add(history.cleared)
+        for answer in self._show(cleared, clean_text(cleared), history.cleared, history):
             yield *restored, *answer
             restored = _no_change(3)  # the note may have changed since
 
@@ -156,23 +187,45 @@ class Answers:
         Raises:
             BusyError: Too many answers are being explained, or the batcher's queue is full.
         """
-        if not self._explaining.acquire(blocking=False):
-            raise BusyError
         futures = []
-        try:
-            parts = parts_of(self.classifier, note)
-            futures = self.batcher.submit(variants(parts), client=client_of_event())
-            predictions = []
-            for future in progress(futures):
-                if history.shown is not entry:
-                    return None
-                predictions.append(wait_for(future))
-        finally:
-            self._explaining.release()
-            for future in futures:
-                future.cancel()
+        with self._one_explanation(client_of_event()):
+            end = time.monotonic() + REQUEST_SECONDS
+            try:
+                parts = parts_of(self.classifier, note)
+                futures = self.batcher.submit(variants(parts), client=client_of_event())
+                predictions = []
+                for future in progress(futures):
+                    if history.shown is not entry:
+                        return None
+                    if time.monotonic() > end:
+                        raise TimeoutError
+                    predictions.append(wait_for(future))
+            finally:
+                for future in futures:
+                    future.cancel()
         unread = note[len("".join(parts)) :]
-        return explanation_html(effects(parts, predictions), unread, entry.prediction.label)
+        explained = effects(parts, predictions, entry.prediction.index)
+        return explanation_html(explained, unread, entry.prediction.label)
+
+    @contextmanager
+    def _one_explanation(self, client: str) -> Iterator[None]:
+        """Count a client's explanation while it is computed.
+
+        Raises:
+            BusyError: Too many are being computed, of this client or of all.
+        """
+        with self._lock:
+            own = self._explaining[client]
+            if own >= MOST_OF_A_CLIENT or self._explaining.total() >= MOST_EXPLANATIONS:
+                raise BusyError
+            self._explaining[client] += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._explaining[client] -= 1
+                if self._explaining[client] == 0:
+                    del self._explaining[client]
 
 
 def _no_change(outputs: int) -> tuple:

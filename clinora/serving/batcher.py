@@ -267,7 +267,7 @@ class Batcher:
 def _count(note: str, classifier: Classifier) -> int:
     """Count the tokens that the model reads of a note."""
     try:
-        return len(classifier.tokenizer.encode(note, classifier.token_limit))
+        return min(len(classifier.encode(note)), classifier.token_limit)
     except Exception:  # classifying the note will raise it again, for its caller
         return classifier.token_limit
 

@@ -1,6 +1,7 @@
 """Fills a tab's components when a visitor opens it, and draws the figures that they show."""
 
 import functools
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -11,9 +12,9 @@ from matplotlib.figure import Figure
 from clinora.serving.events import with_error_messages
 from clinora.serving.pictures import data_url
 
-# Options of an event that draws: one picture at a time, for all visitors together, so that drawing
-# does not slow down the server's other threads.
-DRAWING = {"concurrency_limit": 1, "concurrency_id": "drawing"}
+# One picture at a time, for all visitors together, so that drawing does not slow down the server's
+# other threads.
+_drawing = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,4 +63,5 @@ def plot_of(picture: str) -> PlotData:
 
 def draw(figure: Figure) -> PlotData:
     """Draw a figure and return what gr.Plot shows."""
-    return plot_of(data_url(figure))
+    with _drawing:
+        return plot_of(data_url(figure))

@@ -89,7 +89,6 @@ EVENTS = (
 MODEL_EVENTS = (
     "predict",
     "explain",
-    "undo_clear",
     "compare_strengths",
     "compare_moved_strength",
     "compare_merged",

@@ -9,7 +9,7 @@ from clinora.checkpoint import BUNDLED
 from clinora.explain import LayerUpdate
 from clinora.lora_figures import ranks_figure, singular_values_figure
 from clinora.serving.events import with_error_messages
-from clinora.serving.filling import DRAWING, Filling, draw
+from clinora.serving.filling import Filling, draw
 
 FIRST_RANK = 8
 RESULTS = BUNDLED / "ranks.json"  # made by tools.ranks
@@ -59,7 +59,7 @@ def results_part() -> Filling:
     outputs = [words, accuracy, spectrum]
     place.change(
         with_error_messages(show), place, outputs, trigger_mode="always_last",
-        api_name="choose_result", **DRAWING,
+        api_name="choose_result",
     )  # fmt: skip
     return Filling(outputs, lambda: show(ranks.index(FIRST_RANK)))
 

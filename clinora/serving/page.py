@@ -30,11 +30,12 @@ PYTHON = """import httpx
 
 note = "Severe chest pain. ECG shows ST elevation."
 print(httpx.post("{url}/v1/classify", json={{"note": note}}).json())"""
-API_WORDS = """`GET /health` and `GET /ready` tell whether the service is alive and has room for a
-note. `POST /v1/classify` takes `{"note": "…"}` or `{"notes": ["…", …]}`. Where `tokens_exact` is
-false, the note is longer than what is read, and has at least `tokens` tokens. A busy service
-answers 503 with `Retry-After`. Where a password file is in use, page and API ask for name and
-password (`curl -u NAME`, `httpx.post(…, auth=(name, password))`)."""
+API_WORDS = """[All routes, statuses and schemas](docs). `GET /v1/model` describes the run and the
+limits, and `GET /metrics` serves Prometheus. `GET /health` and `GET /ready` tell whether the
+service is alive and has room for a note. `POST /v1/classify` takes `{"note": "…"}` or `{"notes":
+["…", …]}`. Where `tokens_exact` is false, the note is longer than what is read, and has at least
+`tokens` tokens. A busy service answers 503 with `Retry-After`. Where a password file is in use,
+page and API ask for name and password (`curl -u NAME`, `httpx.post(…, auth=(name, password))`)."""
 
 
 def build_page(

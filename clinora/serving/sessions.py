@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from clinora.serving.api import RETRY_AFTER
 
 MOST_EVENTS_OF_A_CLIENT = 16  # waiting or running events of one client
+MOST_UNREAD_MESSAGES = 200  # about the events of one client; they hold results, so notes too
 MOST_SESSIONS_OF_A_CLIENT = 100  # remembered sessions of one client
 MOST_SESSIONS_IN_ALL = 1_000
 # How long the state is kept after a page was closed: a connection may break under an open page.
@@ -50,6 +51,8 @@ class Sessions:
         own_events = [event for event in events if self._clients.get(event.session_hash) == client]
         if len(own_events) + self._joining[client] >= MOST_EVENTS_OF_A_CLIENT:
             raise HTTPException(503, "Too many of your events are waiting.", RETRY_AFTER)
+        if self._unread_messages(client) >= MOST_UNREAD_MESSAGES:
+            raise HTTPException(503, "Too many of your results were not read.", RETRY_AFTER)
         self._clients.pop(session, None)
         self._clients[session] = client
         in_use = {event.session_hash for event in events}
@@ -92,6 +95,12 @@ class Sessions:
 
         return wait_and_forget
 
+    def _unread_messages(self, client: str) -> int:
+        """Count the messages about a client's events that no page has fetched."""
+        queues = self._blocks._queue.pending_messages_per_session
+        sessions = [known for known, owner in self._clients.items() if owner == client]
+        return sum(queues[session].qsize() for session in sessions if session in queues)
+
     def _forget_state_later(self, session: str) -> None:
         if session not in self._blocks.state_holder.session_data:
             return
@@ -107,6 +116,8 @@ class Sessions:
         self._keep_state(session)  # the timer is of no more use
         self._blocks.state_holder.session_data.pop(session, None)
         self._blocks.state_holder.time_last_used.pop(session, None)
+        self._blocks._queue.pending_messages_per_session.pop(session, None)
+        self._blocks._queue.pending_event_ids_session.pop(session, None)
 
     def _forget_beyond(self, most: int, sessions: list[str], in_use: set[str]) -> None:
         """Remove the oldest idle sessions of a list from Gradio, until ``most`` are left."""
@@ -114,6 +125,4 @@ class Sessions:
         surplus = max(0, len(sessions) - most)
         for session in idle[:surplus]:
             del self._clients[session]
-            self._blocks._queue.pending_messages_per_session.pop(session, None)
-            self._blocks._queue.pending_event_ids_session.pop(session, None)
             self._forget_state(session)
