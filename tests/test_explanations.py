@@ -42,8 +42,8 @@ def test_scoring_leaves_the_model_as_it_was(classifier):
 
 
 def test_a_part_has_the_sum_of_the_tokens_that_end_in_it(classifier):
-    parts = ["No fever. ", "Dose 2.5 mg for chest pain. ", "ECG normal! ", "CT"]
-    ids = classifier.tokenizer.encode(NOTE)
+    parts = ["No fever. ", "swollen knee. ", "patient with pain! ", "CT"]  # " s", " pa": tokens
+    ids = classifier.tokenizer.encode("".join(parts))
     starts = list(itertools.accumulate([0, *map(len, parts[:-1])]))
     expected = [0.0] * len(parts)
     tokens = tool.score_tokens(classifier, ids)
