@@ -14,7 +14,7 @@ from clinora.evaluation import outlier_limit
 from clinora.notes import Note
 from clinora.outliers import OutlierLimit, OutlierScorer, choose_limit
 from clinora.serving.api import describe
-from clinora.serving.classify_tab import EXAMPLES
+from clinora.serving.words import EXAMPLES
 from tests.kill_and_resume import write_notes
 
 CLINICAL = [

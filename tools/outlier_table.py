@@ -15,7 +15,7 @@ from pathlib import Path
 
 import clinora
 from clinora.classifier import Classifier
-from clinora.serving.classify_tab import EXAMPLES
+from clinora.serving.words import EXAMPLES
 from tools.clinical_lists import TO_MEASURE, clinical_lists
 from tools.fit_outliers import TUNED, notes_of
 from tools.other_text import other_texts

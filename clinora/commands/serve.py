@@ -82,7 +82,7 @@ def build_parser(prog: str = "clinora serve") -> argparse.ArgumentParser:
         "--live-lesson",
         action="store_true",
         help="offer the page's live lesson, which trains on this machine, although --auth-file is "
-        "given; without --auth-file it is always offered",
+        "given; without --auth-file it is always offered (default: off)",
     )
     add_run_quantize_option(parser)
     add_machine_options(parser)
