@@ -204,7 +204,7 @@ def test_long_class_names_wrap_and_leave_the_percentages_in_sight(
             person.open(tab)
             if tab == "LoRA internals":
                 person.press("Compare strengths")
-                expect(page.locator("img")).to_have_count(9)
+                expect(page.locator("img")).to_have_count(7)
             assert page.evaluate("document.documentElement.scrollWidth") <= width, tab
             if tab == "Model card":
                 for table in page.locator("table").filter(visible=True).all():
