@@ -206,7 +206,7 @@ class Person:
         page.on("pageerror", lambda error: self.complaints.append(str(error)))
         page.on("request", self._note_request)
         page.goto(url)
-        self.note = page.get_by_label("Enter Clinical Note")
+        self.note = page.locator("#note textarea")
         self.text = page.get_by_label("Prediction in text")
         self.json = page.locator(".json-holder")
         self.card = page.locator(".answer-card")

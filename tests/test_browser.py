@@ -72,6 +72,24 @@ def test_a_person_submits_an_example_and_clears_it(person, classifier):
     expect(person.card).not_to_contain_text("Needs a person")
 
 
+def test_the_probabilities_can_be_opened_before_or_after_the_answer(person, classifier):
+    from playwright.sync_api import expect
+
+    note = "Severe chest pain. The knee, swollen."
+    label = classifier([note])[0].label
+    for opened_first in (False, True):
+        person.page.reload()
+        person.page.wait_for_timeout(1000)
+        probabilities = person.page.get_by_role("button", name="Probabilities")
+        if opened_first:
+            probabilities.click()
+        person.submit(note)
+        expect(person.explanation).to_contain_text("percentage points")
+        if not opened_first:
+            probabilities.click()
+        expect(person.page.get_by_test_id("label-output-value")).to_have_text(label)
+
+
 # --- The answer is never stale ---
 
 STALE = "The note has changed. Press Submit."

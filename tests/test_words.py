@@ -70,6 +70,11 @@ def test_a_runs_own_examples_can_be_chosen(other_run, tmp_path):
         assert join(client, "choose_example", 2, session="one").status_code == 422
 
 
+def test_a_runs_own_examples_take_the_place_of_the_published_ones(classifier):
+    assert words_about(classifier, ["Mine."]).examples == ("Mine.",)
+    assert words_about(classifier).examples == EXAMPLES
+
+
 def test_a_run_has_examples_only_if_its_folder_has_their_file(tmp_path):
     assert read_examples(tmp_path) == []
     text = "\ufeffFirst line.\r\n\r\nSecond -- line.\r\n---\r\n -1 degree.\r\n-----  \r\nThird."

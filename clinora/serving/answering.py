@@ -123,7 +123,10 @@ class Answers:
         else:
             button = gr.skip()
         if history.shown is entry:
-            yield *_no_change(len(answer)), explanation, button
+            # What the reader has opened in a text stays open. The JSON and the probabilities are
+            # repeated: Gradio writes the difference of two such values into the value on the page.
+            kept = [value if isinstance(value, dict) else gr.skip() for value in answer]
+            yield *kept, explanation, button
         else:
             yield _no_change(8)
 
