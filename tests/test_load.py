@@ -105,7 +105,7 @@ def test_a_client_that_does_not_read_its_results_is_refused(client, monkeypatch)
     monkeypatch.setattr(sessions, "MOST_UNREAD_MESSAGES", 10)
     details = []
     for _ in range(30):
-        answer = join(client, "clear", "fever", None)
+        answer = join(client, "clear", "fever", None, session="one")
         details.append(answer.json().get("detail", ""))
         time.sleep(0.05)
     assert details[0] == ""
