@@ -195,7 +195,7 @@ def _all_linears(answer: int) -> bool:
 
 
 def _independent_difference(answer: float) -> bool:
-    """In points: 1.96 standard deviations of the difference of two shares of 367."""
+    """In points: 1.96 standard errors of the difference of two shares of 367."""
     variance = 0.95 * 0.05 / 367
     return _close(answer, 100 * 1.96 * (variance + variance) ** 0.5, 0.03)
 
