@@ -277,9 +277,25 @@ class Classifier:
     ) -> "list[Classifier]":
         """Load several runs of one base, whose weights they share in memory.
 
-        The arguments and errors are those of ``load``. The base is looked for where the first run
-        recorded it, and must be the one that every run recorded. With ``quantize="auto"``, all
-        runs must have been trained on weights that were quantised in the same way.
+        Args:
+            folders: The runs' folders, at least one; "bundled" is the adapter in the package.
+            base: The base, if it is not where the first run recorded it: "bundled", "smollm2", a
+                folder or a Hub id. It must be the base that every run recorded.
+            device: "auto", "cpu", "cuda" or "mps".
+            precision: "auto", "bf16", "fp16" or "fp32".
+            quantize: "auto", as in training, which must be the same for all runs; or "none",
+                "nf4" or "nf4-double", as in ``load_model``.
+
+        Returns:
+            A classifier for each folder, in the order of the folders.
+
+        Raises:
+            CheckpointError: A file is missing or damaged, the base is not the one that a run
+                recorded, or a run's adapter does not fit the base or the run's labels.
+            ValueError: There is no folder, this machine has no such device, ``precision`` or
+                ``quantize`` is none of these, ``quantize`` is "auto" and the runs were trained on
+                weights that were quantised differently, or the base has an option that
+                ``LlamaConfig`` does not support.
         """
         if not folders:
             raise ValueError("no run was given: expected at least one folder")

@@ -224,7 +224,7 @@ def attention_figure(weights: np.ndarray, tokens: Sequence[str], title: str) -> 
     side = 2.0 + 0.17 * len(tokens)
     figure = Figure(figsize=(side, side), layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(weights, cmap="Blues", vmin=0, vmax=1)
+    image = axes.imshow(weights, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
     families, missing = fonts_for(tokens)
     names = [replace_missing(token, missing) for token in tokens]
     places = range(len(names))
@@ -239,8 +239,11 @@ def attention_figure(weights: np.ndarray, tokens: Sequence[str], title: str) -> 
 
 
 def _draw_signed(axes: Axes, matrix: np.ndarray, limit: float) -> None:
-    # Without interpolation: an entry is an area of one colour, unless there are more than pixels.
-    axes.imshow(matrix, cmap=SIGNED, vmin=-limit, vmax=limit, aspect="auto")
+    # An entry is an area of one colour: the default mixes the colours of neighbouring entries when
+    # an entry has fewer than three pixels.
+    axes.imshow(
+        matrix, cmap=SIGNED, vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest"
+    )
     rows, columns = matrix.shape
     axes.set_xticks([0, columns - 1], [1, columns], fontsize=7)
     axes.set_yticks([0, rows - 1], [1, rows], fontsize=7)

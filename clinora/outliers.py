@@ -1,9 +1,9 @@
 """Out-of-distribution detection: is a text unlike an English clinical note?
 
-A linear probe (Alain & Bengio 2016) reads the states of the bundled base, a language model of
-English medical text, whatever base a run has. It was fitted once, with notes against other texts
-(outlier exposure, Hendrycks et al. 2019), by ``tools/fit_outliers.py``. A run stores only the limit
-below which its own notes hardly ever score.
+The detector, a linear probe (Alain & Bengio 2016), reads the states of the bundled base, a language
+model of English medical text, whatever base a run has. It was fitted once, with notes against other
+texts (outlier exposure, Hendrycks et al. 2019), by ``tools/fit_outliers.py``. A run stores only the
+limit below which its own notes hardly ever score.
 
 Shapes: N texts, B batch, T tokens, D width.
 """
@@ -51,7 +51,7 @@ class OutlierLimit:
 def choose_limit(scores: np.ndarray) -> OutlierLimit | None:
     """Choose a run's limit: the lower of 0 and the 1% quantile of the scores of its notes.
 
-    The probe's bias makes 0 the limit for notes of several sources. A run whose notes are unlike
+    The detector's bias makes 0 the limit for notes of several sources. A run whose notes are unlike
     them has a lower limit, so that its own notes are not taken for outliers.
 
     Args:
@@ -70,7 +70,7 @@ class OutlierScorer(nn.Module):
     """Scores texts with the bundled base; the higher the score, the more like a clinical note.
 
     score = w · (1 / (T − 1)) Σ_{t ≥ 2} h_t + b, with the last states h of the base's first 64
-    tokens, of which the first, bos, is the same for all texts. It is the probe's log-odds.
+    tokens, of which the first, bos, is the same for all texts. It is the detector's log-odds.
 
     Attributes:
         tokenizer: The bundled base's tokenizer.
@@ -82,7 +82,7 @@ class OutlierScorer(nn.Module):
         dtype: Dtype of its weights.
 
     Raises:
-        CheckpointError: A file of the bundled base or of the probe is missing or damaged.
+        CheckpointError: A file of the bundled base or of the detector is missing or damaged.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:

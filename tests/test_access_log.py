@@ -143,8 +143,30 @@ def test_after_a_failed_rotation_the_log_continues(path, monkeypatch):
     log.close()
     files = sorted(path.parent.iterdir(), reverse=True)
     found = [line["number"] for file in files for line in lines_of(file)]
-    assert log.lost_lines == 1
-    assert len(found) == 5 and found == sorted(found) and found[-1] == 5
+    assert log.lost_lines == 0
+    assert found == list(range(6))
+
+
+def test_a_file_that_cannot_be_renamed_takes_lines_up_to_twice_its_size(path, monkeypatch, caplog):
+    log = AccessLog(path, most_bytes=40)
+    replace = os.replace
+
+    def fail(*_names):
+        raise PermissionError("the folder is not writable")
+
+    monkeypatch.setattr(os, "replace", fail)
+    for number in range(9):
+        log.add({"number": number})  # 14 bytes: two in 40 bytes, five in 80 bytes
+    log.close()
+    assert [line["number"] for line in lines_of(path)] == [0, 1, 2, 3, 4]
+    assert log.lost_lines == 4
+    assert len(caplog.records) == 1
+    monkeypatch.setattr(os, "replace", replace)
+    log = AccessLog(path, most_bytes=40)
+    log.add({"number": 9})
+    log.close()
+    assert lines_of(path) == [{"number": 9}]
+    assert len(lines_of(path.with_name("access.log.1"))) == 5
 
 
 def test_a_disk_that_hangs_delays_nobody_and_fills_no_memory(path, monkeypatch):

@@ -730,8 +730,7 @@ def use_every_control(person, tmp_path):
     person.press("Stop")
     page.get_by_text("Stopped. Step 1 of 20").wait_for()
     expect(page.locator("img")).to_have_count(11)  # two of the lesson
-    page.get_by_role("slider", name="Measured rank").focus()
-    page.keyboard.press("Home")
+    page.get_by_role("radio", name="1", exact=True).check()
     page.get_by_text("Rank 1:").wait_for()
     page.get_by_label("Layer whose matrices").click()
     page.get_by_role("option", name="model.layers.1.self_attn.v_proj").click()

@@ -19,7 +19,7 @@ from clinora.serving.lesson_process import (
     LessonTakenError,
     LessonTimeError,
 )
-from tests.served import ENDLESS_LESSON, LESSON_STEP, PICTURE, call, join, messages, running
+from tests.served import ENDLESS_LESSON, LESSON_STEP, PICTURE, ROOT, call, join, messages, running
 from tests.test_fairness import Visitor
 
 END = {
@@ -143,6 +143,28 @@ def test_a_stop_does_not_reach_the_next_lesson():
     assert list(lessons.run("one", nobody_leaves)) == [LESSON_STEP, END]
 
 
+def test_a_late_stop_does_not_reach_the_next_visitors_lesson():
+    """The first lesson ends and the second begins while the first visitor stops the lesson."""
+    lessons = lessons_of(ENDLESS_LESSON)
+    first = lessons.run("first", nobody_leaves)
+    second = lessons.run("second", nobody_leaves)
+    next(first)
+
+    class SlowName(str):
+        __hash__ = str.__hash__
+
+        def __eq__(self, other):
+            is_equal = str.__eq__(self, other)
+            first.close()
+            next(second)
+            return is_equal
+
+    lessons.stop(SlowName("first"))
+    for _ in range(5):
+        next(second)
+    second.close()
+
+
 @pytest.mark.parametrize("program", [ENDLESS_LESSON, "import time; time.sleep(600)"])
 def test_a_lesson_ends_after_its_time(program):
     lessons = lessons_of(program, seconds=1)
@@ -169,6 +191,19 @@ def test_a_lesson_whose_visitor_leaves_ends():
             seen.append(process_of(ENDLESS_LESSON))
     assert len(seen) == 1
     assert not seen[0].is_running()
+
+
+def test_a_lesson_that_cannot_be_imported_is_a_failure_with_its_reason():
+    program = (
+        "import sys; sys.modules['clinora.serving.lesson'] = None; "
+        "from clinora.serving.lesson_process import _main; _main()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    (line,) = process.stdout.read().splitlines()
+    process.communicate()
+    assert "ModuleNotFoundError" in json.loads(line)["failure"]
 
 
 @pytest.mark.slow

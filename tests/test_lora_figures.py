@@ -73,7 +73,15 @@ def test_the_figure_of_steps_has_every_loss_and_norm_and_room_for_all_steps():
 
 
 def test_the_figure_before_the_first_step_can_be_drawn():
-    png(steps_figure([], {"layers.0.q_proj": [0.0]}, 20))
+    figure = steps_figure([], {"layers.0.q_proj": [0.0]}, 20)
+    above, below = figure.axes
+    assert [len(line.get_xdata()) for line in above.get_lines()] == [0]
+    (norms,) = [line for line in below.get_lines() if len(line.get_xdata()) > 0]
+    assert norms.get_xydata().tolist() == [[0, 0]]
+    for axes in figure.axes:
+        assert axes.get_xlim()[0] <= 0 and axes.get_xlim()[1] >= 20  # room for all steps
+        assert axes.get_ylim()[0] <= 0 < axes.get_ylim()[1]
+    png(figure)
 
 
 def test_the_figure_of_factors_shows_each_matrix_with_its_limit():
@@ -92,6 +100,17 @@ def test_the_figure_of_factors_shows_each_matrix_with_its_limit():
 
 
 # --- matrices, strengths, ranks, attention --------------------------------------------------------
+
+
+def test_heat_maps_do_not_mix_the_colours_of_neighbouring_entries():
+    matrix = np.eye(3)
+    figures = [
+        matrix_figure(matrix, 1.0, "W"),
+        factors_figure({"layers.0.q": (matrix, matrix, matrix)}, (1.0, 1.0, 1.0)),
+        attention_figure(matrix, ["a", "b", "c"], "attention"),
+    ]
+    images = [image for figure in figures for axes in figure.axes for image in axes.images]
+    assert [image.get_interpolation() for image in images] == ["nearest"] * 5
 
 
 def test_zero_is_white_and_the_signs_have_different_colours():

@@ -512,8 +512,8 @@ def test_the_results_show_each_measured_rank(client):
     report = json.loads((BUNDLED / "ranks.json").read_text())
     ranks = [row["rank"] for row in report["ranks"]]
     assert ranks == [1, 2, 4, 8, 16, 32]
-    for place, row in enumerate(report["ranks"]):
-        _, (words, *_) = call(client, "choose_result", place)
+    for row in report["ranks"]:
+        _, (words, *_) = call(client, "choose_result", row["rank"])
         assert f"Rank {row['rank']}**" in words
         # Six layers of width 320, with a v_proj of 160 outputs.
         assert f"{6 * row['rank'] * (320 + 320 + 320 + 160):,} parameters" in words
@@ -531,6 +531,11 @@ def test_comparing_the_merged_weights_changes_nothing(client, classifier):
         _event, (shown,) = call(client, "compare_merged", NOTE)
     assert float(re.search(r"([\d.e-]+) points", shown)[1]) > 1
     assert all(torch.equal(p, state[name]) for name, p in classifier.model.state_dict().items())
+
+
+def test_the_merged_weights_read_a_note_in_capitals_as_the_classifier_does(client):
+    _event, (shown,) = call(client, "compare_merged", NOTE.upper())
+    assert float(re.search(r"([\d.e-]+) points", shown)[1]) < 0.01
 
 
 def test_the_number_of_parameters_is_the_closed_form_for_both_models(client, classifier):

@@ -1,9 +1,9 @@
-"""Fit the probe that recognises text unlike an English clinical note.
+"""Fit the detector that recognises text unlike an English clinical note.
 
     python -m tools.fit_outliers --data FOLDER
 
 FOLDER has ``mtsamples.csv`` and ``mtsdialog/mtsdialog.csv`` (github.com/abachaa/MTS-Dialog). The
-probe is a logistic regression on the bundled base's mean state of a text: training notes against
+detector is a logistic regression on the bundled base's mean state of a text: training notes against
 other texts of the kinds ``TUNED``. The bias is then moved so that at most 2% of the validation
 notes of each source score below 0. The result, ``clinora/bundled/outliers.json``, has one weight
 for each dimension of the base, and no words.
@@ -32,7 +32,7 @@ from clinora.outliers import PROBE, OutlierScorer
 from tools.clinical_lists import TO_FIT, clinical_lists
 from tools.other_text import other_texts
 
-# The kinds of other text that the probe is fitted with. The others measure it.
+# The kinds of other text that the detector is fitted with. The others measure it.
 TUNED = (
     "French", "Shopping lists", "E-mails", "Fiction", "Python code", "Numbers", "Log lines",
 )  # fmt: skip
@@ -72,7 +72,7 @@ def features_of(classifier: Classifier, scorer: OutlierScorer, texts: Sequence[s
 
 
 def fit(data: Path) -> dict:
-    """Fit the probe; returns what the file holds."""
+    """Fit the detector; returns what the file holds."""
     classifier = Classifier.load("bundled", device="cpu", precision="fp32")
     scorer = OutlierScorer(torch.device("cpu"), torch.float32)
     other = other_texts(seed=0)

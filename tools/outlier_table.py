@@ -1,10 +1,10 @@
-"""Measure what share of several kinds of text a run takes for no clinical notes.
+"""Measure what share of several kinds of text a run flags as not a clinical note.
 
     python -m tools.outlier_table --data FOLDER
 
 FOLDER has ``mtsamples.csv`` and ``mtsdialog/mtsdialog.csv``, as for ``tools.fit_outliers``.
-Clinical texts are those of the test split; other texts are of the kinds that the probe was fitted
-with, and of kinds that it was not fitted with.
+Clinical texts are those of the test split; other texts are of the kinds that the detector was
+fitted with, and of kinds that it was not fitted with.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def with_typos(text: str, draw: random.Random) -> str:
 
 def print_table(title: str, kinds: dict[str, Sequence[str]], classifier: Classifier) -> None:
     """Print the share of each kind that scores below the run's limit."""
-    print(f"| {title} | texts | recognised as no note |\n|---|---:|---:|")
+    print(f"| {title} | texts | flagged as not a note |\n|---|---:|---:|")
     for kind, texts in kinds.items():
         scores = classifier.outlier_scores([classifier.encode(text) for text in texts])
         share = (scores < classifier.outliers.limit).mean()
@@ -67,7 +67,7 @@ def measure(args: argparse.Namespace) -> None:
     other = other_texts()
     tuned = {kind: other.pop(kind) for kind in TUNED}
     print_table("clinical texts", clinical_texts(args.data), classifier)
-    print_table("other texts that the probe was not fitted with", other, classifier)
+    print_table("other texts that the detector was not fitted with", other, classifier)
     print_table("other texts that it was fitted with", tuned, classifier)
 
 

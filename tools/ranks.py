@@ -5,6 +5,7 @@
 The page's tab about LoRA shows the result, ``ranks.json``, from a copy in ``clinora/bundled``.
 LoRA's alpha is twice the rank, so that the scaling is the same at every rank. Each training writes
 a file of its own, so a stopped call can be repeated: it skips the trainings that have a file.
+``options.json`` says how they were trained; a call with other notes or options is refused.
 """
 
 import argparse
@@ -17,22 +18,23 @@ from pathlib import Path
 import numpy as np
 
 import clinora
-from clinora.checkpoint import write_atomically
+from clinora.checkpoint import find_base, write_atomically
 from clinora.evaluation import bootstrap_mean, classify, share_of
 from clinora.explain import layer_updates
+from clinora.resume import list_differences
+from clinora.run import base_hashes
 from clinora.training import TrainingConfig, train
 
 STEPS = 60
 TOKEN_LIMIT = 128
 
 
-def measure(rank: int, seed: int, notes: clinora.Notes, args: argparse.Namespace) -> dict:
+def measure(rank: int, notes: clinora.Notes, token_limit: int, config: TrainingConfig) -> dict:
     """Train at one rank, classify the test notes and measure each layer's update."""
     lora = clinora.LoRAConfig(rank=rank, alpha=2 * rank)
     classifier = clinora.Classifier.new(
-        "bundled", notes.classes, lora, seed, token_limit=args.token_limit, precision="fp32"
+        "bundled", notes.classes, lora, config.seed, token_limit=token_limit, precision="fp32"
     )
-    config = TrainingConfig(steps=args.steps, seed=seed, validate_every=args.steps)
     with tempfile.TemporaryDirectory() as run:
         train(classifier, notes.on("training"), notes.on("validation"), config, run)
     updates = []
@@ -47,7 +49,7 @@ def measure(rank: int, seed: int, notes: clinora.Notes, args: argparse.Namespace
         )
     return {
         "rank": rank,
-        "seed": seed,
+        "seed": config.seed,
         "parameters": clinora.count_parameters(classifier.model).lora,
         "right": classify(classifier, notes.on("test")).correct.astype(int).tolist(),
         "updates": updates,
@@ -114,13 +116,31 @@ def main(argv: list[str] | None = None) -> int:
 def write_results(args: argparse.Namespace) -> None:
     """Train what has no file yet, and write ``ranks.json``."""
     notes = clinora.read_notes(args.notes)
+    config = TrainingConfig(steps=args.steps, validate_every=args.steps)
+    options = {
+        "notes": [notes.fingerprint, notes.split_fingerprint],
+        "base": base_hashes(find_base("bundled")),
+        "token_limit": args.token_limit,
+        "training": dataclasses.asdict(config),
+    }
     args.out.mkdir(parents=True, exist_ok=True)
+    before = args.out / "options.json"
+    if before.is_file():
+        differences = list_differences(json.loads(before.read_text()), options)
+        if differences:
+            raise ValueError(
+                f"{args.out} holds results of other options: {'; '.join(differences)}. Choose "
+                "another folder, or the options of before"
+            )
+    write_atomically(before, (json.dumps(options, indent=2) + "\n").encode())
     results = []
     for seed in args.seeds:
         for rank in args.ranks:
             path = args.out / f"r={rank}-seed{seed}.json"
             if not path.is_file():
-                result = measure(rank, seed, notes, args)
+                result = measure(
+                    rank, notes, args.token_limit, dataclasses.replace(config, seed=seed)
+                )
                 write_atomically(path, json.dumps(result).encode())
             result = json.loads(path.read_text())
             print(f"rank {rank}, seed {seed}: {np.mean(result['right']):.1%}", flush=True)
@@ -131,7 +151,7 @@ def write_results(args: argparse.Namespace) -> None:
         "test_notes": len(test),
         "seeds": list(args.seeds),
         "token_limit": args.token_limit,
-        "training": dataclasses.asdict(TrainingConfig(steps=args.steps)),
+        "training": options["training"],
         "ranks": summarise(results, test),
     }
     write_atomically(args.out / "ranks.json", (json.dumps(report) + "\n").encode())

@@ -8,7 +8,7 @@ from gradio.components.plot import PlotData
 from clinora.checkpoint import BUNDLED
 from clinora.explain import LayerUpdate
 from clinora.lora_figures import ranks_figure, singular_values_figure
-from clinora.serving.events import with_error_messages
+from clinora.serving.events import message, with_error_messages
 from clinora.serving.filling import Filling, draw
 
 FIRST_RANK = 8
@@ -22,8 +22,10 @@ def results_part() -> Filling:
     ranks = [row["rank"] for row in rows]
     seeds = " ".join(map(str, report["seeds"]))
 
-    def show(place: float) -> tuple[str, PlotData, PlotData]:
-        place = int(place)
+    def show(rank: int | None) -> tuple[str, PlotData, PlotData]:
+        if rank is None:
+            raise message("Choose a rank first.")
+        place = ranks.index(rank)
         row = rows[place]
         updates = [
             LayerUpdate(
@@ -46,22 +48,21 @@ def results_part() -> Filling:
         f"MTSamples and measured on its {report['test_notes']:,} test notes: "
         f"{report['training']['steps']} steps, {report['token_limit']} tokens of a note, α = 2r. "
         f"`python -m tools.ranks --notes mtsamples --seeds {seeds} --out runs/ranks` repeats it."
+        f"\n\nOne learning rate ({report['training']['learning_rate']:g}) for all ranks and only "
+        f"{report['training']['steps']} steps: small ranks are not trained to their best; "
+        "chapter 7 of the course gives each rank its own rate."
     )
-    place = gr.Slider(
-        0, len(rows) - 1, ranks.index(FIRST_RANK), step=1,
-        label=f"Measured rank: position 0 to {len(rows) - 1} stands for r = "
-        + ", ".join(map(str, ranks)),
-    )  # fmt: skip
+    chosen = gr.Radio(ranks, value=FIRST_RANK, label="Rank r")
     words = gr.Markdown()
     with gr.Row():
         accuracy = gr.Plot(show_label=False)
         spectrum = gr.Plot(show_label=False)
     outputs = [words, accuracy, spectrum]
-    place.change(
-        with_error_messages(show), place, outputs, trigger_mode="always_last",
+    chosen.change(
+        with_error_messages(show), chosen, outputs, trigger_mode="always_last",
         api_name="choose_result",
     )  # fmt: skip
-    return Filling(outputs, lambda: show(ranks.index(FIRST_RANK)))
+    return Filling(outputs, lambda: show(FIRST_RANK))
 
 
 def _words(row: dict) -> str:

@@ -39,7 +39,7 @@ def internals_tab(batcher: Batcher, lessons: Lessons | None, tab: gr.Tab, exampl
     gr.Markdown(
         f"The loaded adapter: rank {lora.rank}, α = {lora.alpha:g}, on {', '.join(lora.targets)}. "
         f"In these layers {lora.equation} takes the place of W, with A (r × in) and B (out × r). "
-        "ΔW is the difference of both."
+        "ΔW is the difference between the two."
     )
     _count_part(batcher)
     lesson_part(lessons)
@@ -133,8 +133,7 @@ def _adapter_part(batcher: Batcher) -> Filling:
     chosen = gr.Dropdown(names, value=names[0], label="Layer whose matrices are shown")
     gr.Markdown(
         f"Blue is below zero, white is zero, red is above it. At most the first {MOST_SHOWN} rows "
-        "and columns are shown. W and W + ΔW have the same colours; ΔW has its own, because it is "
-        "much smaller.",
+        "and columns are shown. W and W + ΔW have the same colours. ΔW has its own colours.",
         elem_classes="small",
     )
     with gr.Row():

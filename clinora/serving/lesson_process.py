@@ -61,9 +61,9 @@ class Lessons:
     def __init__(self) -> None:
         self.seconds: float = MOST_SECONDS
         self.command = [sys.executable, "-P", "-m", "clinora.serving.lesson_process"]
-        self._free = threading.Lock()
-        self._visitor: str | None = None
-        self._stop = threading.Event()
+        self._lock = threading.Lock()  # of _running
+        # The visitor who has the lesson, and what stops this run of it and no other.
+        self._running: tuple[str, threading.Event] | None = None
 
     def run(self, visitor: str, check_visitor: Callable[[], None]) -> Iterator[dict]:
         """Run the lesson for a visitor.
@@ -84,16 +84,17 @@ class Lessons:
             LessonTimeError: The time limit has passed.
             LessonFailedError: The process failed.
         """
-        if not self._free.acquire(blocking=False):
-            raise LessonTakenError
+        stop = threading.Event()
+        with self._lock:
+            if self._running is not None:
+                raise LessonTakenError
+            self._running = (visitor, stop)
         try:
-            self._stop.clear()
-            self._visitor = visitor
             end = time.monotonic() + self.seconds
             with _process(self.command) as lines:
                 while True:
                     check_visitor()
-                    if self._stop.is_set():
+                    if stop.is_set():
                         raise LessonStoppedError
                     if time.monotonic() > end:
                         raise LessonTimeError
@@ -106,13 +107,18 @@ class Lessons:
                     if "difference" in part:
                         return
         finally:
-            self._visitor = None
-            self._free.release()
+            with self._lock:
+                self._running = None
 
     def stop(self, visitor: str) -> None:
         """Stop the lesson if this visitor has it."""
-        if visitor == self._visitor:
-            self._stop.set()
+        with self._lock:
+            running = self._running
+        if running is None:
+            return
+        owner, stop = running
+        if owner == visitor:
+            stop.set()  # of this run, even if it has ended and another visitor's has begun
 
 
 @contextmanager
@@ -158,9 +164,9 @@ def _main() -> None:
     if hasattr(os, "nice"):
         os.nice(NICENESS)
     threading.Thread(target=_end_with_the_server, daemon=True).start()
-    from clinora.serving.lesson import teach
-
     try:
+        from clinora.serving.lesson import teach
+
         for part in teach():
             print(json.dumps(_as_json(part)), flush=True)
     except Exception as error:

@@ -25,7 +25,8 @@ class AccessLog:
     """A file of JSON lines that only its owner can read (mode 0600), rotated by size.
 
     A line that cannot be written, for example because the disk is full, is lost and counted. The
-    service continues.
+    service continues. If the file cannot be renamed, for example because its folder is not
+    writable, lines are added to it up to twice its size; further ones are lost and counted.
 
     Attributes:
         path: The file.
@@ -43,6 +44,7 @@ class AccessLog:
         self.older_files = older_files
         self.lost_lines = 0
         self._lock = threading.Lock()  # of lost_lines
+        self._is_failing = False
         self._file: BinaryIO | None = _open(self.path)
         self._waiting: queue.Queue[dict | None] = queue.Queue(MOST_WAITING_LINES)
         self._thread = threading.Thread(target=self._write_lines, name="access log", daemon=True)
@@ -63,16 +65,12 @@ class AccessLog:
             self._file.close()
 
     def _write_lines(self) -> None:
-        is_failing = False
         while (entry := self._waiting.get()) is not None:
             try:
                 self._write((json.dumps(entry) + "\n").encode())
-                is_failing = False
             except Exception as error:  # the thread has to survive for the next lines
                 self._lose_line()
-                if not is_failing:  # one message, not one for each line
-                    _log.error("the access log cannot be written: %s", type_and_place(error))
-                is_failing = True
+                self._report("written", error)
 
     def _write(self, line: bytes) -> None:
         """Append a line completely or not at all."""
@@ -81,18 +79,26 @@ class AccessLog:
         size = os.fstat(self._file.fileno()).st_size
         if size > 0 and size + len(line) > self.most_bytes:
             self._rotate()
-            size = 0
+            size = os.fstat(self._file.fileno()).st_size  # not 0 if the rotation failed
+        if size > 0 and size + len(line) > 2 * self.most_bytes:
+            raise OSError(f"{self.path} has twice its size and cannot be renamed")
         if self._file.write(line) < len(line):
             self._file.truncate(size)  # a partial line would corrupt the next one
             raise OSError(f"{self.path}: a line could not be written completely")
+        if size == 0 or size + len(line) <= self.most_bytes:
+            self._is_failing = False
 
     def _rotate(self) -> None:
-        self._file.close()
+        """Start a new file; if the files cannot be renamed, open the full one again."""
+        self._file.close()  # Windows renames no open file
         self._file = None
-        for number in range(self.older_files, 0, -1):
-            newer = self._older_file(number - 1)
-            if newer.exists():
-                os.replace(newer, self._older_file(number))
+        try:
+            for number in range(self.older_files, 0, -1):
+                newer = self._older_file(number - 1)
+                if newer.exists():
+                    os.replace(newer, self._older_file(number))
+        except OSError as error:
+            self._report("renamed", error)
         self._file = _open(self.path)
 
     def _older_file(self, number: int) -> Path:
@@ -100,6 +106,12 @@ class AccessLog:
         if number == 0:
             return self.path
         return self.path.with_name(f"{self.path.name}.{number}")
+
+    def _report(self, failed: str, error: Exception) -> None:
+        """Log an error once, not for each line, until lines can be written as usual."""
+        if not self._is_failing:
+            _log.error("the access log cannot be %s: %s", failed, type_and_place(error))
+        self._is_failing = True
 
     def _lose_line(self) -> None:
         with self._lock:
@@ -118,7 +130,8 @@ def _open(path: Path) -> BinaryIO:
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise OSError(f"{path} is not a regular file")
-        os.chmod(path, 0o600)  # the file may have existed with other permissions
+        if hasattr(os, "fchmod"):  # not on Windows, whose files have no such mode
+            os.fchmod(descriptor, 0o600)  # the file may have existed with other permissions
     except OSError:
         file.close()
         raise
