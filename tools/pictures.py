@@ -157,6 +157,7 @@ def page_picture(chromium: str) -> bytes:
             page.get_by_label("Enter Clinical Note").fill(note)
             page.get_by_role("button", name="Submit").click()
             expect(page.get_by_label("Prediction in text")).not_to_have_value("", timeout=60_000)
+            page.locator("#explanation .points").first.wait_for()
             page.wait_for_timeout(1000)  # until all animations have ended
             screenshot = page.screenshot(full_page=True)
             browser.close()
