@@ -513,7 +513,7 @@ def test_the_results_show_each_measured_rank(client):
     ranks = [row["rank"] for row in report["ranks"]]
     assert ranks == [1, 2, 4, 8, 16, 32]
     for row in report["ranks"]:
-        _, (words, *_) = call(client, "choose_result", row["rank"])
+        _, (words, *_) = call(client, "choose_result", str(row["rank"]))
         assert f"Rank {row['rank']}**" in words
         # Six layers of width 320, with a v_proj of 160 outputs.
         assert f"{6 * row['rank'] * (320 + 320 + 320 + 160):,} parameters" in words

@@ -11,7 +11,7 @@ from clinora.lora_figures import ranks_figure, singular_values_figure
 from clinora.serving.events import message, with_error_messages
 from clinora.serving.filling import Filling, draw
 
-FIRST_RANK = 8
+FIRST_RANK = "8"
 RESULTS = BUNDLED / "ranks.json"  # made by tools.ranks
 
 
@@ -19,10 +19,10 @@ def results_part() -> Filling:
     """Add the results to the tab that is being built, and say what fills them."""
     report = json.loads(RESULTS.read_text(encoding="utf-8"))
     rows = report["ranks"]
-    ranks = [row["rank"] for row in rows]
+    ranks = [str(row["rank"]) for row in rows]
     seeds = " ".join(map(str, report["seeds"]))
 
-    def show(rank: int | None) -> tuple[str, PlotData, PlotData]:
+    def show(rank: str | None) -> tuple[str, PlotData, PlotData]:
         if rank is None:
             raise message("Choose a rank first.")
         place = ranks.index(rank)

@@ -102,7 +102,8 @@ class Sessions:
         return sum(queues[session].qsize() for session in sessions if session in queues)
 
     def _forget_state_later(self, session: str) -> None:
-        if session not in self._blocks.state_holder.session_data:
+        has_state = session in self._blocks.state_holder.session_data
+        if not has_state and session not in self._blocks._queue.pending_messages_per_session:
             return
         loop = asyncio.get_running_loop()
         timer = loop.call_later(SECONDS_AFTER_CLOSING, self._forget_state, session)
