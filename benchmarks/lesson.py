@@ -50,8 +50,8 @@ class User:
         return messages
 
     def classify_on_page(self) -> None:
-        """Submit the note on the page."""
-        self.run("predict", NOTE)
+        """Submit the note on the page; its explanation belongs to the event."""
+        self.run("predict", NOTE, None)
 
     def classify_over_http(self) -> None:
         """Send the note to the API."""
