@@ -18,7 +18,7 @@ from clinora.notes import clean_text, has_visible, ordinary_case
 from clinora.variants import DoRALinear
 
 # An explanation classifies a note once more for each part. With this many, explaining 512 tokens
-# takes less than 2 s with the bundled base on two cores (python -m benchmarks.explain).
+# takes less than 1 s with the bundled base on two cores (python -m benchmarks.explain).
 MOST_PARTS = 16
 
 # A sentence ends with a mark and the white space and commas after it, or with the line. A full stop
