@@ -94,9 +94,10 @@ def visit(chromium, trained, folder, classes, file_name, column):
         steps.append(elements(page))
 
         person.open("LoRA internals")
+        expect(page.locator("img")).to_have_count(7)  # without an example there is none of a note
+        page.get_by_label("A note to try the adapter on").fill(NOTE)
         person.press("Compare strengths")
-        # The figures; without an example there is none of a note's attention.
-        expect(page.locator("img")).to_have_count(7)
+        expect(page.locator("img")).to_have_count(8)
         steps.append(elements(page))
 
         person.open("Many notes")
