@@ -204,8 +204,9 @@ def test_long_class_names_wrap_and_leave_the_percentages_in_sight(
         for tab in ("LoRA internals", "Many notes", "Model card"):
             person.open(tab)
             if tab == "LoRA internals":
+                page.get_by_label("A note to try the adapter on").fill(NOTE)
                 person.press("Compare strengths")
-                expect(page.locator("img")).to_have_count(7)
+                expect(page.locator("img")).to_have_count(8)
             assert page.evaluate("document.documentElement.scrollWidth") <= width, tab
             if tab == "Model card":
                 for table in page.locator("table").filter(visible=True).all():
