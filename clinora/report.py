@@ -287,7 +287,7 @@ def _confidence_lines(results: Results) -> list[str]:
     if answered is None:
         return [
             "Not calibrated (too few validation notes): no confidence is claimed, and no note is "
-            "referred."
+            "referred because of it."
         ]
     over = after.overconfidence
     error = after.calibration_error.value

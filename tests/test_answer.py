@@ -45,7 +45,7 @@ def card(prediction, threshold=0.8):
     return shown(answer_card(prediction, run, WORDS, "0"))
 
 
-# --- Frequencies in natural numbers ---
+# --- Natural frequencies ---
 
 
 @pytest.mark.parametrize("threshold", [0.05, 0.5, 0.799, 0.8, 0.97, 0.994])

@@ -13,7 +13,7 @@ CONFIDENT = "Confident enough to file automatically"
 NEEDS_A_PERSON = "Needs a person"
 WAITING = '<div class="answer-card"><p>The answer appears here.</p></div>'
 STALE = "The note has changed. Press Submit."
-# The second class is named as well if its probability is at least this share of the first's.
+# A class with at least this share of the first class's probability is likely too.
 ALSO_LIKELY = 0.5
 CAPITALS = (
     "The note is in capitals. It was read in lower case; in normal case the answer may be another."
