@@ -16,6 +16,10 @@ from clinora.serving.pictures import data_url
 # other threads.
 _drawing = threading.Lock()
 
+# Options of the events that change what a filling fills: one after the other, in the order in which
+# they were started. So an answer that a visitor asks for stays, even if the filling ends late.
+IN_ORDER = {"concurrency_id": "filling", "concurrency_limit": 1}
+
 
 @dataclass(frozen=True, slots=True)
 class Filling:
@@ -49,11 +53,10 @@ def fill_when_opened(tab: gr.Tab, fillings: Sequence[Filling], api_name: str) ->
             return True, *(gr.skip() for _ in outputs)
         return True, *first_values()
 
-    # Only one visitor at a time, so that the values are not computed several times at once.
+    # In order means also one visitor at a time: the values are not computed several times at once.
     tab.select(
-        with_error_messages(fill), is_filled, [is_filled, *outputs], concurrency_limit=1,
-        api_name=api_name,
-    )  # fmt: skip
+        with_error_messages(fill), is_filled, [is_filled, *outputs], api_name=api_name, **IN_ORDER
+    )
 
 
 def plot_of(picture: str) -> PlotData:

@@ -11,7 +11,7 @@ from clinora.lora_figures import attention_figure, strengths_figure
 from clinora.notes import ordinary_case
 from clinora.serving.batcher import Batcher
 from clinora.serving.events import checked_note, client_of_event, wait_for, with_error_messages
-from clinora.serving.filling import Filling, draw
+from clinora.serving.filling import IN_ORDER, Filling, draw
 
 MOST_ATTENTION_TOKENS = 40  # more labels could not be read
 FIRST_STRENGTH = 1.0
@@ -103,17 +103,17 @@ def note_part(batcher: Batcher, example: str) -> Filling:
 
     strengths = with_error_messages(compare_strengths)
     attending = with_error_messages(show_attention)
-    compare.click(strengths, [note, strength], bars, api_name="compare_strengths")
+    compare.click(strengths, [note, strength], bars, api_name="compare_strengths", **IN_ORDER)
     strength.change(
         strengths, [note, strength], bars, trigger_mode="always_last",
-        api_name="compare_moved_strength",
+        api_name="compare_moved_strength", **IN_ORDER,
     )  # fmt: skip
     merge.click(with_error_messages(compare_merged), note, merged, api_name="compare_merged")
-    attend.click(attending, [note, layer, head], attention, api_name="show_attention")
+    attend.click(attending, [note, layer, head], attention, api_name="show_attention", **IN_ORDER)
     for chosen, event in ((layer, "show_attention_layer"), (head, "show_attention_head")):
         chosen.change(
             attending, [note, layer, head], attention, trigger_mode="always_last",
-            api_name=event,
+            api_name=event, **IN_ORDER,
         )  # fmt: skip
 
     def first_values() -> tuple[PlotData | None, PlotData | None]:

@@ -9,7 +9,7 @@ from clinora.checkpoint import BUNDLED
 from clinora.explain import LayerUpdate
 from clinora.lora_figures import ranks_figure, singular_values_figure
 from clinora.serving.events import message, with_error_messages
-from clinora.serving.filling import Filling, draw
+from clinora.serving.filling import IN_ORDER, Filling, draw
 
 FIRST_RANK = "8"
 RESULTS = BUNDLED / "ranks.json"  # made by tools.ranks
@@ -60,7 +60,7 @@ def results_part() -> Filling:
     outputs = [words, accuracy, spectrum]
     chosen.change(
         with_error_messages(show), chosen, outputs, trigger_mode="always_last",
-        api_name="choose_result",
+        api_name="choose_result", **IN_ORDER,
     )  # fmt: skip
     return Filling(outputs, lambda: show(FIRST_RANK))
 

@@ -16,7 +16,7 @@ from clinora.lora_figures import (
 )
 from clinora.serving.batcher import Batcher
 from clinora.serving.events import client_of_event, message, wait_for, with_error_messages
-from clinora.serving.filling import Filling, draw, fill_when_opened
+from clinora.serving.filling import IN_ORDER, Filling, draw, fill_when_opened
 from clinora.serving.internals_lesson import lesson_part
 from clinora.serving.internals_note import note_part
 from clinora.serving.internals_results import results_part
@@ -140,6 +140,6 @@ def _adapter_part(batcher: Batcher) -> Filling:
         weights = [gr.Plot(show_label=False) for _ in range(3)]
     chosen.change(
         with_error_messages(show_weights), chosen, weights, trigger_mode="always_last",
-        api_name="show_weights",
+        api_name="show_weights", **IN_ORDER,
     )  # fmt: skip
     return Filling([changes, spectrum, *weights], first_values)
