@@ -132,8 +132,9 @@ def _adapter_part(batcher: Batcher) -> Filling:
         spectrum = gr.Plot(show_label=False)
     chosen = gr.Dropdown(names, value=names[0], label="Layer whose matrices are shown")
     gr.Markdown(
-        f"Blue is below zero, white is zero, red is above it. At most the first {MOST_SHOWN} rows "
-        "and columns are shown. W and W + ΔW have the same colours. ΔW has its own colours.",
+        "Blue is below zero, red is above it, and the stronger the colour, the farther from zero. "
+        f"At most the first {MOST_SHOWN} rows and columns are shown. W and W + ΔW have the same "
+        "colours. ΔW has its own colours.",
         elem_classes="small",
     )
     with gr.Row():
