@@ -2,12 +2,14 @@
 
 import csv
 import hashlib
+import io
 import json
 import re
 import stat
 import time
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pytest
 
 import clinora
@@ -365,6 +367,22 @@ def test_the_answer_has_enough_contrast_and_not_by_colour_alone(chromium, served
     person.note.press_sequentially("x")
     expect(page.get_by_text(STALE)).to_be_visible()
     assert texts.evaluate_all(LEAST_CONTRAST) >= 4.5
+    page.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_figures_have_the_ground_of_the_theme(chromium, served, scheme):
+    from playwright.sync_api import expect
+
+    page = chromium.new_page(color_scheme=scheme)
+    person = Person(page, served.url())
+    person.open("LoRA internals")
+    pictures = page.locator("img")
+    expect(pictures).to_have_count(9)
+    for picture in pictures.all():
+        pixels = plt.imread(io.BytesIO(picture.screenshot()))
+        corner = pixels[2, 2, :3]
+        assert (corner > 0.9).all() if scheme == "light" else (corner < 0.2).all()
     page.close()
 
 
