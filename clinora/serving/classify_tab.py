@@ -120,7 +120,8 @@ def _last_notes(history: gr.State, storage: Storage, labels: Sequence[str]) -> g
         gr.Markdown(
             "The server keeps the beginnings of these notes in its memory, for you alone, and "
             "forgets them five minutes after you close the page. The CSV file holds the same "
-            "texts; the server deletes it after at most 35 minutes.",
+            "texts; the server deletes it after at most 35 minutes. The percentages are "
+            "uncalibrated probabilities.",
             elem_classes="small",
         )
         last_notes = gr.Markdown(history_html(History(), labels), latex_delimiters=[])
