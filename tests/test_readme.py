@@ -321,7 +321,17 @@ def test_the_table_of_training_can_be_one_of_the_bundled_notes():
 def test_the_chart_is_described_with_the_figures_of_the_reports(report, smollm2_report):
     (described,) = re.findall(r"!\[([^\]]+)\]\(docs/results.png\)", text_of(README))
     runs = (smollm2_report, report)
+    in_folds = [
+        json.loads((folder / "report" / "cross_validation.json").read_text())
+        for folder in (ROOT / "examples" / "smollm2-mtsamples", BUNDLED / "adapter")
+    ]
     tf_idf = report["baselines"][1]
+    folds = (
+        percent(in_folds[0]["before"]),
+        *[percent(measures["accuracy"]["value"]) for measures in in_folds],
+        percent(in_folds[0]["tf_idf"]["value"]),
+        "100%",
+    )
     notes = (
         percent(smollm2_report["before"]["any_label_accuracy"][0]),
         *[percent(run["after"]["by_note"]["accuracy"]["value"]) for run in runs],
@@ -335,7 +345,7 @@ def test_the_chart_is_described_with_the_figures_of_the_reports(report, smollm2_
         percent(report["test_ceiling"]),
     )
     # Without the 2 in the name of the base.
-    assert figures_of(described.replace("SmolLM2", "")) == [*notes, *rows]
+    assert figures_of(described.replace("SmolLM2", "")) == [*folds, *notes, *rows]
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/results.md"])

@@ -4,11 +4,14 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+
 from clinora.checkpoint import BUNDLED
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "tripod.md").read_text(encoding="utf-8")
 ADAPTER = BUNDLED / "adapter"
+SMOLLM2 = ROOT / "examples" / "smollm2-mtsamples"
 REPORTS = ("report/cross_validation.json", "report/metrics.json", "report-fictional/metrics.json")
 # The parts of the items of TRIPOD+AI (Collins et al. 2024, table 2): the last letter of each item.
 LAST = {3: "c", 5: "b", 6: "c", 8: "c", 9: "c", 12: "g", 18: "f", 20: "c", 23: "b", 27: "c"}
@@ -73,9 +76,10 @@ def test_the_table_has_the_accuracy_and_its_baseline_in_each_row():
     ]
 
 
-def test_results_and_readme_have_the_figures_of_the_folds():
+@pytest.mark.parametrize("run", [ADAPTER, SMOLLM2], ids=["bundled", "smollm2"])
+def test_results_and_readme_have_the_figures_of_the_folds(run):
     """The same figures stand in three places and in the file that the tool wrote."""
-    folds = measures()[0]
+    folds = json.loads((run / REPORTS[0]).read_text(encoding="utf-8"))
     results = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     for one, each in (("accuracy", "of_folds"), ("tf_idf", "tf_idf_of_folds")):

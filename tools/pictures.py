@@ -65,30 +65,40 @@ def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float]) -> 
     axes.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": BLACK})
 
 
-def results_figure(smollm2: dict, bundled: dict) -> Figure:
-    """Draw accuracy over notes and over rows: two runs, TF-IDF and the best possible.
+def results_figure(
+    smollm2: dict, bundled: dict, smollm2_folds: dict, bundled_folds: dict
+) -> Figure:
+    """Draw accuracy in folds, over test notes and over rows: two bases, TF-IDF, the best possible.
 
     Args:
         smollm2: The content of ``metrics.json`` of the run on SmolLM2.
         bundled: That of the bundled adapter, on the same test notes.
+        smollm2_folds: The content of ``cross_validation.json`` of the run on SmolLM2.
+        bundled_folds: That of the bundled adapter, on the same notes.
     """
     before = smollm2["before"]
     baselines = {baseline["name"]: baseline for baseline in smollm2["baselines"]}
     tf_idf = baselines[TF_IDF]
+    folds = [
+        _exactly(smollm2_folds["before"]),
+        _value_and_interval(smollm2_folds["accuracy"]),
+        _value_and_interval(bundled_folds["accuracy"]),
+        _value_and_interval(smollm2_folds["tf_idf"]),
+        _exactly(1.0),
+    ]
     notes = [
         _mean_and_spread(before["any_label_accuracy"]),
         _value_and_interval(smollm2["after"]["by_note"]["accuracy"]),
         _value_and_interval(bundled["after"]["by_note"]["accuracy"]),
         _value_and_interval(tf_idf["any_label_accuracy"]),
-        (1.0, 1.0, 1.0),
+        _exactly(1.0),
     ]
-    ceiling = smollm2["test_ceiling"]
     rows = [
         _mean_and_spread(before["accuracy"]),
         _value_and_interval(smollm2["after"]["by_row"]["accuracy"]),
         _value_and_interval(bundled["after"]["by_row"]["accuracy"]),
         _value_and_interval(tf_idf["accuracy"]),
-        (ceiling, ceiling, ceiling),
+        _exactly(smollm2["test_ceiling"]),
     ]
     names = [
         f"SmolLM2, before\n({before['heads']} random heads)",
@@ -97,19 +107,26 @@ def results_figure(smollm2: dict, bundled: dict) -> Figure:
         "TF-IDF +\nlinear model",
         "best possible",
     ]
-    figure = Figure(figsize=(8.2, 3.4), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    _bars(left, notes)
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    left, middle, right = figure.subplots(1, 3, sharey=True)
+    _bars(left, folds)
+    _bars(middle, notes)
     _bars(right, rows)
     left.set_yticks(range(len(names)), names)
     left.invert_yaxis()
-    left.set_title(f"{smollm2['notes']} test notes, each with\none or more labels")
-    right.set_title(f"{smollm2['rows']} rows of the file with these\nnotes, each with one label")
+    left.set_title(f"all {smollm2_folds['notes']:,} notes,\nin {smollm2_folds['folds']} folds")
+    middle.set_title(f"the {smollm2['notes']} notes of\nthe test split")
+    right.set_title(f"their {smollm2['rows']} rows,\neach with one label")
     figure.supxlabel(
-        "accuracy, with 95% bootstrap intervals; before training: ± one standard deviation",
+        "accuracy, with 95% bootstrap intervals; before training, on the test split: ± one "
+        "standard deviation",
         fontsize=9,
     )
     return figure
+
+
+def _exactly(share: float) -> tuple[float, float, float]:
+    return share, share, share
 
 
 def _mean_and_spread(measure: list[float]) -> tuple[float, float, float]:
@@ -175,11 +192,14 @@ def main(argv: list[str] | None = None) -> int:
     if chromium is None:
         parser.exit(2, "pictures.py: there is no chromium on the PATH: install Debian's package\n")
     args.out.mkdir(parents=True, exist_ok=True)
-    bundled = json.loads((BUNDLED / "adapter" / "report" / "metrics.json").read_text())
-    smollm2 = json.loads((SMOLLM2_RUN / "report" / "metrics.json").read_text())
+    reports = [
+        json.loads((run / "report" / name).read_text())
+        for name in ("metrics.json", "cross_validation.json")
+        for run in (SMOLLM2_RUN, BUNDLED / "adapter")
+    ]
     pictures = {
         "lora.png": png(lora_figure()),
-        "results.png": png(results_figure(smollm2, bundled)),
+        "results.png": png(results_figure(*reports)),
         "page.png": page_picture(chromium),
     }
     for name, picture in pictures.items():
