@@ -146,7 +146,7 @@ def test_a_note_whose_visitor_leaves_is_not_computed(served, go_on, monkeypatch,
     leaving = [Visitor(served.address) for _ in range(4)]
     for visitor in leaving[:3]:
         visitor.trigger("predict", CANARY, None)
-    leaving[3].trigger("compare_strengths", CANARY, 0.5)
+    leaving[3].trigger("compare_strengths", CANARY, 0.5, None)
     for _ in leaving:
         assert queued.acquire(timeout=30)
     staying = Visitor(served.address)
@@ -163,6 +163,18 @@ def test_a_note_whose_visitor_leaves_is_not_computed(served, go_on, monkeypatch,
     staying.leave()
     assert set(served.computed) == {"fever"}
     assert caplog.messages == []  # leaving is no error
+
+
+def test_what_needs_no_model_is_answered_while_others_wait_for_it(served, go_on):
+    waiting = Visitor(served.address)
+    waiting.trigger("compare_strengths", "fever", 0.5, None)
+    other = Visitor(served.address)
+    start = time.monotonic()
+    other.trigger("choose_result", "8", None)
+    assert '"success":true' in other.stream.read().decode()
+    assert time.monotonic() - start < 15  # long before the other is told that the service is busy
+    go_on.set()
+    assert '"success":true' in waiting.stream.read().decode()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="127.0.0.2 is this machine on Linux alone")

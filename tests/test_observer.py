@@ -309,7 +309,7 @@ def test_a_file_is_one_line_with_the_classes_of_its_rows(service, classifier):
 
 
 def test_a_comparison_is_a_line_without_classes(service):
-    assert call(service.client, "compare_strengths", NOTES[0], 1.5)[0] == "complete"
+    assert call(service.client, "compare_strengths", NOTES[0], 1.5, None)[0] == "complete"
     (line,) = [line for line in service.lines() if line["event"]]
     assert (line["event"], line["notes"], line["classes"]) == ("compare_strengths", 1, {})
 

@@ -420,7 +420,7 @@ def drawn(monkeypatch):
 def test_strength_0_is_the_base_and_1_the_adapter(client, classifier, base_probabilities, drawn):
     adapted = classifier([NOTE])[0].probabilities
     for strength, expected in ((0, base_probabilities), (1, adapted)):
-        assert call(client, "compare_strengths", NOTE, strength)[0] == "complete"
+        assert call(client, "compare_strengths", NOTE, strength, None)[0] == "complete"
         labels, columns = drawn[-1]
         assert labels == list(classifier.labels)
         base, adapter, chosen = columns.values()
@@ -433,14 +433,16 @@ def test_strength_0_is_the_base_and_1_the_adapter(client, classifier, base_proba
 def test_visitors_with_different_strengths_do_not_affect_each_other(client, drawn):
     alone = {}
     for strength in (0.25, 1.75):
-        call(client, "compare_strengths", NOTE, strength)
+        call(client, "compare_strengths", NOTE, strength, None)
         alone[f"chosen ({strength:g})"] = drawn.pop()[1]
     predicted = by_label(predict(client, NOTE, "alone").probabilities)
     found = []
 
     def ask(strength, session):
         for _ in range(5):
-            found.append(call(client, "compare_strengths", NOTE, strength, session=session)[0])
+            found.append(
+                call(client, "compare_strengths", NOTE, strength, None, session=session)[0]
+            )
             # Notes that wait together run as one batch, which rounds differently.
             shown = by_label(predict(client, NOTE, session).probabilities)
             found.append(shown == pytest.approx(predicted, abs=1e-5))
@@ -470,7 +472,7 @@ def test_the_page_draws_the_attention_of_the_chosen_head(client, classifier, mon
 
     monkeypatch.setattr(internals_note, "attention_figure", note_and_draw)
     for layer, head in ((0, 0), (1, 3)):
-        assert call(client, "show_attention", NOTE, layer, head)[0] == "complete"
+        assert call(client, "show_attention", NOTE, layer, head, None)[0] == "complete"
         ids = classifier.tokenizer.encode(NOTE)[:40]
         weights, tokens = seen.pop()
         expected = attention_weights(classifier, ids, layer)[head]
@@ -490,7 +492,7 @@ def test_a_layers_matrices_are_those_of_the_model(client, classifier, monkeypatc
 
     monkeypatch.setattr(internals_tab, "matrix_figure", note_and_draw)
     name = "model.layers.1.self_attn.v_proj"
-    assert call(client, "show_weights", name)[0] == "complete"
+    assert call(client, "show_weights", name, None)[0] == "complete"
     state = {key: p.double().numpy() for key, p in classifier.model.state_dict().items()}
     update = 2.0 * state[f"{name}.lora_B"] @ state[f"{name}.lora_A"]  # α/r = 8/4
     weight = state[f"{name}.weight"]
@@ -508,12 +510,46 @@ def test_the_pictures_are_there_when_the_tab_is_opened_and_stay_as_they_are(clie
     assert of_another == first
 
 
+def test_what_a_visitor_asks_for_stays_when_the_filling_ends_later(
+    classifier, flags_folder, drawn, monkeypatch
+):
+    may_go_on = threading.Event()
+    layer_updates = internals_tab.layer_updates
+    monkeypatch.setattr(
+        internals_tab, "layer_updates", lambda model: may_go_on.wait(30) and layer_updates(model)
+    )
+    with TestClient(create_app(classifier, flags_folder), "http://127.0.0.1") as client:
+        filling = join(client, "open_internals", None, session="one").json()["event_id"]
+        asking = join(client, "compare_strengths", NOTE, 0.5, None, session="one").json()[
+            "event_id"
+        ]
+        end = time.monotonic() + 30
+        while not drawn and time.monotonic() < end:
+            time.sleep(0.05)
+        may_go_on.set()
+        shown = {
+            message["event_id"]: message["output"]["data"]
+            for message in messages(client, "one")
+            if message["msg"] == "process_completed"
+        }
+    *_, bars, attention = shown[filling]
+    assert bars == UNCHANGED
+    assert "plot" in attention
+    assert "plot" in shown[asking][0]
+
+
+def test_what_a_visitor_asks_for_in_vain_is_filled(client):
+    assert call(client, "compare_strengths", "", 0.5, None)[0] == "error"
+    *_, bars, _attention = call(client, "open_internals", None)[1]
+    assert "plot" in bars
+
+
 def test_the_results_show_each_measured_rank(client):
     report = json.loads((BUNDLED / "ranks.json").read_text())
     ranks = [row["rank"] for row in report["ranks"]]
     assert ranks == [1, 2, 4, 8, 16, 32]
     for row in report["ranks"]:
-        _, (words, *_) = call(client, "choose_result", str(row["rank"]))
+        _, (words, *_) = call(client, "choose_result", str(row["rank"]), None)
         assert f"Rank {row['rank']}**" in words
         # Six layers of width 320, with a v_proj of 160 outputs.
         assert f"{6 * row['rank'] * (320 + 320 + 320 + 160):,} parameters" in words

@@ -16,10 +16,6 @@ from clinora.serving.pictures import data_url
 # other threads.
 _drawing = threading.Lock()
 
-# Options of the events that change what a filling fills: one after the other, in the order in which
-# they were started. So an answer that a visitor asks for stays, even if the filling ends late.
-IN_ORDER = {"concurrency_id": "filling", "concurrency_limit": 1}
-
 
 @dataclass(frozen=True, slots=True)
 class Filling:
@@ -29,34 +25,62 @@ class Filling:
     values: Callable[[], Sequence]
 
 
-def fill_when_opened(tab: gr.Tab, fillings: Sequence[Filling], api_name: str) -> None:
+def fill_when_opened(
+    tab: gr.Tab, fillings: Sequence[Filling], filled: gr.State, api_name: str
+) -> None:
     """Fill components when a visitor opens a tab for the first time.
 
     The values are computed once for all visitors, when the first of them opens the tab, so that a
-    slow computation does not delay the start.
+    slow computation does not delay the start. What a visitor asks for meanwhile stays: see
+    ``fills``.
 
     Args:
         tab: The tab.
         fillings: What to fill. All of it is one event, because the browser may lose one of several
             events that start together.
+        filled: The state of a visit that holds the numbers of its filled components, a set.
         api_name: The name of the event.
     """
     outputs = [output for filling in fillings for output in filling.outputs]
-    is_filled = gr.State(False)
 
     @functools.cache
     def first_values() -> list:
         return [value for filling in fillings for value in filling.values()]
 
-    def fill(filled: bool) -> tuple:
-        if filled:  # a visitor may have changed them meanwhile
-            return True, *(gr.skip() for _ in outputs)
-        return True, *first_values()
+    def fill(filled: set[int]) -> list:
+        if all(output._id in filled for output in outputs):
+            return [gr.skip() for _ in outputs]
+        values = first_values()
+        shown = [
+            gr.skip() if output._id in filled else value
+            for output, value in zip(outputs, values, strict=True)
+        ]
+        filled.update(output._id for output in outputs)
+        return shown
 
-    # In order means also one visitor at a time: the values are not computed several times at once.
-    tab.select(
-        with_error_messages(fill), is_filled, [is_filled, *outputs], api_name=api_name, **IN_ORDER
-    )
+    # Only one visitor at a time, so that the values are not computed several times at once.
+    tab.select(with_error_messages(fill), filled, outputs, concurrency_limit=1, api_name=api_name)
+
+
+def fills(outputs: Sequence[gr.components.Component], handler: Callable) -> Callable:
+    """Wrap a handler so that a filling that ends after it has begun leaves its outputs alone.
+
+    Args:
+        outputs: The event's outputs.
+        handler: The handler. The wrapped one has one more input, the state ``filled``.
+    """
+
+    def run(*arguments: object) -> object:
+        *inputs, filled = arguments
+        added = {output._id for output in outputs} - filled
+        filled |= added
+        try:
+            return handler(*inputs)
+        except BaseException:
+            filled -= added  # the filling may still have a value for them
+            raise
+
+    return with_error_messages(run)
 
 
 def plot_of(picture: str) -> PlotData:

@@ -53,8 +53,8 @@ def lesson_part(lessons: Lessons | None) -> None:
         "starts at zero, so B·A does too, and grows with the steps. At the end, LoRA is merged "
         "into the weights. The model that this page serves does not change.\n\n"
         "The matrices are those of the first two adapted layers, at most their first "
-        f"{MOST_SHOWN} rows and columns: blue is below zero, red is above it, and the stronger the "
-        "colour, the farther from zero."
+        f"{MOST_SHOWN} rows and columns: blue is below zero, red is above it, and zero has the "
+        "colour of the background."
     )
     with gr.Row():
         start = gr.Button("Train 20 steps", variant="primary", min_width=150)

@@ -11,18 +11,19 @@ from clinora.lora_figures import attention_figure, strengths_figure
 from clinora.notes import ordinary_case
 from clinora.serving.batcher import Batcher
 from clinora.serving.events import checked_note, client_of_event, wait_for, with_error_messages
-from clinora.serving.filling import IN_ORDER, Filling, draw
+from clinora.serving.filling import Filling, draw, fills
 
 MOST_ATTENTION_TOKENS = 40  # more labels could not be read
 FIRST_STRENGTH = 1.0
 
 
-def note_part(batcher: Batcher, example: str) -> Filling:
+def note_part(batcher: Batcher, example: str, filled: gr.State) -> Filling:
     """Add a note and what shows the adapter at work on it, and say what fills the pictures.
 
     Args:
         batcher: Runs the model for all visitors.
         example: The note that the tab begins with; "" without one, and then without pictures.
+        filled: The state of a visit that holds the numbers of its filled components.
     """
     classifier = batcher.classifier
     model = classifier.model
@@ -101,19 +102,19 @@ def note_part(batcher: Batcher, example: str) -> Filling:
     attend = gr.Button("Show attention")
     attention = gr.Plot(show_label=False)
 
-    strengths = with_error_messages(compare_strengths)
-    attending = with_error_messages(show_attention)
-    compare.click(strengths, [note, strength], bars, api_name="compare_strengths", **IN_ORDER)
+    strengths = fills([bars], compare_strengths)
+    attending = fills([attention], show_attention)
+    compare.click(strengths, [note, strength, filled], bars, api_name="compare_strengths")
     strength.change(
-        strengths, [note, strength], bars, trigger_mode="always_last",
-        api_name="compare_moved_strength", **IN_ORDER,
+        strengths, [note, strength, filled], bars, trigger_mode="always_last",
+        api_name="compare_moved_strength",
     )  # fmt: skip
     merge.click(with_error_messages(compare_merged), note, merged, api_name="compare_merged")
-    attend.click(attending, [note, layer, head], attention, api_name="show_attention", **IN_ORDER)
+    attend.click(attending, [note, layer, head, filled], attention, api_name="show_attention")
     for chosen, event in ((layer, "show_attention_layer"), (head, "show_attention_head")):
         chosen.change(
-            attending, [note, layer, head], attention, trigger_mode="always_last",
-            api_name=event, **IN_ORDER,
+            attending, [note, layer, head, filled], attention, trigger_mode="always_last",
+            api_name=event,
         )  # fmt: skip
 
     def first_values() -> tuple[PlotData | None, PlotData | None]:

@@ -8,15 +8,19 @@ from gradio.components.plot import PlotData
 from clinora.checkpoint import BUNDLED
 from clinora.explain import LayerUpdate
 from clinora.lora_figures import ranks_figure, singular_values_figure
-from clinora.serving.events import message, with_error_messages
-from clinora.serving.filling import IN_ORDER, Filling, draw
+from clinora.serving.events import message
+from clinora.serving.filling import Filling, draw, fills
 
 FIRST_RANK = "8"
 RESULTS = BUNDLED / "ranks.json"  # made by tools.ranks
 
 
-def results_part() -> Filling:
-    """Add the results to the tab that is being built, and say what fills them."""
+def results_part(filled: gr.State) -> Filling:
+    """Add the results to the tab that is being built, and say what fills them.
+
+    Args:
+        filled: The state of a visit that holds the numbers of its filled components.
+    """
     report = json.loads(RESULTS.read_text(encoding="utf-8"))
     rows = report["ranks"]
     ranks = [str(row["rank"]) for row in rows]
@@ -59,8 +63,8 @@ def results_part() -> Filling:
         spectrum = gr.Plot(show_label=False)
     outputs = [words, accuracy, spectrum]
     chosen.change(
-        with_error_messages(show), chosen, outputs, trigger_mode="always_last",
-        api_name="choose_result", **IN_ORDER,
+        fills(outputs, show), [chosen, filled], outputs, trigger_mode="always_last",
+        api_name="choose_result",
     )  # fmt: skip
     return Filling(outputs, lambda: show(FIRST_RANK))
 

@@ -16,7 +16,7 @@ from clinora.lora_figures import (
 )
 from clinora.serving.batcher import Batcher
 from clinora.serving.events import client_of_event, message, wait_for, with_error_messages
-from clinora.serving.filling import IN_ORDER, Filling, draw, fill_when_opened
+from clinora.serving.filling import Filling, draw, fill_when_opened, fills
 from clinora.serving.internals_lesson import lesson_part
 from clinora.serving.internals_note import note_part
 from clinora.serving.internals_results import results_part
@@ -43,8 +43,13 @@ def internals_tab(batcher: Batcher, lessons: Lessons | None, tab: gr.Tab, exampl
     )
     _count_part(batcher)
     lesson_part(lessons)
-    fillings = [results_part(), _adapter_part(batcher), note_part(batcher, example)]
-    fill_when_opened(tab, fillings, "open_internals")
+    filled = gr.State(set())  # the numbers of the components that are filled in this visit
+    fillings = [
+        results_part(filled),
+        _adapter_part(batcher, filled),
+        note_part(batcher, example, filled),
+    ]
+    fill_when_opened(tab, fillings, filled, "open_internals")
 
 
 def _count_part(batcher: Batcher) -> None:
@@ -91,7 +96,7 @@ def _count_part(batcher: Batcher) -> None:
         )  # fmt: skip
 
 
-def _adapter_part(batcher: Batcher) -> Filling:
+def _adapter_part(batcher: Batcher, filled: gr.State) -> Filling:
     """Add the pictures of what the loaded adapter changed, and say what fills them."""
     model = batcher.classifier.model
     layers = dict(lora_layers(model))
@@ -132,15 +137,15 @@ def _adapter_part(batcher: Batcher) -> Filling:
         spectrum = gr.Plot(show_label=False)
     chosen = gr.Dropdown(names, value=names[0], label="Layer whose matrices are shown")
     gr.Markdown(
-        "Blue is below zero, red is above it, and the stronger the colour, the farther from zero. "
-        f"At most the first {MOST_SHOWN} rows and columns are shown. W and W + ΔW have the same "
-        "colours. ΔW has its own colours.",
+        "Blue is below zero, red is above it, and zero has the colour of the background. At most "
+        f"the first {MOST_SHOWN} rows and columns are shown. W and W + ΔW have the same colours. "
+        "ΔW has its own colours.",
         elem_classes="small",
     )
     with gr.Row():
         weights = [gr.Plot(show_label=False) for _ in range(3)]
     chosen.change(
-        with_error_messages(show_weights), chosen, weights, trigger_mode="always_last",
-        api_name="show_weights", **IN_ORDER,
+        fills(weights, show_weights), [chosen, filled], weights, trigger_mode="always_last",
+        api_name="show_weights",
     )  # fmt: skip
     return Filling([changes, spectrum, *weights], first_values)
