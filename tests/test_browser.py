@@ -274,8 +274,8 @@ def test_on_a_phone_the_verdict_is_on_the_screen_after_submit(person):
     order = (person.note, person.card, person.json, person.explanation)
     assert all(box.bounding_box()["width"] > 250 for box in order)
     # Places on the page, not on the screen: the page may be scrolling.
-    heights = [box.evaluate("e => e.getBoundingClientRect().y + scrollY") for box in order]
-    assert heights == sorted(heights)  # one below the other
+    tops = [box.evaluate("e => e.getBoundingClientRect().y + scrollY") for box in order]
+    assert tops == sorted(tops)  # one below the other
     page_width = "document.documentElement.scrollWidth"
     assert person.page.evaluate(page_width) <= 390
     for tab in TABS:

@@ -510,13 +510,15 @@ def test_ray_agrees_on_mtsamples(ray_command, private, mtsamples, tmp_path):
 
 @pytest.fixture(scope="module")
 def pyspark():
+    """Skip the tests that need PySpark where it is not installed."""
     if importlib.util.find_spec("pyspark") is None:
         lacking("pyspark", "it is not installed")
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("pyspark")
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
-def test_spark_agrees_on_mtsamples(pyspark, private, mtsamples, tmp_path, kind):
+def test_spark_agrees_on_mtsamples(private, mtsamples, tmp_path, kind):
     folder, expected, classifier, texts = mtsamples
     out = tmp_path / "out"
     files = ["--notes", folder / f"notes.{kind}", "--out", out, "--workers", "2", *FP32]

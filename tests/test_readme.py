@@ -21,6 +21,7 @@ from tools import compare
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
+SMOLLM2_RUN = ROOT / "examples" / "smollm2-mtsamples"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 TINYLLAMA = {
     "model_type": "llama",
@@ -105,8 +106,7 @@ def report():
 @pytest.fixture(scope="module")
 def smollm2_report():
     """What was measured of the adapter for SmolLM2."""
-    folder = ROOT / "examples" / "smollm2-mtsamples" / "report"
-    return json.loads((folder / "metrics.json").read_text())
+    return json.loads((SMOLLM2_RUN / "report" / "metrics.json").read_text())
 
 
 def test_the_first_code_prints_what_is_shown_below_it():
@@ -323,7 +323,7 @@ def test_the_chart_is_described_with_the_figures_of_the_reports(report, smollm2_
     runs = (smollm2_report, report)
     in_folds = [
         json.loads((folder / "report" / "cross_validation.json").read_text())
-        for folder in (ROOT / "examples" / "smollm2-mtsamples", BUNDLED / "adapter")
+        for folder in (SMOLLM2_RUN, BUNDLED / "adapter")
     ]
     tf_idf = report["baselines"][1]
     folds = (
@@ -346,6 +346,29 @@ def test_the_chart_is_described_with_the_figures_of_the_reports(report, smollm2_
     )
     # Without the 2 in the name of the base.
     assert figures_of(described.replace("SmolLM2", "")) == [*folds, *notes, *rows]
+
+
+@pytest.mark.parametrize(
+    ("run", "pages"),
+    [
+        (BUNDLED / "adapter", ["README.md"]),
+        (SMOLLM2_RUN, ["README.md", "examples/smollm2-mtsamples/README.md"]),
+    ],
+)
+def test_the_figures_of_the_folds_are_those_of_the_tools_file(run, pages):
+    folds = json.loads((run / "report" / "cross_validation.json").read_text())
+    results = (ROOT / "docs" / "results.md").read_text()
+    for one, each in (("accuracy", "of_folds"), ("tf_idf", "tf_idf_of_folds")):
+        share = folds[one]
+        interval = f"{share['value']:.1%} [{100 * share['low']:.1f}, {100 * share['high']:.1f}]"
+        shares = ", ".join(f"{100 * fold:.1f}" for fold in folds[each])
+        assert f"| {interval} | {shares} |" in results
+        for page in pages:
+            assert interval in " ".join((ROOT / page).read_text().split())
+    gain = folds["against"]
+    ends = f"{-100 * gain['low']:.1f}, −{-100 * gain['high']:.1f}"
+    assert f"−{-100 * gain['value']:.1f} points [−{ends}]" in results
+    assert f"random heads | {folds['before']:.1%} |" in results
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/results.md"])

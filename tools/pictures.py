@@ -107,7 +107,7 @@ def results_figure(
         "TF-IDF +\nlinear model",
         "best possible",
     ]
-    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    figure = Figure(figsize=(9.8, 3.4), layout="constrained")
     left, middle, right = figure.subplots(1, 3, sharey=True)
     _bars(left, folds)
     _bars(middle, notes)
@@ -123,6 +123,11 @@ def results_figure(
         fontsize=9,
     )
     return figure
+
+
+def read_report(run: Path, name: str) -> dict:
+    """Read a file of a run's report."""
+    return json.loads((run / "report" / name).read_text(encoding="utf-8"))
 
 
 def _exactly(share: float) -> tuple[float, float, float]:
@@ -192,14 +197,15 @@ def main(argv: list[str] | None = None) -> int:
     if chromium is None:
         parser.exit(2, "pictures.py: there is no chromium on the PATH: install Debian's package\n")
     args.out.mkdir(parents=True, exist_ok=True)
-    reports = [
-        json.loads((run / "report" / name).read_text())
-        for name in ("metrics.json", "cross_validation.json")
-        for run in (SMOLLM2_RUN, BUNDLED / "adapter")
-    ]
+    results = results_figure(
+        smollm2=read_report(SMOLLM2_RUN, "metrics.json"),
+        bundled=read_report(BUNDLED / "adapter", "metrics.json"),
+        smollm2_folds=read_report(SMOLLM2_RUN, "cross_validation.json"),
+        bundled_folds=read_report(BUNDLED / "adapter", "cross_validation.json"),
+    )
     pictures = {
         "lora.png": png(lora_figure()),
-        "results.png": png(results_figure(*reports)),
+        "results.png": png(results),
         "page.png": page_picture(chromium),
     }
     for name, picture in pictures.items():

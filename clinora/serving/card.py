@@ -61,10 +61,10 @@ MISSED = (
 OVERCONFIDENCE = """Mean confidence minus the share correct, in points. Above 0, the confidence is
 too high:"""
 
-DETECTION = "A text that it recognises as such is referred to a person; it misses some."
-NO_DETECTION = "It does not recognise such a text."
-LIMITS = """- It predicts one of its {count} classes for any text, also for one that does not look
-  like the notes that it was trained on. {other_text}
+DETECTION = "Such a text is referred to a person if it is recognised, but not all are."
+NO_DETECTION = "Such a text is not recognised."
+LIMITS = """- It predicts one of its {count} classes for any text, even for one that is unlike
+  the notes that it was trained on. {other_text}
 - It reads the first {limit:,} tokens (words and parts of words) of a note, and ignores the rest.
 - It learned from the notes that are described below. Notes from another hospital, country or time,
   or in another language, are written differently, and the model can be less accurate on them.
