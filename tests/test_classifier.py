@@ -285,8 +285,8 @@ torch.set_num_threads(1)  # all faults are the thread's own
 threading.Thread(target=job).start()
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
-    # The six rounds use 156,000 pages. The kernel may take a few of them back.
-    assert int(done.stdout) < 5000
+    # The six rounds use 156,000 pages. A tensor may get a new place, of at most 7,325 pages.
+    assert int(done.stdout) < 20_000
 
 
 def test_a_run_records_no_text(run):
