@@ -400,7 +400,8 @@ def test_the_last_notes_are_compared_and_downloaded(person, classifier):
     for card, note in zip(cards.all(), notes[::-1], strict=True):
         expect(card).to_contain_text(note)
         expect(card).to_contain_text(classifier([note])[0].label)
-    left, right = (card.bounding_box() for card in cards.all())
+    # Both in one call: the page may be scrolling.
+    left, right = cards.evaluate_all("cards => cards.map(card => card.getBoundingClientRect())")
     assert left["y"] == right["y"] and left["x"] < right["x"]
     person.press("Make a CSV file")
     expect(person.page.get_by_role("cell", name="last-notes.csv")).to_be_visible()

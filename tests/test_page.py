@@ -519,10 +519,8 @@ def test_what_a_visitor_asks_for_stays_when_the_filling_ends_later(
         internals_tab, "layer_updates", lambda model: may_go_on.wait(30) and layer_updates(model)
     )
     with TestClient(create_app(classifier, flags_folder), "http://127.0.0.1") as client:
-        filling = join(client, "open_internals", None, session="one").json()["event_id"]
-        asking = join(client, "compare_strengths", NOTE, 0.5, None, session="one").json()[
-            "event_id"
-        ]
+        filling = join(client, "open_internals", None, session="one").json()
+        asking = join(client, "compare_strengths", NOTE, 0.5, None, session="one").json()
         end = time.monotonic() + 30
         while not drawn and time.monotonic() < end:
             time.sleep(0.05)
@@ -532,10 +530,10 @@ def test_what_a_visitor_asks_for_stays_when_the_filling_ends_later(
             for message in messages(client, "one")
             if message["msg"] == "process_completed"
         }
-    *_, bars, attention = shown[filling]
+    *_, bars, attention = shown[filling["event_id"]]
     assert bars == UNCHANGED
     assert "plot" in attention
-    assert "plot" in shown[asking][0]
+    assert "plot" in shown[asking["event_id"]][0]
 
 
 def test_what_a_visitor_asks_for_in_vain_is_filled(client):

@@ -48,8 +48,6 @@ def fill_when_opened(
         return [value for filling in fillings for value in filling.values()]
 
     def fill(filled: set[int]) -> list:
-        if all(output._id in filled for output in outputs):
-            return [gr.skip() for _ in outputs]
         values = first_values()
         shown = [
             gr.skip() if output._id in filled else value
@@ -63,7 +61,7 @@ def fill_when_opened(
 
 
 def fills(outputs: Sequence[gr.components.Component], handler: Callable) -> Callable:
-    """Wrap a handler so that a filling that ends after it has begun leaves its outputs alone.
+    """Wrap a handler so that its outputs stay as they are if the filling ends after it has begun.
 
     Args:
         outputs: The event's outputs.
@@ -77,7 +75,7 @@ def fills(outputs: Sequence[gr.components.Component], handler: Callable) -> Call
         try:
             return handler(*inputs)
         except BaseException:
-            filled -= added  # the filling may still have a value for them
+            filled -= added  # it has no answer: the filling may fill them
             raise
 
     return with_error_messages(run)
