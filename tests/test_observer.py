@@ -1,6 +1,7 @@
 """What is known of each request and event: log, metrics, ids and limits, and never a text."""
 
 import base64
+import copy
 import json
 import re
 import socket
@@ -150,7 +151,7 @@ def test_a_thousand_requests_are_a_thousand_lines_and_counted_without_their_text
         counted[int(status)] += number
     assert counted == statuses
     counted = of(metrics, "clinora_predictions_total")
-    assert {label: n for (label,), n in counted.items() if n} == labels
+    assert {label: n for (_adapter, label), n in counted.items() if n} == labels
     assert of(metrics, "clinora_notes_total")[()] == sum(line["notes"] for line in requests)
 
     for text in (log.read_text(), metrics, served.read("out"), served.read("err")):
@@ -175,9 +176,25 @@ def test_a_line_says_when_who_what_and_how_many(service, classifier):
     assert 0 < line.pop("ms") < 30_000
     assert line == {
         "id": "one", "user": None, "route": "/v1/classify", "event": None, "method": "POST",
-        "notes": 4, "classes": Counter(prediction.label for prediction in predictions),
-        "referred": referred, "status": 200,
+        "adapter": None, "notes": 4, "referred": referred, "status": 200,
+        "classes": Counter(prediction.label for prediction in predictions),
     }  # fmt: skip
+
+
+def test_log_and_metrics_tell_adapters_with_the_same_classes_apart(classifier, tmp_path):
+    with Service(classifier, tmp_path, adapters={"other": copy.copy(classifier)}) as service:
+        own = service.client.post("/v1/classify", json={"note": NOTES[0]}).json()
+        request = {"notes": [NOTES[0], NOTES[0]], "adapter": "other"}
+        service.client.post("/v1/classify", json=request)
+        metrics = service.client.get("/metrics").text
+        lines = [line for line in service.lines() if line["notes"]]
+    assert [(line["adapter"], line["notes"]) for line in lines] == [(None, 1), ("other", 2)]
+    predictions = of(metrics, "clinora_predictions_total")
+    assert {key: n for key, n in predictions.items() if n} == {
+        ("", own["label"]): 1, ("other", own["label"]): 2,
+    }  # fmt: skip
+    referred = of(metrics, "clinora_referred_total")
+    assert referred == {("",): own["refer"], ("other",): 2 * own["refer"]}
 
 
 @pytest.mark.parametrize("given", ["a", "0-9-Z", "x" * 64, "6b1f2c1e-0000-4000-8000-000000000000"])
@@ -290,7 +307,7 @@ def test_a_classification_on_the_page_is_one_line_with_its_event(service, classi
     assert [x["id"] for x in joined] == [x["id"] for x in events]
     metrics = service.client.get("/metrics").text
     assert of(metrics, "clinora_events_total")[("predict", "200")] == 1
-    assert of(metrics, "clinora_predictions_total")[(prediction.label,)] == 1
+    assert of(metrics, "clinora_predictions_total")[("", prediction.label)] == 1
 
 
 def test_a_file_is_one_line_with_the_classes_of_its_rows(service, classifier):
@@ -370,7 +387,7 @@ def test_metrics_name_the_model_and_count_referrals_and_seconds(service, classif
     wanted = {"run": "demo", "base": "base", "labels": "5", "version": clinora.__version__}
     assert info.samples[0].labels == wanted
     referred = sum(prediction.refer for prediction in classifier(NOTES))
-    assert of(metrics, "clinora_referred_total")[()] == referred
+    assert of(metrics, "clinora_referred_total")[("",)] == referred
     route = ("/v1/classify",)
     assert of(metrics, "clinora_request_seconds_count")[route] == 1
     assert 0 < of(metrics, "clinora_request_seconds_sum")[route] <= elapsed

@@ -133,7 +133,8 @@ def test_adapters_with_classes_of_their_own_are_described_and_counted(classifier
             assert answer.status_code == 200
             check(document, "/v1/classify", "post", answer)
         label = answer.json()["results"][0]["label"]
-        assert f'clinora_predictions_total{{label="{label}"}} 2.0' in client.get("/metrics").text
+        sample = f'clinora_predictions_total{{adapter="letters",label="{label}"}} 2.0'
+        assert sample in client.get("/metrics").text
         assert "Prediction-letters" in client.get("/docs").text
         answer = client.post("/v1/classify", json={"note": "fever", "adapter": "numbers"})
         assert answer.status_code == 422

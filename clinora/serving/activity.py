@@ -37,6 +37,7 @@ class Activity:
         route: Pattern of the request's route; None if there is no such route.
         event: Name of the event; None for a request.
         status: Of the response. An event has the status that a response would have.
+        adapter: Name of the adapter that the request has chosen; None for the run's own.
         notes: Number of notes received for classification or comparison.
         classes: How many notes have each predicted class.
         referred: How many notes were referred to a person.
@@ -50,6 +51,7 @@ class Activity:
     route: str | None
     event: str | None = None
     status: int = CLIENT_CLOSED
+    adapter: str | None = None
     notes: int = 0
     classes: Counter[str] = field(default_factory=Counter)
     referred: int = 0
@@ -110,6 +112,7 @@ class Activity:
             "route": self.route,
             "event": self.event,
             "method": method if method in METHODS else None,
+            "adapter": self.adapter,
             "notes": self.notes,
             "classes": dict(self.classes),
             "referred": self.referred,

@@ -204,11 +204,12 @@ def add_routes(
         else:
             names = ", ".join(adapters) or "none: leave the key out"
             raise HTTPException(422, f"There is no adapter of this name; expected one of: {names}")
+        activity = request.scope[ACTIVITY]
+        activity.adapter = body.adapter
         texts = [body.note] if body.notes is None else body.notes
         notes = [clean_text(text) for text in texts]
         errors = [note_error(note) for note in notes]
         accepted = [note for note, error in zip(notes, errors, strict=True) if error is None]
-        activity = request.scope[ACTIVITY]
         try:
             activity.admit(len(notes))
             futures = batcher.submit(

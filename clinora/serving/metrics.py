@@ -22,6 +22,7 @@ REFUSALS = {
     503: "busy",
 }
 RATE_LIMIT = "rate_limit"
+OWN_ADAPTER = ""  # of the run; to Prometheus, an empty label is as good as none
 # No valid HTTP; too slow; too many connections, or the service is ending.
 CONNECTION_STATUSES = (400, 408, 503)
 
@@ -54,17 +55,18 @@ class Metrics:
             ["event"], buckets=SECONDS, registry=registry,
         )  # fmt: skip
         self._notes = Counter("clinora_notes", "Notes in requests and events", registry=registry)
-        predictions = Counter(
-            "clinora_predictions", "Notes classified, by predicted class", ["label"],
-            registry=registry,
+        self._predictions = Counter(
+            "clinora_predictions", "Notes classified, by adapter and predicted class",
+            ["adapter", "label"], registry=registry,
         )  # fmt: skip
-        labels = set(model["labels"])
-        for adapter in model["adapters"].values():
-            labels.update(adapter["labels"])
-        self._predictions = {label: predictions.labels(label) for label in sorted(labels)}
         self._referred = Counter(
-            "clinora_referred", "Notes classified and referred to a person", registry=registry
-        )
+            "clinora_referred", "Notes classified and referred to a person, by adapter",
+            ["adapter"], registry=registry,
+        )  # fmt: skip
+        for name, classifier in {OWN_ADAPTER: model, **model["adapters"]}.items():
+            self._referred.labels(name)
+            for label in classifier["labels"]:
+                self._predictions.labels(name, label)
         self._refusals = Counter(
             "clinora_refusals", "Requests and events refused", ["reason"], registry=registry
         )
@@ -97,9 +99,10 @@ class Metrics:
             self._events.labels(activity.event, activity.status).inc()
             self._event_seconds.labels(activity.event).observe(activity.seconds)
         self._notes.inc(activity.notes)
+        adapter = activity.adapter or OWN_ADAPTER
         for label, count in activity.classes.items():
-            self._predictions[label].inc(count)
-        self._referred.inc(activity.referred)
+            self._predictions.labels(adapter, label).inc(count)
+        self._referred.labels(adapter).inc(activity.referred)
         reason = REFUSALS.get(activity.status)
         if activity.is_over_limit:
             reason = RATE_LIMIT
