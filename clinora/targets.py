@@ -1,7 +1,7 @@
 """Which layers of a model LoRA adapts: names as PEFT writes them, and what can be adapted."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from torch import nn
@@ -13,6 +13,13 @@ ALL_LINEAR = "all-linear"
 HEAD_NAMES = ("classifier", "classification_head", "pre_classifier", "qa_outputs", "score")
 
 Value = TypeVar("Value")
+
+
+def read_targets(words: Sequence[str]) -> tuple[str, ...] | str:
+    """Read the targets of a command line: names of layers, or "all-linear" alone."""
+    if list(words) == [ALL_LINEAR]:
+        return ALL_LINEAR
+    return tuple(words)
 
 
 def find_targets(

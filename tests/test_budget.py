@@ -424,6 +424,17 @@ def test_command_prints_every_target(config_file, capsys):
     assert rows["all"] == [f"{sum(full):,}", f"{sum(lora):,}", "6.4"]
 
 
+def test_command_counts_all_linear_layers(config_file, capsys):
+    main([str(config_file), "--rank", "2", "--targets", "all-linear", "--labels", "5"])
+    with torch.device("meta"):
+        model = LlamaForSequenceClassification(SMALL, 5)
+        apply_lora(model, LoRAConfig(rank=2, targets="all-linear"))
+    printed = capsys.readouterr().out
+    trained = f"{count_parameters(model).trainable:,}"
+    assert cells(printed, table=2)["lora"][0] == trained
+    assert tuple(cells(printed, table=0)) == ("target", *LINEARS, "all")
+
+
 def test_command_prints_every_targets_bytes(tmp_path, capsys):
     shape = asdict(SMALL) | {"hidden_size": 3200, "intermediate_size": 8000, "head_dim": 80}
     path = tmp_path / "config.json"

@@ -5,6 +5,7 @@ import re
 import shutil
 
 import pytest
+from safetensors.torch import load_file
 
 import clinora
 from tests.kill_and_resume import write_notes
@@ -82,6 +83,28 @@ def test_what_is_trained_in_a_folder_is_not_trained_again(tmp_path, capsys):
     assert capsys.readouterr().out == printed
     after = [file.read_bytes() for file in metrics]
     assert [a == b for a, b in zip(after, before, strict=True)] == [True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["all-linear"], {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
+                          "down_proj"}),
+        (["o_proj", "up_proj"], {"o_proj", "up_proj"}),
+    ],
+    ids=["all-linear", "names"],
+)  # fmt: skip
+def test_the_layers_that_are_named_are_adapted(tmp_path, capsys, words, expected):
+    path = write_notes(tmp_path / "notes.csv", texts=22)
+    options = ["--notes", path, "--folds", 3, "--steps", 2, "--device", "cpu"]
+    options = [str(option) for option in [*options, "--out", tmp_path / "runs"]]
+    assert tool.main([*options, "--targets", *words]) == 0
+    (checkpoint, *_) = sorted(tmp_path.glob("runs/fold-1/checkpoint/*.safetensors"))
+    trained = {name.split(".")[-2] for name in load_file(checkpoint) if name.endswith("lora_B")}
+    assert trained == expected
+    with pytest.raises(SystemExit, match="2"):  # a fold that was trained with other layers
+        tool.main(options)
+    assert "q_proj" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("folds", [2, 23])

@@ -91,9 +91,11 @@ def test_train_then_eval_on_a_file_of_ones_own(notes, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_peft_reads_what_train_wrote(notes, tmp_path):
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["all-linear"]], ids=" ".join)
+def test_peft_reads_what_train_wrote(notes, tmp_path, targets):
     run = tmp_path / "run"
-    assert train("--notes", notes, "--run", run, "--precision", "fp32", "--steps", "5") == 0
+    options = ["--notes", notes, "--run", run, "--precision", "fp32", "--steps", "5"]
+    assert train(*options, "--targets", *targets) == 0
     base = transformers.AutoModelForSequenceClassification.from_pretrained(
         BUNDLED / "base", num_labels=2, dtype=torch.float32
     )

@@ -37,6 +37,7 @@ from clinora.notes import SPLITS, are_correct, choose_classes
 from clinora.report import png, read_steps
 from clinora.resume import list_differences
 from clinora.run import base_hashes
+from clinora.targets import read_targets
 from clinora.training import METRICS, InterruptedTraining, TrainingConfig, train
 
 TUNES = ("head", "lora", "full")
@@ -89,7 +90,7 @@ def measure(point: Point, args: argparse.Namespace) -> dict:
     device = choose_device(args.device)
     lora = None
     if point.tune == "lora":
-        targets = tuple(args.targets)
+        targets = read_targets(args.targets)
         lora = clinora.LoRAConfig(rank=point.rank, alpha=2 * point.rank, targets=targets)
     classifier = clinora.Classifier.new(
         args.base,
@@ -310,7 +311,8 @@ def main(argv: list[str] | None = None) -> int:
     add("--tune", nargs="+", choices=TUNES, default=TUNES, help="what to train")
     add("--ranks", nargs="+", type=int, default=(1, 4, 8, 16, 64), help="ranks of LoRA")
     add("--seeds", nargs="+", type=int, default=(0, 1, 2), help="seeds, with one training each")
-    add("--targets", nargs="+", default=clinora.LoRAConfig().targets, help="layers to adapt")
+    targets = clinora.LoRAConfig().targets
+    add("--targets", nargs="+", default=targets, help="layers to adapt: names, or all-linear")
     add("--base", default="bundled", help="bundled, smollm2, a folder or a Hub id")
     add("--notes", default="bundled", help="bundled, mtsamples or a file")
     add("--text-column", default="transcription", help="column of the notes")

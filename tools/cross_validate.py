@@ -11,6 +11,7 @@ run whose ``report/`` holds this file shows them on its model card.
 """
 
 import argparse
+import dataclasses
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -27,6 +28,7 @@ from clinora.evaluation import bootstrap_mean, classify, evaluate_random_heads, 
 from clinora.notes import are_correct
 from clinora.report import CrossValidation, write_cross_validation
 from clinora.run import base_hashes
+from clinora.targets import read_targets
 from clinora.training import METRICS, InterruptedTraining, TrainingConfig, train
 
 
@@ -50,10 +52,12 @@ def train_fold(
     run: Path,
 ) -> clinora.Classifier:
     """Train a new classifier on some notes, or resume that training in the run's folder."""
+    lora = clinora.LoRAConfig(targets=read_targets(args.targets))
     classifier = clinora.Classifier.new(
         args.base,
         labels,
-        seed=args.seed,
+        lora,
+        args.seed,
         token_limit=args.token_limit,
         device=args.device,
         precision=args.precision,
@@ -62,6 +66,7 @@ def train_fold(
     identity = {
         "base": base_hashes(classifier.model.source),
         "labels": classifier.labels,
+        "lora": dataclasses.asdict(lora),
         "token_limit": args.token_limit,
         "precision": str(classifier.dtype),
         "device": classifier.model.score.weight.device.type,
@@ -137,10 +142,12 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     defaults = TrainingConfig()
+    targets = clinora.LoRAConfig().targets
     add = parser.add_argument
     add("--notes", default="bundled", help="bundled, mtsamples or a file")
     add("--base", default="bundled", help="bundled, smollm2, a folder or a Hub id")
     add("--out", type=Path, help="folder that keeps the trainings (default: a temporary one)")
+    add("--targets", nargs="+", default=targets, help="layers to adapt: names, or all-linear")
     add("--folds", type=int, default=5, help="number of folds")
     add("--steps", type=int, default=defaults.steps, help="optimiser steps of each training")
     add("--learning-rate", type=float, default=defaults.learning_rate, help="peak learning rate")

@@ -35,7 +35,8 @@ def build_parser(prog: str = "clinora budget") -> argparse.ArgumentParser:
         "--targets",
         nargs="+",
         default=lora.targets,
-        help=f"linear layers that LoRA adapts (default: {' '.join(lora.targets)})",
+        help="linear layers that LoRA adapts: names, or all-linear for all of them "
+        f"(default: {' '.join(lora.targets)})",
     )
     add("--labels", type=int, default=5, help="classes of the head (default: %(default)s)")
     add("--batch", type=int, default=4, help="notes in a batch (default: %(default)s)")
@@ -67,12 +68,16 @@ def main(argv: list[str] | None = None, prog: str = "clinora budget") -> int:
 
 def print_budget(args: argparse.Namespace) -> None:
     """Read the model's shape, compute the budget of each method and print the tables."""
-    from clinora.budget import METHODS, FineTuning, budget, lora_targets
+    from clinora.budget import METHODS, FineTuning, budget, linear_shapes, lora_targets
     from clinora.checkpoint import find_config
     from clinora.llama import LlamaConfig
+    from clinora.targets import ALL_LINEAR, read_targets
 
     config = LlamaConfig.from_json(find_config(args.source, args.revision))
-    targets = lora_targets(config, args.rank, tuple(args.targets))
+    names = read_targets(args.targets)
+    if names == ALL_LINEAR:
+        names = tuple(linear_shapes(config))
+    targets = lora_targets(config, args.rank, names)
     budgets = []
     for method in METHODS:
         tuning = FineTuning(
@@ -81,7 +86,7 @@ def print_budget(args: argparse.Namespace) -> None:
             tokens=args.tokens,
             precision=args.precision,
             rank=args.rank,
-            targets=tuple(args.targets),
+            targets=names,
             quantize="none" if method == "full" else args.quantize,
         )
         budgets.append(budget(config, tuning, args.labels))

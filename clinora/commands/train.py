@@ -200,7 +200,7 @@ def train_and_report(args: argparse.Namespace, prog: str) -> None:
     from clinora.notes import NAMED_NOTES, choose_classes, read_notes
     from clinora.report import model_table, read_steps, results_table, write_report
     from clinora.run import base_hashes
-    from clinora.targets import ALL_LINEAR
+    from clinora.targets import read_targets
     from clinora.training import METRICS, TrainingConfig, train
     from clinora.variants import VARIANTS
 
@@ -210,11 +210,11 @@ def train_and_report(args: argparse.Namespace, prog: str) -> None:
     names = [option.name for option in dataclasses.fields(TrainingConfig)]
     options = {name: getattr(args, name) for name in names}
     config = TrainingConfig(**options)
-    targets = tuple(args.targets)
-    if targets == (ALL_LINEAR,):
-        targets = ALL_LINEAR
     lora = VARIANTS[args.variant](
-        rank=args.rank, alpha=args.alpha, dropout=args.dropout, targets=targets
+        rank=args.rank,
+        alpha=args.alpha,
+        dropout=args.dropout,
+        targets=read_targets(args.targets),
     )
     check_promise(args.promise)
     if first:
