@@ -380,16 +380,14 @@ def test_the_results_of_smollm2_are_those_of_its_report(smollm2_report, page):
     assert shows(text, gap)
 
 
-def test_figures_on_the_fictional_notes_are_those_that_chapter_6_printed():
-    notebook = json.loads((ROOT / "notebooks" / "06_clinical_notes.ipynb").read_text())
-    outputs = [output for cell in notebook["cells"] for output in cell.get("outputs", [])]
-    printed = "".join("".join(output.get("text", [])) for output in outputs)
-    # The chapter writes an interval as [55.9%, 70.8%], the README as [55.9, 70.8].
-    printed = printed.replace("%", "")
-    limits = text_of(README).partition("## Limits")[2].replace("%", "")
-    for figures in (("63.7", "55.9", "70.8"), ("76", "73.3", "64.8", "80.4")):
-        assert shows(printed, *figures)
-        assert [figure for figure in figures if figure in figures_of(limits)] == [*figures]
+def test_figures_on_the_fictional_notes_are_those_of_their_report():
+    report = BUNDLED / "adapter" / "report-fictional" / "metrics.json"
+    after = json.loads(report.read_text())["after"]
+    limits = text_of(README).partition("## Limits")[2]
+    assert shows(limits, with_interval(after["by_note"]["accuracy"]))
+    answered = after["answered"]
+    share = f"{answered['coverage']['value']:.0%}"
+    assert shows(limits, share, with_interval(answered["accuracy"]))
 
 
 @pytest.mark.parametrize("series", ["mtsamples", "mtsamples-all-linears"])

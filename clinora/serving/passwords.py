@@ -199,8 +199,8 @@ class BasicAuth:
 
     The app finds the user's name in ``scope["user"]``. A header that was correct once is accepted
     immediately from then on. Every other header costs one scrypt; these run one at a time, in the
-    order of ``Turns``. A flood from thousands of addresses can still delay or refuse new logins,
-    but not users who are already logged in.
+    order of ``Turns``. If more than MOST_WAITING_GUESSES addresses guess at the same time, new
+    logins can be delayed or refused, but not users who are already logged in.
     """
 
     def __init__(self, app: ASGIApp, users: dict[str, tuple[bytes, bytes]]) -> None:

@@ -128,11 +128,11 @@ All texts were changed: cleaned, shortened and joined into one stream. Cases, ar
 of e3c_case_reports, roco_captions and evidence_inference are by many authors, whom those
 repositories name; OpenStax's books can be read for free at openstax.org. The abstracts of
 medical_abstracts and pubmedqa are PubMed's, under the licences that those repositories state.
-vaers_narratives and neiss_fireworks tell of real people, without their names, as the US Government
-published them. The licences' texts stand at creativecommons.org/licenses and
+vaers_narratives and neiss_fireworks are about real people, without their names, as the US
+Government published them. The licences' texts are at creativecommons.org/licenses and
 opensource.org/license/mit. The code and these weights are offered under Apache-2.0; those texts
-that are CC BY-SA (medical_abstracts, and some of e3c_case_reports and evidence_inference) ask that
-what is made from them be shared alike.
+that are CC BY-SA (medical_abstracts, and some of e3c_case_reports and evidence_inference) require
+that what is made from them is shared under the same licence.
 
 Of MTSamples it read the texts of all specialties that Clinora's split puts on the training side,
 each followed by its name and description where the file gives them (in every second reading after
