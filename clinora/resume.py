@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from clinora.device import gathered, world
 
 CHECKPOINTS_KEPT = 2
 # Changes when the same options no longer lead to the same steps, or are recorded otherwise.
-LOOP_VERSION = 3
+LOOP_VERSION = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +160,14 @@ class State:
                 f"{saved.path} belongs to another run: {'; '.join(differences)}. Resume with the "
                 "options that the run started with"
             )
+        before = shapes_of(below(saved.tensors, "trained."))
+        differences = list_differences(before, shapes_of(self.trained))
+        if differences:
+            raise CheckpointError(
+                f"{saved.path} belongs to a model with other trained parameters "
+                f"({len(differences)} differ), such as {differences[0]}. Resume with the model "
+                "that the run started with"
+            )
         self._restore(saved)
 
     def paths(self) -> list[Path]:
@@ -280,6 +288,11 @@ def below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
         if name.startswith(prefix):
             selected[name.removeprefix(prefix)] = tensor
     return selected
+
+
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    """Give the shape of each tensor, by its name."""
+    return {name: list(tensor.shape) for name, tensor in tensors.items()}
 
 
 def random_states(device: torch.device) -> dict[str, Tensor]:

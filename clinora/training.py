@@ -150,8 +150,8 @@ def train(
         run_folder: The folder for ``metrics.jsonl`` and ``checkpoint/``. The file holds a JSON
             object per step: step, loss (nats), learning rate, notes, tokens, share of padding,
             seconds, and after a validation its loss and accuracy.
-        identity: Everything else that determines the result (data, base, LoRA). A checkpoint with
-            another identity is refused.
+        identity: What else determines the result: the base, and how LoRA adapts it. A checkpoint
+            with another identity is refused.
         resume: Whether to continue from the run's last intact checkpoint.
 
     Raises:
@@ -172,7 +172,7 @@ def train(
     examples = encode(classifier, training)
     held_out = encode(classifier, validation)
     learner = Learner(classifier, config)
-    identity = identify(training, validation, config) | (identity or {})
+    identity = identify(classifier, training, validation, config) | (identity or {})
     state = State(
         run_folder / "checkpoint", learner.trained, [learner.optimizer], learner.scaler, identity
     )
@@ -268,15 +268,26 @@ def seed_dropout(seed: int) -> None:
 
 
 def identify(
-    training: Sequence[Note], validation: Sequence[Note], config: TrainingConfig
+    classifier: Classifier,
+    training: Sequence[Note],
+    validation: Sequence[Note],
+    config: TrainingConfig,
 ) -> dict[str, object]:
-    """Give what determines the result, for checkpoints: options, processes, notes in order."""
+    """Give what determines the result, for checkpoints, but for the base and LoRA.
+
+    "order" stands for the notes with their labels, in order.
+    """
     _, processes = world()
-    hashes = [note.sha256 for note in [*training, *validation]]
+    notes = [f"{note.sha256} {note.labels}" for note in [*training, *validation]]
     return {
         "training": dataclasses.asdict(config),
         "processes": processes,
-        "order": text_sha256(" ".join(hashes)),
+        "order": text_sha256("\n".join(notes)),
+        "labels": classifier.labels,
+        "token_limit": classifier.token_limit,
+        "precision": str(classifier.dtype).removeprefix("torch."),
+        "quantization": classifier.quantization,
+        "device": classifier.model.score.weight.device.type,
     }
 
 

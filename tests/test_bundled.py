@@ -111,7 +111,7 @@ def test_the_base_has_the_shape_and_the_files_of_the_tool_that_makes_it():
     config = clinora.LlamaConfig.from_json(BASE / "config.json")
     assert config == pretrain_base.SHAPE
     card = (BASE / "README.md").read_text()
-    for said in ("licence", "under the same licence", "Copying", "not a medical device", "loss.png"):
+    for said in ("under the same licence", "Copying", "not a medical device", "loss.png"):
         assert said in card
     assert (BASE / "loss.png").read_bytes().startswith(b"\x89PNG")
     tokenizer = clinora.Tokenizer(BASE / "tokenizer.model")

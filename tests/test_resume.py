@@ -1,5 +1,6 @@
 """Checkpoints: killed, interrupted, damaged or refused, training loses nothing that it had."""
 
+import dataclasses
 import json
 import math
 import os
@@ -280,6 +281,51 @@ def test_notes_in_another_order_are_other_data(tmp_path):
         train(fresh(), NOTES[::-1], VALIDATION, TrainingConfig(**CONFIG), tmp_path, resume=True)
 
 
+def test_the_same_texts_with_other_labels_are_other_data(tmp_path):
+    begin(tmp_path)
+    notes = [dataclasses.replace(note, filed=(1 - note.filed[0],)) for note in NOTES]
+    with pytest.raises(CheckpointError, match="order: "):
+        train(fresh(), notes, VALIDATION, TrainingConfig(**CONFIG), tmp_path, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        ({"labels": ("B", "A")}, r'labels: \["A", "B"\] then, \["B", "A"\] now'),
+        ({"token_limit": 63}, "token_limit: 64 then, 63 now"),
+        ({"dtype": torch.bfloat16}, 'precision: "float32" then, "bfloat16" now'),
+    ],
+    ids=["labels", "token limit", "precision"],
+)
+def test_a_checkpoint_of_another_classifier_is_refused(tmp_path, change, difference):
+    begin(tmp_path, steps=1)
+    classifier = fresh()
+    for name, value in change.items():
+        setattr(classifier, name, value)
+    with pytest.raises(CheckpointError, match=difference):
+        begin(tmp_path, classifier, resume=True, steps=1)
+
+
+@pytest.mark.parametrize(
+    ("config", "difference"),
+    [
+        ({"rank": 4}, r"lora_A: \[8, 320\] then, \[4, 320\] now"),
+        ({"targets": ("q_proj",)}, r"v_proj.lora_A: \[8, 320\] then, null now"),
+        ({"targets": ("q_proj", "v_proj", "o_proj")}, r"o_proj.lora_A: null then, \[8, 320\] now"),
+    ],
+    ids=["other shapes", "fewer", "more"],
+)
+def test_a_checkpoint_of_other_parameters_is_refused(tmp_path, config, difference):
+    begin(tmp_path, steps=1)
+    model = clinora.load_model("bundled", num_labels=2, dtype=torch.float32)
+    clinora.apply_lora(model, clinora.LoRAConfig(**config))
+    classifier = clinora.Classifier(model, fresh().tokenizer, ("A", "B"), 64)
+    before = clinora.lora_state_dict(model)
+    with pytest.raises(CheckpointError, match=difference):
+        begin(tmp_path, classifier, resume=True, steps=1)
+    assert same(clinora.lora_state_dict(model), before)
+
+
 def test_a_checkpoint_of_another_number_of_processes_is_refused(tmp_path):
     """A step would have other notes."""
     begin(tmp_path, steps=1)
@@ -361,7 +407,7 @@ def test_a_full_disk_ends_with_one_line_and_the_old_checkpoint_whole(tmp_path, c
     options = ["--notes", notes, "--run", tmp_path / "run", *kill_and_resume.OPTIONS]
     options += ["--checkpoint-every", "2", "--validate-every", "3"]
     options = [str(option) for option in options]
-    model = clinora.load_model("bundled", num_labels=2)
+    model = clinora.load_model("bundled", num_labels=2, dtype=torch.float32)
     rank = kill_and_resume.OPTIONS[kill_and_resume.OPTIONS.index("--rank") + 1]
     clinora.apply_lora(model, clinora.LoRAConfig(rank=int(rank)))
     # float32: parameters and AdamW's two moments, in the second checkpoint the best parameters too

@@ -118,8 +118,6 @@ def measure(point: Point, args: argparse.Namespace) -> dict:
         "data": [notes.fingerprint, notes.split_fingerprint],
         "base": base_hashes(model.source),
         "lora": None if lora is None else dataclasses.asdict(lora),
-        "token_limit": args.token_limit,
-        "precision": str(classifier.dtype),
     }
     train(
         classifier, notes.on("training"), notes.on("validation"), config, run,

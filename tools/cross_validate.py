@@ -65,11 +65,7 @@ def train_fold(
     config = TrainingConfig(steps=args.steps, learning_rate=args.learning_rate, seed=args.seed)
     identity = {
         "base": base_hashes(classifier.model.source),
-        "labels": classifier.labels,
         "lora": dataclasses.asdict(lora),
-        "token_limit": args.token_limit,
-        "precision": str(classifier.dtype),
-        "device": classifier.model.score.weight.device.type,
     }
     run.mkdir(parents=True, exist_ok=True)
     resume = (run / METRICS).is_file()

@@ -75,8 +75,6 @@ def measure(method: str, rate: float, args: argparse.Namespace, notes: clinora.N
         "method": method,
         "data": [notes.fingerprint, notes.split_fingerprint],
         "base": base_hashes(classifier.model.source),
-        "token_limit": args.token_limit,
-        "precision": str(classifier.dtype),
     }
     result = {
         "method": method,

@@ -259,10 +259,6 @@ def train_and_report(args: argparse.Namespace, prog: str) -> None:
         "data": {"notes": notes.fingerprint, "split": notes.split_fingerprint},
         "base": base_hashes(classifier.model.source),
         "lora": {"variant": args.variant, **dataclasses.asdict(lora)},
-        "token_limit": args.token_limit,
-        "precision": precision,
-        "quantization": args.quantize,
-        "device": device.type,
     }
     train(classifier, training, validation, config, args.run, identity=identity, resume=args.resume)
     if not first:
