@@ -69,7 +69,7 @@ def find_base(source: str | Path, revision: str | None = None) -> Source:
         CheckpointError: ``source`` is not a folder and cannot be downloaded from the Hub, or it is
             "smollm2", whose folder does not exist.
     """
-    folder = local_folder(source)
+    folder = local_folder(source, revision)
     if str(source) in NAMED_BASES:
         return Source(str(source), None, folder)
     if folder.is_dir():
@@ -79,12 +79,17 @@ def find_base(source: str | Path, revision: str | None = None) -> Source:
     return Source(str(source), folder.name, folder)  # the cache names the folder by its commit
 
 
-def local_folder(source: str | Path) -> Path:
+def local_folder(source: str | Path, revision: str | None = None) -> Path:
     """Give the folder of a base that has a name, or else ``source`` itself as a path.
 
     Raises:
-        CheckpointError: ``source`` is "smollm2", and its folder does not exist.
+        CheckpointError: ``source`` is "smollm2", and its folder does not exist; or a revision is
+            given for what is not on the Hub.
     """
+    if revision is not None and (str(source) in NAMED_BASES or Path(source).exists()):
+        raise CheckpointError(
+            f"revision {revision} of {source}: expected a Hub id, since only the Hub has revisions"
+        )
     if str(source) == "bundled":
         return BUNDLED / "base"
     if str(source) != "smollm2":
@@ -110,7 +115,7 @@ def find_config(source: str | Path, revision: str | None = None) -> Path:
     Raises:
         CheckpointError: There is no such file.
     """
-    path = local_folder(source)
+    path = local_folder(source, revision)
     if not path.exists():
         path = Path(_from_hub(source, revision, ["config.json"]))
     if path.is_dir():
@@ -134,7 +139,7 @@ def find_tokenizer(source: str | Path, revision: str | None = None) -> Path:
     Raises:
         CheckpointError: There is no such file, or another file stands in its place.
     """
-    folder = local_folder(source)
+    folder = local_folder(source, revision)
     is_local = folder.is_dir()
     if is_local:
         _weight_files(folder)  # a folder without weights is not a base

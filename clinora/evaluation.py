@@ -366,6 +366,22 @@ def bootstrap_mean(values: np.ndarray, notes: Sequence[Note]) -> Estimate:
     return mean
 
 
+def paired_gain(gain: np.ndarray, notes: Sequence[Note]) -> Estimate:
+    """Estimate the any-label accuracy of one classifier minus that of another, paired by note.
+
+    Args:
+        gain: (N,) 1 where only the first is correct, −1 where only the second is, else 0; or means
+            of these over several trainings.
+        notes: The N notes.
+    """
+    if gain.any():
+        return bootstrap_mean(gain, notes)
+    # Both are correct on the same notes, so all draws agree. Wilson's interval of a share of 0
+    # bounds the notes on which they may still differ.
+    _, differing = wilson(0, len(notes))
+    return Estimate(0.0, -differing, differing)
+
+
 def wilson(hits: float, n: int) -> tuple[float, float]:
     """Give the 95% interval of the share hits / n (Wilson 1927); it is also valid near 0 and 1."""
     middle = (hits + Z * Z / 2) / (n + Z * Z)
@@ -673,8 +689,14 @@ def assess(
         seed: Seed of the random heads.
 
     Raises:
-        ValueError: There are no notes to measure on.
+        ValueError: There are no notes to measure on, or the file was read with other classes than
+            the run's labels, or in another order.
     """
+    if notes.classes != classifier.labels:
+        raise ValueError(
+            f"the notes have the classes {', '.join(notes.classes)}, the run has "
+            f"{', '.join(classifier.labels)}: read the notes with classes=classifier.labels"
+        )
     answers = classify(classifier, measured)
     training = learned_from.on("training") if learned_from else []
     texts = {note.text for note in training}
@@ -684,7 +706,8 @@ def assess(
         for baseline in train_baselines(training, learned_from.on("validation"), measured):
             simpler.append(_measure_baseline(baseline, measured, len(notes.classes)))
             if baseline.name == TF_IDF:
-                against = _gain(answers, baseline.predicted, measured)
+                gain = answers.correct.astype(float) - are_correct(measured, baseline.predicted)
+                against = paired_gain(gain, measured)
     results = Results(
         labels=notes.classes,
         split=notes.split,
@@ -716,17 +739,6 @@ def _measure_baseline(baseline: Predictions, notes: Sequence[Note], classes: int
         any_label_accuracy=share_of(any_label_accuracy, len(notes)),
         accuracy=share_of(accuracy, len(notes)),
     )
-
-
-def _gain(answers: Answers, predicted: np.ndarray, notes: Sequence[Note]) -> Estimate:
-    """Estimate the run's any-label accuracy minus that of a baseline, paired by note."""
-    gain = answers.correct.astype(float) - are_correct(notes, predicted)
-    if gain.any():
-        return bootstrap_mean(gain, notes)
-    # Both are correct on the same notes, so all draws agree. Wilson's interval of a share of 0
-    # bounds the notes on which they may still differ.
-    _, differing = wilson(0, len(notes))
-    return Estimate(0.0, -differing, differing)
 
 
 def _require_notes(notes: Sequence[Note]) -> None:

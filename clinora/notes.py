@@ -320,8 +320,9 @@ def read_notes(
             which is downloaded from the Hub.
         text_column: Name of the column with the texts.
         label_column: Name of the column with the class of each row.
-        classes: The classes to keep, k for the k most frequent, or "all". None: the published
-            five if the file has all of them, else all classes of the file.
+        classes: The names of the classes to keep, in the order of their indices; k for the k most
+            frequent; or "all". None: the published five if the file has all of them, else all
+            classes of the file. Without names the classes are sorted.
         split: "texts": equal texts are one note, and its hash decides its split. "rows": each row
             is a note with its own label, a random tenth of them test and another tenth validation,
             as published; equal texts may be in several splits.
@@ -422,16 +423,15 @@ def choose_classes(words: Sequence[str] | None) -> Sequence[str] | int | str | N
     """Turn the words of a command line into the ``classes`` argument of ``read_notes``.
 
     Args:
-        words: Names; one number k, for the k most frequent; "all"; or None.
+        words: Names, in any order; one number k, for the k most frequent; "all"; or None.
     """
-    if words is None or len(words) != 1:
-        return words
-    (word,) = words
-    if word == "all":
-        return word
-    if word.isdecimal():
-        return int(word)
-    return words
+    if words is None:
+        return None
+    if list(words) == ["all"]:
+        return "all"
+    if len(words) == 1 and words[0].isdecimal():
+        return int(words[0])
+    return sorted(words)
 
 
 def _mean_length(words: Collection[str]) -> float:
@@ -580,19 +580,19 @@ def _select_classes(
     if not counts:
         raise ValueError(f"{path}: no row has both text and label")
     if isinstance(classes, int):
-        chosen = _most_frequent(counts, classes)
+        chosen = sorted(_most_frequent(counts, classes))
     elif classes == "all":
-        chosen = list(counts)
+        chosen = sorted(counts)
     elif classes is not None:
-        chosen = list(dict.fromkeys(classes))
+        chosen = list(dict.fromkeys(classes))  # an index of a run's labels is one of these
         _check_chosen(chosen, counts, path, may_lack)
     elif all(name in counts for name in PUBLISHED_CLASSES):
-        chosen = list(PUBLISHED_CLASSES)
+        chosen = sorted(PUBLISHED_CLASSES)
     else:
-        chosen = list(counts)
+        chosen = sorted(counts)
     if len(chosen) < 2:
         raise ValueError(f"{path} leaves {len(chosen)} class to choose from: expected two or more")
-    return tuple(sorted(chosen))
+    return tuple(chosen)
 
 
 def _most_frequent(counts: Counter, k: int) -> list[str]:

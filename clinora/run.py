@@ -28,6 +28,8 @@ from clinora.quantize import check_quantization
 
 RUN_FILE = "clinora.json"
 SCHEMA = 1
+# Of a DataRecord, in the order in which they are written.
+DATA_NAMES = ("source", "text_column", "label_column", "split", "split_column")
 HASH_DIGITS = 16  # of a text's sha256 in hexadecimal; enough to distinguish texts
 
 
@@ -275,22 +277,19 @@ def _read_data(values: dict | None, path: Path) -> DataRecord | None:
         raise CheckpointError(f"{path}: seen holds values that are not strings")
     # A run that was trained from Python has no file, so none of the other values.
     fingerprints = _take({"fingerprints": {}} | values, "fingerprints", dict, path)
-    return DataRecord(
-        seen=frozenset(seen),
-        source=values.get("source"),
-        text_column=values.get("text_column"),
-        label_column=values.get("label_column"),
-        split=values.get("split"),
-        split_column=values.get("split_column"),
-        fingerprint=fingerprints.get("notes"),
-        split_fingerprint=fingerprints.get("split"),
-    )
+    recorded = {"fingerprint": fingerprints.get("notes")}
+    recorded["split_fingerprint"] = fingerprints.get("split")
+    for name in DATA_NAMES:
+        recorded[name] = values.get(name)
+    for name in recorded:
+        _take(recorded, name, str | None, path)
+    return DataRecord(seen=frozenset(seen), **recorded)
 
 
 def _data_as_json(data: DataRecord) -> dict[str, Any]:
     """Give the recorded values, in the order in which they are written."""
     values = {}
-    for name in ("source", "text_column", "label_column", "split", "split_column"):
+    for name in DATA_NAMES:
         value = getattr(data, name)
         if value is not None:
             values[name] = value

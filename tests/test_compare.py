@@ -81,6 +81,18 @@ def test_what_is_done_is_not_repeated_and_seeds_are_added(options, base, tmp_pat
     assert "steps: 3 then, 4 now" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_results_of_a_file_in_another_order_are_refused(options, base, tmp_path, capsys):
+    """A result is a list in the order of the test notes."""
+    assert run(options, "--tune", "head", "--seeds", "0") == 0
+    file = Path(options[options.index("--notes") + 1])
+    header, *rows = file.read_text().splitlines()
+    file.write_text("\n".join([header, *reversed(rows)]) + "\n")
+    with pytest.raises(SystemExit, match="2"):
+        run(options, "--tune", "head", "--seeds", "1")
+    assert "test: " in capsys.readouterr().err
+
+
 def test_an_error_is_said_in_words(tmp_path, monkeypatch):
     def measure(*_):
         raise OSError(28, "No space left on device")
@@ -109,6 +121,15 @@ def test_all_right_with_every_seed_does_not_claim_certainty():
     (row,) = compare.summarise([result | {"peak_bytes": None}] * 2, notes, None)
     low = scipy.stats.binomtest(9, 9).proportion_ci(method="wilson").low
     assert (row["low"], row["high"]) == pytest.approx((low, 1), abs=1e-4)
+
+
+def test_equal_answers_do_not_claim_that_the_gain_is_certain():
+    right = [1, 0, 1, 1, 0, 1, 1, 1, 1]
+    result = {"tune": "head", "rank": 0, "right": right, "trainable": 7, "seconds": 1.0}
+    notes = [Note(str(i), (0,)) for i in range(9)]
+    (row,) = compare.summarise([result | {"peak_bytes": None}], notes, np.array(right, float))
+    high = scipy.stats.binomtest(0, 9).proportion_ci(method="wilson").high
+    assert row["against_baseline"] == pytest.approx((0, -high, high), abs=1e-4)
 
 
 def test_the_gain_over_the_baseline_is_paired_and_has_the_normal_interval():

@@ -53,6 +53,14 @@ def test_a_part_has_the_sum_of_the_tokens_that_end_in_it(classifier):
     assert tool.gradient_times_input(classifier, parts) == pytest.approx(expected, abs=1e-5)
 
 
+def test_a_note_in_capitals_is_scored_as_the_classifier_reads_it(classifier):
+    parts = [f"THE PATIENT HAS {words}. " for words in ("NO FEVER", "A SWOLLEN KNEE", "PAIN")]
+    assert classifier([" ".join(parts)])[0] == classifier([" ".join(parts).lower()])[0]
+    lower = [part.lower() for part in parts]
+    scores = tool.gradient_times_input(classifier, parts)
+    assert scores == pytest.approx(tool.gradient_times_input(classifier, lower), abs=1e-6)
+
+
 WEIGHTS = {"a": 0.25, "b": 0.125, "c": 0.0625, "d": -0.0625}
 
 

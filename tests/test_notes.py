@@ -173,6 +173,7 @@ def test_a_prediction_is_correct_when_it_is_one_of_the_labels():
         (["3"], 3),
         (["all"], "all"),
         (["A"], ["A"]),
+        (["B", "A"], ["A", "B"]),
         (["1", "2"], ["1", "2"]),
         (["²"], ["²"]),
     ],
@@ -226,9 +227,11 @@ def test_all_classes_can_be_asked_for(write):
     assert read_notes(write(rows), classes="all").classes == (*PUBLISHED_CLASSES, "Urology")
 
 
-def test_a_list_of_classes_is_sorted_and_counted_once(write):
+def test_a_list_of_classes_keeps_its_order_and_is_counted_once(write):
     path = write([("a", "A"), ("b", "B"), ("c", "C")])
-    assert read_notes(path, classes=("C", "A", "C")).classes == ("A", "C")
+    notes = read_notes(path, classes=("C", "A", "C"))
+    assert notes.classes == ("C", "A")
+    assert {note.text: note.labels for note in notes.notes} == {"a": (1,), "c": (0,)}
 
 
 @pytest.mark.parametrize(

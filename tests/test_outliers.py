@@ -1,6 +1,7 @@
 """Text unlike an English clinical note is recognised and referred, whatever base a run has."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -156,3 +157,21 @@ def test_train_chooses_the_limit_from_the_training_and_validation_notes(tmp_path
     assert train_script.main(words.split()) == 0
     outliers = Classifier.load(tmp_path / "run", device="cpu").outliers
     assert outliers.notes == len(notes.on("training")) + len(notes.on("validation"))
+
+
+def test_the_tool_reads_the_notes_as_the_run_read_them(tmp_path, monkeypatch):
+    import train as train_script
+    from tools import add_outliers
+
+    monkeypatch.chdir(tmp_path)
+    write_notes(tmp_path / "notes.csv", texts=90)
+    rows = Path("notes.csv").read_text().replace("transcription,medical_specialty", "body,kind")
+    Path("notes.csv").write_text(rows)
+    words = "--notes notes.csv --run run --steps 1 --notes-per-step 2 --device cpu --token-limit 32"
+    columns = ["--text-column", "body", "--label-column", "kind", "--split", "rows"]
+    assert train_script.main([*words.split(), *columns]) == 0
+    record = json.loads(Path("run", "clinora.json").read_text())
+    chosen = record.pop("outliers")
+    Path("run", "clinora.json").write_text(json.dumps(record))
+    assert add_outliers.main(["--run", "run", "--notes", "notes.csv"]) == 0
+    assert json.loads(Path("run", "clinora.json").read_text())["outliers"] == chosen

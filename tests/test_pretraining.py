@@ -198,6 +198,12 @@ def test_a_killed_tool_goes_on_to_the_same_files(small, folders, tmp_path, monke
         tool.main(command(folder, notes, out))
     assert not out.exists() and "--resume" in capsys.readouterr().err
     monkeypatch.setattr(loop, "learn", learn)
+    checkpoints = out.parent / "checkpoints"
+    kept = {path: path.read_bytes() for path in checkpoints.iterdir()}
+    with pytest.raises(SystemExit, match="2"):
+        tool.main(command(folder, notes, out))
+    assert "--resume" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in checkpoints.iterdir()} == kept
     assert tool.main(command(folder, notes, out, "--resume")) == 0
     for name in ("model.safetensors", "tokenizer.model", "config.json", "notes_sha256.txt"):
         assert (out / name).read_bytes() == (whole / name).read_bytes()
@@ -239,6 +245,18 @@ def test_a_note_is_followed_by_what_the_file_says_of_it_but_never_by_its_special
         assert all(texts[i].startswith(text) and 50 <= len(text.split()) <= 300 for text in cut)
     assert len(mixed) == corpus.NOTES_REPEATS * len(training) + 1
     assert "Specialty" not in "".join(mixed)
+
+
+def test_titles_that_are_missing_or_numbers_are_texts(tmp_path):
+    file = tmp_path / "notes.jsonl"
+    row = {"transcription": "CT.", "medical_specialty": "A", "sample_name": 7, "description": None}
+    file.write_text(json.dumps(row) + "\n")
+    assert corpus.read_titles(str(file)) == {"CT.": "7: "}
+
+
+def test_an_interval_of_no_measurable_time_has_no_rate():
+    curve = [{"tokens": 10, "seconds": 2.0}, {"tokens": 12, "seconds": 2.0}]
+    assert card.token_rate(curve) == 5
 
 
 def test_titles_are_found_whatever_the_lines_of_the_file_end_with(tmp_path):

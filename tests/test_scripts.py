@@ -4,6 +4,7 @@ import csv
 import importlib
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -88,6 +89,62 @@ def test_train_then_eval_on_a_file_of_ones_own(notes, tmp_path, capsys):
     assert measured["after"] == trained["after"]
     picture = matplotlib.image.imread(run / "report" / "confusion.png")
     assert picture.std() > 0.05  # something is drawn
+
+
+def test_the_order_of_a_runs_labels_does_not_change_its_accuracy(small_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    accuracy = []
+    for order in ([0, 1, 2, 3, 4], [4, 2, 0, 3, 1]):
+        classifier = clinora.Classifier.load(small_run, device="cpu", precision="fp32")
+        classifier.labels = tuple(clinora.PUBLISHED_CLASSES[index] for index in order)
+        head = classifier.model.score.weight
+        head.data = head.data[order]
+        classifier.record_training([], {})
+        classifier.save(tmp_path / "run")
+        options = ["--run", "run", "--notes", "bundled", "--device", "cpu", "--precision", "fp32"]
+        assert eval_command.main(options) == 0
+        metrics = json.loads(Path("run", "report-bundled", "metrics.json").read_text())
+        accuracy.append(metrics["after"]["by_note"]["accuracy"]["value"])
+        shutil.rmtree("run")
+    assert 0 < accuracy[0] == accuracy[1] < 1
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_eval_draws_the_random_heads_that_train_drew(notes, tmp_path, seed):
+    run = tmp_path / "run"
+    assert train("--notes", notes, "--run", run, "--steps", 1, "--seed", seed) == 0
+    report = run / "report" / "metrics.json"
+    before = json.loads(report.read_text())["before"]
+    report.unlink()
+    assert eval_command.main(["--run", str(run)]) == 0
+    assert json.loads(report.read_text())["before"] == before
+
+
+def test_the_name_of_the_bundled_run_is_not_a_folder(notes, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    options = ["--notes", notes, "--run", "bundled"]
+    assert_refused(train_command, options, capsys, "--run bundled .* choose another")
+    assert not Path("bundled").exists()
+
+
+def test_the_report_of_the_bundled_run_replaces_no_other(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run = Path("runs", "bundled")
+    run.mkdir(parents=True)
+    (run / "clinora.json").write_text("{}")
+    assert_refused(eval_command, [], capsys, "runs.bundled holds another run.*--report")
+    assert [path.name for path in run.iterdir()] == ["clinora.json"]
+
+
+def test_a_second_file_may_have_its_own_splits_whatever_the_runs_were(notes, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert train("--notes", notes, "--run", run, "--steps", 1, "--split", "rows") == 0
+    second = tmp_path / "second.csv"
+    rows = [f"call {i}: {word},{label},test" for i in range(3) for label, word in WORDS.items()]
+    second.write_text("transcription,medical_specialty,part\n" + "\n".join(rows) + "\n")
+    options = ["--run", str(run), "--notes", str(second), "--split-column", "part"]
+    assert eval_command.main(options) == 0
+    assert "\n6 notes in 6 rows\n" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -245,6 +302,8 @@ def test_a_reader_that_has_read_enough_is_no_error(options):
         (["--notes", "."], "is an empty folder"),
         (["--notes", "nowhere.csv"], "nowhere.csv"),
         (["--base", "a/b/c"], "there is no folder a/b/c"),
+        (["--revision", "v2"], "revision v2 of bundled: expected a Hub id"),
+        (["--base", ".", "--revision", "v2"], r"revision v2 of \.: expected a Hub id"),
         (["--targets", "q_prj"], "no layer is named 'q_prj'.*q_proj"),
         (["--rank", "161"], "rank 161 is too large"),
         (["--rank", "0"], "at least 1"),

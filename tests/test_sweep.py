@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import clinora
+from clinora.notes import side_of
 from clinora.training import Learner
 from tools import sweep
 
@@ -66,7 +67,7 @@ def test_a_stopped_sweep_resumes_with_the_same_result(run, tmp_path, monkeypatch
         return step(self, *arguments)
 
     step = Learner.forward_and_backward
-    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="1"):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
         patch.setattr(Learner, "forward_and_backward", stop_in_the_second_training)
         run(tmp_path / "stopped", *options)
     assert "run the same command to resume" in capsys.readouterr().err
@@ -89,3 +90,26 @@ def test_results_of_other_options_are_refused(run, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         run(tmp_path, "--methods", "full", "--token-limit", 8)
     assert "holds other results: token_limit" in capsys.readouterr().err
+
+
+def test_results_of_a_file_in_another_order_are_refused(notes, small_run, tmp_path, capsys):
+    """A result is a list in the order of the test notes."""
+    base = small_run.parent / "base"
+    options = ["--methods", "full", "--learning-rates", 1e-3]
+    run_sweep(notes, base, tmp_path / "out", *options)
+    header, *rows = notes.read_text().splitlines()
+    other = tmp_path / "other.csv"
+    other.write_text("\n".join([header, *reversed(rows)]) + "\n")
+    with pytest.raises(SystemExit, match="2"):
+        run_sweep(other, base, tmp_path / "out", *options)
+    assert "test: " in capsys.readouterr().err
+
+
+def test_notes_without_validation_notes_are_refused_before_training(small_run, tmp_path, capsys):
+    texts = [text for text in map("visit {}".format, range(40)) if side_of(text) != "validation"]
+    rows = [f"{text},{'AB'[number % 2]}" for number, text in enumerate(texts)]
+    file = tmp_path / "notes.csv"
+    file.write_text("transcription,medical_specialty\n" + "\n".join(rows) + "\n")
+    with pytest.raises(SystemExit, match="2"):
+        run_sweep(file, small_run.parent / "base", tmp_path / "out")
+    assert "has no validation notes" in capsys.readouterr().err

@@ -16,6 +16,7 @@ import clinora
 from clinora.checkpoint import BUNDLED
 from clinora.classifier import Classifier
 from clinora.evaluation import outlier_limit
+from clinora.notes import LABEL_COLUMN, SPLITS, TEXT_COLUMN
 from clinora.run import RunRecord
 
 
@@ -24,8 +25,18 @@ def add_limit(run: str, source: str) -> None:
     folder = BUNDLED / "adapter" if run == "bundled" else Path(run)
     record = RunRecord.read(folder)
     classifier = Classifier.load(run)
-    notes = clinora.read_notes(source, classes=record.labels)
-    if record.data is None or not record.data.is_split_of(notes):
+    data = record.data
+    if data is None:
+        raise ValueError(f"{folder} does not record which notes it was trained on")
+    notes = clinora.read_notes(
+        source,
+        text_column=data.text_column or TEXT_COLUMN,
+        label_column=data.label_column or LABEL_COLUMN,
+        classes=record.labels,
+        split=data.split or SPLITS[0],
+        split_column=data.split_column,
+    )
+    if not data.is_split_of(notes):
         raise ValueError(f"{folder} was not trained on the training notes of {source}")
     limit = outlier_limit(classifier, [*notes.on("training"), *notes.on("validation")])
     if limit is None:

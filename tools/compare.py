@@ -31,12 +31,12 @@ from clinora.baselines import TF_IDF, train_baselines
 from clinora.checkpoint import find_base, write_atomically
 from clinora.classifier import TOKEN_LIMIT
 from clinora.device import choose_device, choose_dtype, keep_freed_memory
-from clinora.evaluation import bootstrap_mean, classify, share_of
+from clinora.evaluation import bootstrap_mean, classify, paired_gain, share_of
 from clinora.figures import BLACK
-from clinora.notes import SPLITS, are_correct, choose_classes
+from clinora.notes import LABEL_COLUMN, SPLITS, TEXT_COLUMN, are_correct, choose_classes
 from clinora.report import png, read_steps
 from clinora.resume import list_differences
-from clinora.run import base_hashes
+from clinora.run import HASH_DIGITS, base_hashes
 from clinora.targets import read_targets
 from clinora.training import METRICS, InterruptedTraining, TrainingConfig, train
 
@@ -208,7 +208,7 @@ def summarise(
         accuracy = share_of(bootstrap_mean(share, notes), len(notes))
         against = None
         if baseline is not None:
-            against = bootstrap_mean(share - baseline, notes)
+            against = paired_gain(share - baseline, notes)
         peaks = [result["peak_bytes"] for result in group if result["peak_bytes"]]
         between_seeds = None
         if len(group) > 1:
@@ -313,10 +313,10 @@ def main(argv: list[str] | None = None) -> int:
     add("--targets", nargs="+", default=targets, help="layers to adapt: names, or all-linear")
     add("--base", default="bundled", help="bundled, smollm2, a folder or a Hub id")
     add("--notes", default="bundled", help="bundled, mtsamples or a file")
-    add("--text-column", default="transcription", help="column of the notes")
-    add("--label-column", default="medical_specialty", help="column of the classes")
+    add("--text-column", default=TEXT_COLUMN, help="column of the notes")
+    add("--label-column", default=LABEL_COLUMN, help="column of the classes")
     add("--classes", nargs="+", help="names, one number k (the k most frequent), or all")
-    add("--split", choices=SPLITS, default="texts", help="texts, or rows (the published split)")
+    add("--split", choices=SPLITS, default=SPLITS[0], help="texts, or rows (the published split)")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--precision", default="auto", help="auto, bf16, fp16 or fp32")
     add("--token-limit", type=int, default=TOKEN_LIMIT, help="tokens read of a note")
@@ -355,6 +355,7 @@ def compare(args: argparse.Namespace, points: Sequence[Point]) -> int:
     free = ("out", "seeds", "ranks", "tune")  # may differ in a later call, which adds results
     fixed = {name: value for name, value in vars(args).items() if name not in free}
     fixed["notes"] = [notes.fingerprint, notes.split_fingerprint]
+    fixed["test"] = [note.sha256[:HASH_DIGITS] for note in notes.on("test")]  # the results' order
     fixed["base"] = base_hashes(find_base(args.base))
     fixed = json.loads(json.dumps(fixed))  # tuples become lists, as in the file
     options = out / "options.json"

@@ -24,7 +24,13 @@ import clinora
 from clinora.baselines import TF_IDF, LinearModel, choose_settings
 from clinora.classifier import TOKEN_LIMIT
 from clinora.device import keep_freed_memory
-from clinora.evaluation import bootstrap_mean, classify, evaluate_random_heads, share_of
+from clinora.evaluation import (
+    bootstrap_mean,
+    classify,
+    evaluate_random_heads,
+    paired_gain,
+    share_of,
+)
 from clinora.notes import are_correct
 from clinora.report import CrossValidation, write_cross_validation
 from clinora.run import base_hashes
@@ -91,7 +97,8 @@ def cross_validate(args: argparse.Namespace, out: Path) -> CrossValidation:
     for number, measured in enumerate(folds, 1):
         others = [fold for fold in folds if fold is not measured]
         classifier = train_fold(args, notes.classes, list(chain(*others)), out / f"fold-{number}")
-        mean, _ = evaluate_random_heads(classifier, measured).any_label_accuracy
+        heads = evaluate_random_heads(classifier, measured, seed=args.seed)
+        mean, _ = heads.any_label_accuracy
         before.append(mean)
         lora = classify(classifier, measured).correct
         tf_idf = are_correct(measured, predict_tf_idf(others, measured))
@@ -114,7 +121,7 @@ def cross_validate(args: argparse.Namespace, out: Path) -> CrossValidation:
         of_folds=tuple(fold.mean().item() for fold in correct["LoRA"]),
         tf_idf=share_of(bootstrap_mean(tf_idf, order), len(order)),
         tf_idf_of_folds=tuple(fold.mean().item() for fold in correct[TF_IDF]),
-        against=bootstrap_mean(lora - tf_idf, order),
+        against=paired_gain(lora - tf_idf, order),
     )
 
 

@@ -32,6 +32,7 @@ import clinora
 from clinora.device import keep_freed_memory
 from clinora.evaluation import bootstrap_mean
 from clinora.explain import effects, parts_of, variants
+from clinora.notes import ordinary_case
 
 LEAVE_ONE_OUT = "leave one out"
 GRADIENT = "gradient × input"
@@ -48,7 +49,7 @@ def gradient_times_input(classifier: clinora.Classifier, parts: Sequence[str]) -
     e is the token's embedding and z = ln(p / (1 − p)) the log-odds of the predicted class. To first
     order, e · ∂z/∂e is what z loses when e becomes 0 (Shrikumar et al. 2016).
     """
-    text = "".join(parts)
+    text = ordinary_case("".join(parts))  # as the classifier reads it; no character more or less
     ids = classifier.tokenizer.encode(text, classifier.token_limit)
     places = classifier.tokenizer.places(text, classifier.token_limit)
     ends = list(itertools.accumulate(len(part) for part in parts))

@@ -79,6 +79,11 @@ def run_job(args: argparse.Namespace) -> None:
     print(f"{len(texts):,} texts, {characters / 1e6:.1f} M characters", flush=True)
     args.checkpoints.mkdir(parents=True, exist_ok=True)
     path = args.checkpoints / "tokenizer.model"
+    if not args.resume and any(args.checkpoints.glob("step-*.safetensors")):
+        raise ValueError(
+            f"{args.checkpoints} holds an earlier pretraining: add --resume, or choose another "
+            "folder with --checkpoints"
+        )
     is_trained = args.resume and path.is_file()
     if not is_trained:
         write_atomically(path, tokenizer.train_tokenizer(texts, SHAPE.vocab_size))

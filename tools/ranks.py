@@ -22,8 +22,8 @@ from clinora.checkpoint import find_base, write_atomically
 from clinora.evaluation import bootstrap_mean, classify, share_of
 from clinora.explain import layer_updates
 from clinora.resume import list_differences
-from clinora.run import base_hashes
-from clinora.training import TrainingConfig, train
+from clinora.run import HASH_DIGITS, base_hashes
+from clinora.training import InterruptedTraining, TrainingConfig, train
 
 STEPS = 60
 TOKEN_LIMIT = 128
@@ -108,8 +108,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         write_results(args)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, FloatingPointError) as error:
         parser.exit(2, f"ranks.py: {error}\n")
+    except (InterruptedTraining, KeyboardInterrupt):
+        parser.exit(130, "ranks.py: stopped; the same command trains what has no result yet\n")
     return 0
 
 
@@ -119,6 +121,7 @@ def write_results(args: argparse.Namespace) -> None:
     config = TrainingConfig(steps=args.steps, validate_every=args.steps)
     options = {
         "notes": [notes.fingerprint, notes.split_fingerprint],
+        "test": [note.sha256[:HASH_DIGITS] for note in notes.on("test")],  # in the results' order
         "base": base_hashes(find_base("bundled")),
         "token_limit": args.token_limit,
         "training": dataclasses.asdict(config),

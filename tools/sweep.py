@@ -25,7 +25,7 @@ from clinora.evaluation import classify
 from clinora.lora import LoRAConfig
 from clinora.report import read_steps
 from clinora.resume import list_differences
-from clinora.run import base_hashes
+from clinora.run import HASH_DIGITS, base_hashes
 from clinora.training import METRICS, InterruptedTraining, TrainingConfig, train
 from clinora.variants import DoRAConfig, OLoRAConfig, PiSSAConfig
 
@@ -123,8 +123,8 @@ def main(argv: list[str] | None = None) -> int:
         sweep(args)
     except (OSError, ValueError) as error:
         parser.exit(2, f"sweep.py: {error}\n")
-    except InterruptedTraining as error:
-        parser.exit(1, f"sweep.py: {error.args[0]}: run the same command to resume\n")
+    except (InterruptedTraining, KeyboardInterrupt):
+        parser.exit(130, "sweep.py: stopped; run the same command to resume\n")
     return 0
 
 
@@ -132,8 +132,12 @@ def sweep(args: argparse.Namespace) -> None:
     """Measure every method at every learning rate that has no result yet."""
     keep_freed_memory()
     notes = clinora.read_notes(args.notes)
+    for side in ("validation", "test"):
+        if not notes.on(side):
+            raise ValueError(f"{args.notes} has no {side} notes")
     options = {
         "notes": [notes.fingerprint, notes.split_fingerprint],
+        "test": [note.sha256[:HASH_DIGITS] for note in notes.on("test")],  # in the results' order
         "base": base_hashes(find_base(args.base)),
         "token_limit": args.token_limit,
         "steps": args.steps,

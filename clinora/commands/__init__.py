@@ -1,4 +1,4 @@
-"""The commands ``clinora train``, ``eval``, ``serve`` and ``budget``, and the code they share.
+"""The commands ``clinora train``, ``eval``, ``predict``, ``serve`` and ``budget``, and their code.
 
 Each command is one module: first its options, then the steps of its job from top to bottom. Its
 ``main`` takes the arguments after the command, and ``prog``, the command as the user typed it:

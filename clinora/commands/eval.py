@@ -42,7 +42,7 @@ def build_parser(prog: str = "clinora eval") -> argparse.ArgumentParser:
         action="store_true",
         help="also evaluate on training notes; the result is then not a test (default: off)",
     )
-    add("--report", type=Path, help="output folder (default: report/ in the run's folder)")
+    add("--report", type=Path, help="output folder (default: one in the run's folder)")
     add(
         "--show-text",
         action="store_true",
@@ -70,6 +70,7 @@ def evaluate_run(args: argparse.Namespace, prog: str) -> None:
     from clinora.evaluation import assess
     from clinora.notes import LABEL_COLUMN, TEXT_COLUMN, read_notes
     from clinora.report import read_steps, results_table, write_report
+    from clinora.run import RUN_FILE
     from clinora.training import METRICS
 
     keep_freed_memory()
@@ -102,7 +103,7 @@ def evaluate_run(args: argparse.Namespace, prog: str) -> None:
         text_column=args.text_column or data.text_column or TEXT_COLUMN,
         label_column=args.label_column or data.label_column or LABEL_COLUMN,
         classes=classifier.labels,
-        split=data.split or "texts",
+        split="texts" if split_column else data.split or "texts",
         split_column=split_column,
         may_lack_classes=True,
     )
@@ -126,6 +127,11 @@ def evaluate_run(args: argparse.Namespace, prog: str) -> None:
     print(about, flush=True)
 
     run = Path("runs", "bundled") if bundled else Path(args.run)
+    if bundled and not args.report and (run / RUN_FILE).exists():
+        raise ValueError(
+            f"{run} holds another run: give a folder for the report of the bundled run with "
+            "--report"
+        )
     name = "report" if own_split else f"report-{Path(source).stem}"
     if args.include_seen:
         name += "-seen"
@@ -137,6 +143,7 @@ def evaluate_run(args: argparse.Namespace, prog: str) -> None:
         measured,
         trained_on=trained_on,
         learned_from=notes if own_split else read_own_notes(data, classifier.labels),
+        seed=classifier.training_options.get("seed", 0),
     )
     write_report(
         folder,
@@ -145,7 +152,7 @@ def evaluate_run(args: argparse.Namespace, prog: str) -> None:
         measured,
         token_limit=classifier.token_limit,
         about=about,
-        steps=read_steps(run / METRICS),
+        steps=[] if bundled else read_steps(run / METRICS),
         show_text=args.show_text,
     )
     print(f"\n{results_table(results)}\n\nReport: {folder / 'report.md'}")

@@ -304,10 +304,13 @@ def check_run_folder(run: Path, resume: bool) -> None:
     This is stricter than ``training.check_folder``, which accepts files that belong to no run.
 
     Raises:
-        ValueError: The folder is not empty, or holds no training to resume.
+        ValueError: The folder is not empty, or holds no training to resume; or its name stands for
+            the bundled run.
     """
     from clinora.training import METRICS
 
+    if str(run) == "bundled":
+        raise ValueError("--run bundled names the run of this package: choose another --run")
     if resume:
         if not (run / METRICS).is_file():
             raise ValueError(f"{run} holds no training to resume: give its folder with --run")

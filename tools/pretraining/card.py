@@ -74,7 +74,8 @@ def token_rate(curve: Sequence[dict]) -> float:
     start = {"tokens": 0, "seconds": 0}
     for before, after in itertools.pairwise([start, *curve]):
         seconds = after["seconds"] - before["seconds"]
-        rates.append((after["tokens"] - before["tokens"]) / seconds)
+        if seconds > 0:  # they are rounded
+            rates.append((after["tokens"] - before["tokens"]) / seconds)
     return statistics.median(rates)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import clinora
 from clinora.notes import TEXT_COLUMN, clean_text, find_notes
-from clinora.tables import open_table
+from clinora.tables import as_text, open_table
 
 # For each source: how often it is read, and the GitHub repositories that it comes from, with their
 # revisions. Texts that resemble notes are read more often than articles and leaflets.
@@ -149,7 +149,7 @@ def read_titles(notes: str) -> dict[str, str]:
         if not {"sample_name", "description"} <= set(table.header):
             return {}
         for row in table.select():
-            text, name, description = map(clean_text, row.cells)
+            text, name, description = [clean_text(as_text(cell)) for cell in row.cells]
             name = re.sub(r" - \d+$", "", name).strip()
             titles[text] = f"{name}: {description}"
     return titles
