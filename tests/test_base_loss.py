@@ -8,7 +8,7 @@ import transformers
 
 import clinora
 from clinora.checkpoint import BUNDLED
-from tools import base_loss
+from tools import base_loss, capitals, explanations
 
 
 def test_the_loss_is_that_of_transformers():
@@ -39,3 +39,20 @@ def test_each_split_is_measured_on_its_notes(capsys):
             losses.append(-chosen.mean().item())
         (shown,) = re.findall(rf"\| {side} \| 3 \| [\d,]+ \| ([\d.]+) \|", printed)
         assert float(shown) == pytest.approx(sum(losses) / 3, abs=6e-4)
+
+
+@pytest.mark.parametrize(
+    ("tool", "options", "message"),
+    [
+        (base_loss, ["--token-limit", "1025"], "--token-limit is 1025: expected 2 to 1024"),
+        (base_loss, ["--token-limit", "1"], "--token-limit is 1: expected 2"),
+        (base_loss, ["--sample", "-1"], "--sample is -1: expected 1 or more"),
+        (capitals, ["--sample", "0"], "--sample is 0: expected 1 or more"),
+        (explanations, ["--sample", "0"], "--sample is 0: expected 1 or more"),
+    ],
+)
+def test_a_number_out_of_range_is_one_line(tool, options, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        tool.main(options)
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1

@@ -37,6 +37,8 @@ def loss_of(model: clinora.LlamaForCausalLM, ids: Sequence[int]) -> float:
 
 def measure(args: argparse.Namespace) -> None:
     """Print the table."""
+    if args.sample < 1:
+        raise ValueError(f"--sample is {args.sample}: expected 1 or more")
     notes = clinora.read_notes(
         args.notes,
         text_column=args.text_column,
@@ -47,6 +49,12 @@ def measure(args: argparse.Namespace) -> None:
     device = choose_device(args.device)
     dtype = choose_dtype(device, args.precision)
     model = clinora.load_model(args.base, dtype=dtype, device=device).eval()
+    positions = model.model.config.max_position_embeddings
+    if not 2 <= args.token_limit <= positions:
+        raise ValueError(
+            f"--token-limit is {args.token_limit}: expected 2 to {positions}, the positions that "
+            "the base was trained for"
+        )
     print("| split | notes | tokens | nats a token | 95% interval |\n|---|---:|---:|---:|---:|")
     for side in SIDES:
         chosen = sorted(notes.on(side), key=lambda note: note.sha256)[: args.sample]

@@ -2,8 +2,9 @@
 
     python -m tools.capitals --notes mtsamples
 
-For test notes in capitals, as they are given to the model and as ``ordinary_case`` changes them:
-how many have the predicted class of the note in ordinary case, and how many are correct.
+For notes that the run has not seen, in capitals, as they are given to the model and as
+``ordinary_case`` changes them: how many have the predicted class of the note in ordinary case, and
+how many are correct.
 """
 
 import argparse
@@ -18,11 +19,16 @@ from clinora.notes import are_correct, clean_text, ordinary_case
 
 def measure(args: argparse.Namespace) -> None:
     """Print the table."""
+    if args.sample < 1:
+        raise ValueError(f"--sample is {args.sample}: expected 1 or more")
     classifier = Classifier.load(args.run, device=args.device, precision=args.precision)
-    notes = clinora.read_notes(args.notes, classes=classifier.labels).on("test")
-    notes = sorted(notes, key=lambda note: note.sha256)[: args.sample]
+    if classifier.data is None:
+        raise ValueError(f"{args.run} does not record which notes it has seen")
+    notes = clinora.read_notes(args.notes, classes=classifier.labels, may_lack_classes=True).notes
+    unseen = [note for note in notes if not classifier.data.has_seen(note)]
+    notes = sorted(unseen, key=lambda note: note.sha256)[: args.sample]
     if not notes:
-        raise ValueError(f"{args.notes} has no test notes")
+        raise ValueError(f"{args.notes} has no notes that the run has not seen")
     ways = {
         "as it is written": lambda text: text,
         "in capitals": str.upper,

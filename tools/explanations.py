@@ -125,6 +125,8 @@ def measure_note(
 
 def compare(args: argparse.Namespace) -> None:
     """Measure the notes one by one, then print the table and the differences."""
+    if args.sample is not None and args.sample < 1:
+        raise ValueError(f"--sample is {args.sample}: expected 1 or more")
     classifier = clinora.Classifier.load(args.run, device=args.device, precision=args.precision)
     if classifier.data is None:
         raise ValueError(
