@@ -66,8 +66,8 @@ def find_base(source: str | Path, revision: str | None = None) -> Source:
         revision: A commit, branch or tag on the Hub; None: the main branch.
 
     Raises:
-        CheckpointError: ``source`` is not a folder and cannot be downloaded from the Hub, or it is
-            "smollm2", whose folder does not exist.
+        CheckpointError: ``source`` is not a folder and cannot be downloaded from the Hub; it is
+            "smollm2", whose folder does not exist; or it is here and ``revision`` is given.
     """
     folder = local_folder(source, revision)
     if str(source) in NAMED_BASES:
@@ -88,7 +88,7 @@ def local_folder(source: str | Path, revision: str | None = None) -> Path:
     """
     if revision is not None and (str(source) in NAMED_BASES or Path(source).exists()):
         raise CheckpointError(
-            f"revision {revision} of {source}: expected a Hub id, since only the Hub has revisions"
+            f"revision {revision} of {source}, which is here: only bases on the Hub have revisions"
         )
     if str(source) == "bundled":
         return BUNDLED / "base"
@@ -113,7 +113,7 @@ def find_config(source: str | Path, revision: str | None = None) -> Path:
     """Find a model's ``config.json``: ``source`` is that file, its folder, or a Hub id.
 
     Raises:
-        CheckpointError: There is no such file.
+        CheckpointError: There is no such file, or it is here and ``revision`` is given.
     """
     path = local_folder(source, revision)
     if not path.exists():
@@ -137,7 +137,8 @@ def find_tokenizer(source: str | Path, revision: str | None = None) -> Path:
         revision: A commit, branch or tag on the Hub; None: the main branch.
 
     Raises:
-        CheckpointError: There is no such file, or another file stands in its place.
+        CheckpointError: There is no such file, another file stands in its place, or the base is
+            here and ``revision`` is given.
     """
     folder = local_folder(source, revision)
     is_local = folder.is_dir()

@@ -316,7 +316,8 @@ class Classifier:
         revision = None
         if base is None:
             base = first.base.source
-            revision = first.base.revision
+            if not Path(base).exists():  # a folder of this name comes before the Hub's base
+                revision = first.base.revision
         find_tokenizer(base, revision)  # before the weights, which may take long to download
         source = find_base(base, revision)
         for folder, record in zip(found, records, strict=True):

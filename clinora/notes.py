@@ -268,6 +268,10 @@ class Notes:
         pairs = zip(self.notes, self.sides, strict=True)
         return [note for note, its_side in pairs if its_side == side]
 
+    def order_of(self, side: str) -> str:
+        """Give a sha256 of the notes of one split in their order, for results that are lists."""
+        return text_sha256(" ".join(note.sha256 for note in self.on(side)))
+
     @property
     def fingerprint(self) -> str:
         """A sha256 of texts, labels and class names; the order of the rows does not matter."""

@@ -132,7 +132,7 @@ class State:
 
         Raises:
             CheckpointError: All checkpoints are damaged, the processes read different ones, or the
-                checkpoint belongs to other data, another configuration, another base or another
+                checkpoint belongs to other data, another configuration, another model or another
                 version of the loop.
         """
         saved = self._read_newest()
@@ -151,8 +151,8 @@ class State:
             return
         if saved.numbers.get("loop") != LOOP_VERSION:
             raise CheckpointError(
-                f"{saved.path} was written by another version of Clinora, whose steps learn from "
-                "other notes: resume it with that version, or train again in another folder"
+                f"{saved.path} was written by another version of Clinora, whose checkpoints this "
+                "one does not resume: use that version, or train again in another folder"
             )
         differences = list_differences(saved.numbers["identity"], self.identity)
         if differences:

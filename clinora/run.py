@@ -200,7 +200,7 @@ class RunRecord:
             calibration=_read_calibration(_take(values, "calibration", dict | None, path), path),
             outliers=_read_outliers(_take(values, "outliers", dict | None, path), path),
             data=_read_data(_take(values, "notes", dict | None, path), path),
-            training_options=_take(values, "training", dict, path),
+            training_options=_read_training(values, path),
             versions=_take(values, "versions", dict, path),
         )
 
@@ -269,6 +269,12 @@ def _read_outliers(values: dict | None, path: Path) -> OutlierLimit | None:
         raise CheckpointError(f"{path}: outliers: {error}") from None
 
 
+def _read_training(values: dict, path: Path) -> dict[str, Any]:
+    options = _take(values, "training", dict, path)
+    _take({"seed": 0} | options, "seed", int, path)
+    return options
+
+
 def _read_data(values: dict | None, path: Path) -> DataRecord | None:
     if values is None:
         return None
@@ -277,13 +283,14 @@ def _read_data(values: dict | None, path: Path) -> DataRecord | None:
         raise CheckpointError(f"{path}: seen holds values that are not strings")
     # A run that was trained from Python has no file, so none of the other values.
     fingerprints = _take({"fingerprints": {}} | values, "fingerprints", dict, path)
-    recorded = {"fingerprint": fingerprints.get("notes")}
-    recorded["split_fingerprint"] = fingerprints.get("split")
-    for name in DATA_NAMES:
-        recorded[name] = values.get(name)
-    for name in recorded:
-        _take(recorded, name, str | None, path)
-    return DataRecord(seen=frozenset(seen), **recorded)
+    fingerprints = {"notes": None, "split": None} | fingerprints
+    others = dict.fromkeys(DATA_NAMES) | values
+    return DataRecord(
+        seen=frozenset(seen),
+        fingerprint=_take(fingerprints, "notes", str | None, path),
+        split_fingerprint=_take(fingerprints, "split", str | None, path),
+        **{name: _take(others, name, str | None, path) for name in DATA_NAMES},
+    )
 
 
 def _data_as_json(data: DataRecord) -> dict[str, Any]:

@@ -158,7 +158,7 @@ def train(
         ValueError: There are no training notes, a label is not one of the classifier's, a step has
             fewer notes than there are processes, or the folder holds a run but ``resume`` is False.
         CheckpointError: All checkpoints are damaged, or they belong to other data, another
-            configuration, another base or another version of this loop.
+            configuration, another classifier or another version of this loop.
         FloatingPointError: The loss or the gradient is not finite.
         InterruptedTraining: Ctrl-C or SIGTERM stopped training.
         OSError: A file cannot be written. The message names the last checkpoint, which is intact.
@@ -273,9 +273,9 @@ def identify(
     validation: Sequence[Note],
     config: TrainingConfig,
 ) -> dict[str, object]:
-    """Give what determines the result, for checkpoints, but for the base and LoRA.
+    """Give what determines the result, for checkpoints, except the base and LoRA.
 
-    "order" stands for the notes with their labels, in order.
+    "order" is a hash of the notes and their labels, in their order.
     """
     _, processes = world()
     notes = [f"{note.sha256} {note.labels}" for note in [*training, *validation]]

@@ -369,9 +369,10 @@ def test_a_base_that_moved_is_found_with_its_new_place(classifier, run, tmp_path
         ({"calibration": CALIBRATION | {"threshold": float("nan")}}, "finite numbers"),
         ({"calibration": CALIBRATION | {"bias": float("inf")}}, "finite numbers"),
         ({"token_limit": 100_000}, "token limit 100000"),
+        ({"training": {"seed": "a"}}, "seed is missing or has the wrong type"),
         ({"notes": {"seen": [], "source": 5}}, "source is missing or has the wrong type"),
         ({"notes": {"seen": [], "split_column": ["a"]}}, "split_column is missing or has"),
-        ({"notes": {"seen": [], "fingerprints": {"notes": 1}}}, "fingerprint is missing or has"),
+        ({"notes": {"seen": [], "fingerprints": {"notes": 1}}}, "notes is missing or has"),
     ],
 )
 def test_a_damaged_run_is_one_clear_line(run, change, message):

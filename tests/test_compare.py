@@ -90,7 +90,7 @@ def test_results_of_a_file_in_another_order_are_refused(options, base, tmp_path,
     file.write_text("\n".join([header, *reversed(rows)]) + "\n")
     with pytest.raises(SystemExit, match="2"):
         run(options, "--tune", "head", "--seeds", "1")
-    assert "test: " in capsys.readouterr().err
+    assert "order of the test notes: " in capsys.readouterr().err
 
 
 def test_an_error_is_said_in_words(tmp_path, monkeypatch):

@@ -102,7 +102,7 @@ def test_results_of_a_file_in_another_order_are_refused(notes, small_run, tmp_pa
     other.write_text("\n".join([header, *reversed(rows)]) + "\n")
     with pytest.raises(SystemExit, match="2"):
         run_sweep(other, base, tmp_path / "out", *options)
-    assert "test: " in capsys.readouterr().err
+    assert "order of the test notes: " in capsys.readouterr().err
 
 
 def test_notes_without_validation_notes_are_refused_before_training(small_run, tmp_path, capsys):

@@ -36,7 +36,7 @@ from clinora.figures import BLACK
 from clinora.notes import LABEL_COLUMN, SPLITS, TEXT_COLUMN, are_correct, choose_classes
 from clinora.report import png, read_steps
 from clinora.resume import list_differences
-from clinora.run import HASH_DIGITS, base_hashes
+from clinora.run import base_hashes
 from clinora.targets import read_targets
 from clinora.training import METRICS, InterruptedTraining, TrainingConfig, train
 
@@ -351,11 +351,13 @@ def main(argv: list[str] | None = None) -> int:
 def compare(args: argparse.Namespace, points: Sequence[Point]) -> int:
     """Train each point that has no result yet, then write table and figure."""
     notes = read(args)
+    if not notes.on("test"):
+        raise ValueError(f"{args.notes} has no test notes")
     out = args.out
     free = ("out", "seeds", "ranks", "tune")  # may differ in a later call, which adds results
     fixed = {name: value for name, value in vars(args).items() if name not in free}
     fixed["notes"] = [notes.fingerprint, notes.split_fingerprint]
-    fixed["test"] = [note.sha256[:HASH_DIGITS] for note in notes.on("test")]  # the results' order
+    fixed["order of the test notes"] = notes.order_of("test")
     fixed["base"] = base_hashes(find_base(args.base))
     fixed = json.loads(json.dumps(fixed))  # tuples become lists, as in the file
     options = out / "options.json"

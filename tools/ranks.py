@@ -22,7 +22,7 @@ from clinora.checkpoint import find_base, write_atomically
 from clinora.evaluation import bootstrap_mean, classify, share_of
 from clinora.explain import layer_updates
 from clinora.resume import list_differences
-from clinora.run import HASH_DIGITS, base_hashes
+from clinora.run import base_hashes
 from clinora.training import InterruptedTraining, TrainingConfig, train
 
 STEPS = 60
@@ -118,10 +118,12 @@ def main(argv: list[str] | None = None) -> int:
 def write_results(args: argparse.Namespace) -> None:
     """Train what has no file yet, and write ``ranks.json``."""
     notes = clinora.read_notes(args.notes)
+    if not notes.on("test"):
+        raise ValueError(f"{args.notes} has no test notes")
     config = TrainingConfig(steps=args.steps, validate_every=args.steps)
     options = {
         "notes": [notes.fingerprint, notes.split_fingerprint],
-        "test": [note.sha256[:HASH_DIGITS] for note in notes.on("test")],  # in the results' order
+        "order of the test notes": notes.order_of("test"),
         "base": base_hashes(find_base("bundled")),
         "token_limit": args.token_limit,
         "training": dataclasses.asdict(config),

@@ -25,7 +25,7 @@ from clinora.evaluation import classify
 from clinora.lora import LoRAConfig
 from clinora.report import read_steps
 from clinora.resume import list_differences
-from clinora.run import HASH_DIGITS, base_hashes
+from clinora.run import base_hashes
 from clinora.training import METRICS, InterruptedTraining, TrainingConfig, train
 from clinora.variants import DoRAConfig, OLoRAConfig, PiSSAConfig
 
@@ -137,7 +137,7 @@ def sweep(args: argparse.Namespace) -> None:
             raise ValueError(f"{args.notes} has no {side} notes")
     options = {
         "notes": [notes.fingerprint, notes.split_fingerprint],
-        "test": [note.sha256[:HASH_DIGITS] for note in notes.on("test")],  # in the results' order
+        "order of the test notes": notes.order_of("test"),
         "base": base_hashes(find_base(args.base)),
         "token_limit": args.token_limit,
         "steps": args.steps,

@@ -127,7 +127,8 @@ def evaluate_run(args: argparse.Namespace, prog: str) -> None:
     print(about, flush=True)
 
     run = Path("runs", "bundled") if bundled else Path(args.run)
-    if bundled and not args.report and (run / RUN_FILE).exists():
+    holds_another = (run / RUN_FILE).exists() or (run / METRICS).exists()
+    if bundled and not args.report and holds_another:
         raise ValueError(
             f"{run} holds another run: give a folder for the report of the bundled run with "
             "--report"

@@ -22,7 +22,7 @@ REFUSALS = {
     503: "busy",
 }
 RATE_LIMIT = "rate_limit"
-OWN_ADAPTER = ""  # of the run; to Prometheus, an empty label is as good as none
+OWN_ADAPTER = ""  # of the run; Prometheus treats an empty label as a missing one
 # No valid HTTP; too slow; too many connections, or the service is ending.
 CONNECTION_STATUSES = (400, 408, 503)
 
