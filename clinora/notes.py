@@ -588,7 +588,7 @@ def _select_classes(
     elif classes == "all":
         chosen = sorted(counts)
     elif classes is not None:
-        chosen = list(dict.fromkeys(classes))  # an index of a run's labels is one of these
+        chosen = list(dict.fromkeys(classes))  # a run's labels keep their indices
         _check_chosen(chosen, counts, path, may_lack)
     elif all(name in counts for name in PUBLISHED_CLASSES):
         chosen = sorted(PUBLISHED_CLASSES)

@@ -407,7 +407,7 @@ def test_a_full_disk_ends_with_one_line_and_the_old_checkpoint_whole(tmp_path, c
     options = ["--notes", notes, "--run", tmp_path / "run", *kill_and_resume.OPTIONS]
     options += ["--checkpoint-every", "2", "--validate-every", "3"]
     options = [str(option) for option in options]
-    model = clinora.load_model("bundled", num_labels=2, dtype=torch.float32)
+    model = clinora.load_model("bundled", num_labels=2)
     rank = kill_and_resume.OPTIONS[kill_and_resume.OPTIONS.index("--rank") + 1]
     clinora.apply_lora(model, clinora.LoRAConfig(rank=int(rank)))
     # float32: parameters and AdamW's two moments, in the second checkpoint the best parameters too

@@ -68,7 +68,7 @@ def evaluate_run(args: argparse.Namespace, prog: str) -> None:
     from clinora.classifier import Classifier
     from clinora.device import keep_freed_memory
     from clinora.evaluation import assess
-    from clinora.notes import LABEL_COLUMN, TEXT_COLUMN, read_notes
+    from clinora.notes import LABEL_COLUMN, SPLITS, TEXT_COLUMN, read_notes
     from clinora.report import read_steps, results_table, write_report
     from clinora.run import RUN_FILE
     from clinora.training import METRICS
@@ -98,12 +98,15 @@ def evaluate_run(args: argparse.Namespace, prog: str) -> None:
     split_column = args.split_column
     if split_column is None and not args.notes:
         split_column = data.split_column
+    split = data.split
+    if split is None or split_column is not None:  # a column takes the place of the run's split
+        split = SPLITS[0]
     notes = read_notes(
         source,
         text_column=args.text_column or data.text_column or TEXT_COLUMN,
         label_column=args.label_column or data.label_column or LABEL_COLUMN,
         classes=classifier.labels,
-        split="texts" if split_column else data.split or "texts",
+        split=split,
         split_column=split_column,
         may_lack_classes=True,
     )
@@ -126,13 +129,18 @@ def evaluate_run(args: argparse.Namespace, prog: str) -> None:
     about = f"Notes: {notes}. {left_out:,} of them, which the run has seen, are left out."
     print(about, flush=True)
 
-    run = Path("runs", "bundled") if bundled else Path(args.run)
-    holds_another = (run / RUN_FILE).exists() or (run / METRICS).exists()
-    if bundled and not args.report and holds_another:
-        raise ValueError(
-            f"{run} holds another run: give a folder for the report of the bundled run with "
-            "--report"
-        )
+    if bundled:
+        run = Path("runs", "bundled")
+        steps = []
+        holds_another = (run / RUN_FILE).exists() or (run / METRICS).exists()
+        if holds_another and not args.report:
+            raise ValueError(
+                f"{run} holds another run: give a folder for the report of the bundled run with "
+                "--report"
+            )
+    else:
+        run = Path(args.run)
+        steps = read_steps(run / METRICS)
     name = "report" if own_split else f"report-{Path(source).stem}"
     if args.include_seen:
         name += "-seen"
@@ -153,7 +161,7 @@ def evaluate_run(args: argparse.Namespace, prog: str) -> None:
         measured,
         token_limit=classifier.token_limit,
         about=about,
-        steps=[] if bundled else read_steps(run / METRICS),
+        steps=steps,
         show_text=args.show_text,
     )
     print(f"\n{results_table(results)}\n\nReport: {folder / 'report.md'}")
