@@ -467,6 +467,18 @@ ONES = np.ones((4, 64), np.float32)
             {"tokenizer": {"scores": "none"}},
             "tokenizer.ggml.scores is missing or has the wrong type",
         ),
+        (
+            {"tokenizer": {"tokens": list(range(97))}},
+            "tokenizer.ggml.tokens has elements of the wrong type",
+        ),
+        (
+            {"tokenizer": {"scores": ["0"] * 97}},
+            "tokenizer.ggml.scores has elements of the wrong type",
+        ),
+        (
+            {"tokenizer": {"model": "gpt2", "pre": ["smollm"]}},
+            "tokenizer.ggml.pre is missing or has the wrong type",
+        ),
         ({"tokenizer": small_tokens(98)}, "has 98 tokens and 97 embeddings"),
     ],
 )

@@ -14,7 +14,7 @@ import numpy as np
 
 import clinora
 from clinora.classifier import Classifier
-from clinora.notes import are_correct, clean_text, ordinary_case
+from clinora.notes import LABEL_COLUMN, TEXT_COLUMN, are_correct, clean_text, ordinary_case
 
 
 def measure(args: argparse.Namespace) -> None:
@@ -22,10 +22,17 @@ def measure(args: argparse.Namespace) -> None:
     if args.sample < 1:
         raise ValueError(f"--sample is {args.sample}: expected 1 or more")
     classifier = Classifier.load(args.run, device=args.device, precision=args.precision)
-    if classifier.data is None:
+    data = classifier.data
+    if data is None:
         raise ValueError(f"{args.run} does not record which notes it has seen")
-    notes = clinora.read_notes(args.notes, classes=classifier.labels, may_lack_classes=True).notes
-    unseen = [note for note in notes if not classifier.data.has_seen(note)]
+    notes = clinora.read_notes(
+        args.notes,
+        text_column=args.text_column or data.text_column or TEXT_COLUMN,
+        label_column=args.label_column or data.label_column or LABEL_COLUMN,
+        classes=classifier.labels,
+        may_lack_classes=True,
+    ).notes
+    unseen = [note for note in notes if not data.has_seen(note)]
     notes = sorted(unseen, key=lambda note: note.sha256)[: args.sample]
     if not notes:
         raise ValueError(f"{args.notes} has no notes that the run has not seen")
@@ -56,6 +63,8 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--run", default="bundled", help="bundled or a run's folder")
     add("--notes", default="bundled", help="bundled, mtsamples or a file")
+    add("--text-column", help="column of the texts (default: the run's)")
+    add("--label-column", help="column of the labels (default: the run's)")
     add("--sample", type=int, default=150, help="most notes, chosen by their hashes")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--precision", default="auto", help="auto, bf16, fp16 or fp32")

@@ -31,7 +31,7 @@ from clinora.evaluation import (
     paired_gain,
     share_of,
 )
-from clinora.notes import are_correct
+from clinora.notes import LABEL_COLUMN, TEXT_COLUMN, are_correct
 from clinora.report import CrossValidation, write_cross_validation
 from clinora.run import base_hashes
 from clinora.targets import read_targets
@@ -90,7 +90,9 @@ def predict_tf_idf(
 
 def cross_validate(args: argparse.Namespace, out: Path) -> CrossValidation:
     """Train and measure every fold, each with its own folder in ``out``."""
-    notes = clinora.read_notes(args.notes)
+    notes = clinora.read_notes(
+        args.notes, text_column=args.text_column, label_column=args.label_column
+    )
     folds = split_into_folds(notes.notes, args.folds)
     correct: dict[str, list[np.ndarray]] = {"LoRA": [], TF_IDF: []}  # one array for each fold
     before = []
@@ -148,6 +150,8 @@ def main(argv: list[str] | None = None) -> int:
     targets = clinora.LoRAConfig().targets
     add = parser.add_argument
     add("--notes", default="bundled", help="bundled, mtsamples or a file")
+    add("--text-column", default=TEXT_COLUMN, help="column of the texts")
+    add("--label-column", default=LABEL_COLUMN, help="column of the labels")
     add("--base", default="bundled", help="bundled, smollm2, a folder or a Hub id")
     add("--out", type=Path, help="folder that keeps the trainings (default: a temporary one)")
     add("--targets", nargs="+", default=targets, help="layers to adapt: names, or all-linear")

@@ -32,7 +32,7 @@ import clinora
 from clinora.device import keep_freed_memory
 from clinora.evaluation import bootstrap_mean
 from clinora.explain import effects, parts_of, variants
-from clinora.notes import ordinary_case
+from clinora.notes import LABEL_COLUMN, TEXT_COLUMN, ordinary_case
 
 LEAVE_ONE_OUT = "leave one out"
 GRADIENT = "gradient × input"
@@ -128,15 +128,22 @@ def compare(args: argparse.Namespace) -> None:
     if args.sample is not None and args.sample < 1:
         raise ValueError(f"--sample is {args.sample}: expected 1 or more")
     classifier = clinora.Classifier.load(args.run, device=args.device, precision=args.precision)
-    if classifier.data is None:
+    data = classifier.data
+    if data is None:
         raise ValueError(
             f"{args.run} does not record which notes it has seen: expected a run of train.py"
         )
-    notes = clinora.read_notes(args.notes, classes=classifier.labels, may_lack_classes=True).notes
+    notes = clinora.read_notes(
+        args.notes,
+        text_column=args.text_column or data.text_column or TEXT_COLUMN,
+        label_column=args.label_column or data.label_column or LABEL_COLUMN,
+        classes=classifier.labels,
+        may_lack_classes=True,
+    ).notes
     draw = np.random.default_rng(0)
     measured = []
     found = []
-    unseen = [note for note in notes if not classifier.data.has_seen(note)]
+    unseen = [note for note in notes if not data.has_seen(note)]
     unseen.sort(key=lambda note: note.sha256)  # a file may be in the order of its classes
     for note in unseen[: args.sample]:
         parts = parts_of(classifier, note.text)
@@ -185,6 +192,8 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--run", default="bundled", help="bundled, or a run's folder")
     add("--notes", default="bundled", help="bundled, mtsamples or a file")
+    add("--text-column", help="column of the texts (default: the run's)")
+    add("--label-column", help="column of the labels (default: the run's)")
     add("--sample", type=int, help="measure so many notes only (default: all)")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--precision", default="auto", help="auto, bf16, fp16 or fp32")

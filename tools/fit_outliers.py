@@ -12,7 +12,6 @@ Shapes: N texts, D width.
 """
 
 import argparse
-import csv
 import json
 import random
 import sys
@@ -20,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
@@ -49,15 +49,20 @@ def notes_of(data: Path, side: str) -> dict[str, list[str]]:
     draw = random.Random(side)
     mtsamples = clinora.read_notes(data / "mtsamples.csv", classes="all").on(side)
     fictional = clinora.read_notes("bundled").on(side)
-    with (data / "mtsdialog" / "mtsdialog.csv").open(encoding="utf-8", newline="") as file:
-        dialogues = [row for row in csv.DictReader(file) if row["split"] == side]
+    rows = pd.read_csv(
+        data / "mtsdialog" / "mtsdialog.csv",
+        usecols=["split", "dialogue", "section_text"],
+        dtype=str,
+        keep_default_na=False,
+    )
+    dialogues = rows[rows["split"] == side]
     texts = [note.text for note in mtsamples]
     sources = {
         "MTSamples": texts,
         "Beginnings": [". ".join(text.split(". ")[: draw.randint(1, 3)])[:250] for text in texts],
         "Fictional notes": [note.text for note in fictional],
-        "Dialogues": [row["dialogue"] for row in dialogues],
-        "Sections of notes": [row["section_text"] for row in dialogues],
+        "Dialogues": dialogues["dialogue"].tolist(),
+        "Sections of notes": dialogues["section_text"].tolist(),
     }
     for source, texts in sources.items():
         long_enough = sorted({text for text in texts if len(text) >= 20})

@@ -51,8 +51,8 @@ def tokenizer_files(values: dict[str, Any], vocab_size: int, file: Path) -> dict
         CheckpointError: A value is missing or damaged, or the tokenizer is of another kind.
     """
     kind = take(values, "model", str, file)
-    tokens = take(values, "tokens", list, file)
-    types = take(values, "token_type", list, file)
+    tokens = take_list(values, "tokens", str, file)
+    types = take_list(values, "token_type", int, file)
     if len(types) != len(tokens) or len(set(tokens)) != len(tokens):
         raise CheckpointError(f"{file}: expected different tokens, each with a type")
     if len(tokens) > vocab_size:
@@ -72,9 +72,17 @@ def take(values: dict[str, Any], name: str, kind: type, file: Path) -> Any:
     return values[key]
 
 
+def take_list(values: dict[str, Any], name: str, kind: type, file: Path) -> list:
+    """Give a list of the tokenizer's metadata that must exist, with elements of type ``kind``."""
+    elements = take(values, name, list, file)
+    if not all(isinstance(element, kind) for element in elements):
+        raise CheckpointError(f"{file}: tokenizer.ggml.{name} has elements of the wrong type")
+    return elements
+
+
 def token_of(values: dict[str, Any], name: str, file: Path) -> str:
     """Give the token whose id the metadata holds, such as ``bos_token_id``."""
-    tokens = take(values, "tokens", list, file)
+    tokens = take_list(values, "tokens", str, file)
     index = take(values, name, int, file)
     if not 0 <= index < len(tokens):
         raise CheckpointError(f"{file}: {name} is {index}, and there are {len(tokens)} tokens")
@@ -90,13 +98,13 @@ def byte_level_files(values: dict[str, Any], file: Path) -> dict[str, bytes]:
     The JSON is written here and not by the ``tokenizers`` library, whose versions format it
     differently.
     """
-    name = values.get("tokenizer.ggml.pre")
+    name = take(values, "pre", str, file)
     if name not in DIVISIONS:
         raise CheckpointError(
             f"{file} has the pre-tokenizer {name!r}: expected one of {', '.join(DIVISIONS)}"
         )
-    tokens = take(values, "tokens", list, file)
-    types = take(values, "token_type", list, file)
+    tokens = take_list(values, "tokens", str, file)
+    types = take_list(values, "token_type", int, file)
     added = []
     for index, (token, kind) in enumerate(zip(tokens, types, strict=True)):
         if kind in (CONTROL, USER_DEFINED):
@@ -134,7 +142,7 @@ def byte_level_files(values: dict[str, Any], file: Path) -> dict[str, bytes]:
             "byte_fallback": False,
             "ignore_merges": name == "llama-bpe",
             "vocab": {token: index for index, token in enumerate(tokens)},
-            "merges": take(values, "merges", list, file),
+            "merges": take_list(values, "merges", str, file),
         },
     }
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
@@ -157,7 +165,7 @@ def first_token_template(values: dict[str, Any], file: Path) -> dict[str, Any] |
 
     As in llama.cpp, a tokenizer of Llama 3 puts its bos token there if the file does not say.
     """
-    tokens = take(values, "tokens", list, file)
+    tokens = take_list(values, "tokens", str, file)
     if values["tokenizer.ggml.pre"] == "smollm":
         first = SMOLLM_SEPARATOR
         if first not in tokens:
@@ -193,9 +201,9 @@ def sentencepiece_model(values: dict[str, Any], file: Path) -> bytes:
             f"{file} has a SentencePiece tokenizer that puts no bos token first: expected one that "
             "does, as Llama's"
         )
-    tokens = take(values, "tokens", list, file)
-    scores = take(values, "scores", list, file)
-    types = take(values, "token_type", list, file)
+    tokens = take_list(values, "tokens", str, file)
+    scores = take_list(values, "scores", float, file)
+    types = take_list(values, "token_type", int, file)
     if len(scores) != len(tokens):
         raise CheckpointError(f"{file} has {len(tokens)} tokens and {len(scores)} scores")
     pieces = []

@@ -6,6 +6,7 @@ It reads the pieces of a SentencePiece BPE model and rebuilds the merges from th
 ``tokenizers`` encodes the texts; the SentencePiece library only lists the pieces.
 """
 
+import argparse
 import hashlib
 import json
 import sys
@@ -76,8 +77,21 @@ def build(path: Path) -> Tokenizer:
 
 def main(argv: list[str] | None = None) -> int:
     """Write the file; returns the exit status."""
-    arguments = sys.argv[1:] if argv is None else argv
-    model, out = [Path(argument) for argument in arguments]
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", type=Path, help="a SentencePiece model")
+    parser.add_argument("out", type=Path, help="the file to write")
+    args = parser.parse_args(argv)
+    try:
+        write_ids(args.model, args.out)
+    except (OSError, RuntimeError) as error:  # sentencepiece raises RuntimeError
+        parser.exit(2, f"make_token_ids.py: {error}\n")
+    return 0
+
+
+def write_ids(model: Path, out: Path) -> None:
+    """Encode the texts and write their ids."""
     tokenizer = build(model)
     bos = tokenizer.token_to_id("<s>")
     texts = []
@@ -90,7 +104,6 @@ def main(argv: list[str] | None = None) -> int:
         "texts": texts,
     }
     out.write_text(json.dumps(result, indent=0) + "\n", encoding="utf-8")
-    return 0
 
 
 if __name__ == "__main__":

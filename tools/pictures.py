@@ -196,7 +196,16 @@ def main(argv: list[str] | None = None) -> int:
     chromium = shutil.which("chromium")
     if chromium is None:
         parser.exit(2, "pictures.py: there is no chromium on the PATH: install Debian's package\n")
-    args.out.mkdir(parents=True, exist_ok=True)
+    try:
+        write_pictures(args.out, chromium)
+    except OSError as error:
+        parser.exit(2, f"pictures.py: {error}\n")
+    return 0
+
+
+def write_pictures(folder: Path, chromium: str) -> None:
+    """Make the pictures and write them into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
     results = results_figure(
         smollm2=read_report(SMOLLM2_RUN, "metrics.json"),
         bundled=read_report(BUNDLED / "adapter", "metrics.json"),
@@ -209,9 +218,8 @@ def main(argv: list[str] | None = None) -> int:
         "page.png": page_picture(chromium),
     }
     for name, picture in pictures.items():
-        write_atomically(args.out / name, picture)
-        print(args.out / name)
-    return 0
+        write_atomically(folder / name, picture)
+        print(folder / name)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import clinora
 from clinora.checkpoint import find_base, write_atomically
 from clinora.evaluation import bootstrap_mean, classify, share_of
 from clinora.explain import layer_updates
+from clinora.notes import LABEL_COLUMN, TEXT_COLUMN
 from clinora.resume import list_differences
 from clinora.run import base_hashes
 from clinora.training import InterruptedTraining, TrainingConfig, train
@@ -96,6 +97,8 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder for the results")
     add("--notes", default="bundled", help="bundled, mtsamples or a file")
+    add("--text-column", default=TEXT_COLUMN, help="column of the texts")
+    add("--label-column", default=LABEL_COLUMN, help="column of the labels")
     add("--ranks", nargs="+", type=int, default=(1, 2, 4, 8, 16, 32), help="ranks of LoRA")
     add("--seeds", nargs="+", type=int, default=(0, 1, 2), help="seeds, with one training each")
     add("--steps", type=int, default=STEPS, help="optimiser steps (default: %(default)s)")
@@ -117,7 +120,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def write_results(args: argparse.Namespace) -> None:
     """Train what has no file yet, and write ``ranks.json``."""
-    notes = clinora.read_notes(args.notes)
+    notes = clinora.read_notes(
+        args.notes, text_column=args.text_column, label_column=args.label_column
+    )
     if not notes.on("test"):
         raise ValueError(f"{args.notes} has no test notes")
     config = TrainingConfig(steps=args.steps, validate_every=args.steps)

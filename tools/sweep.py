@@ -23,6 +23,7 @@ from clinora.classifier import TOKEN_LIMIT
 from clinora.device import choose_device, choose_dtype, keep_freed_memory
 from clinora.evaluation import classify
 from clinora.lora import LoRAConfig
+from clinora.notes import LABEL_COLUMN, TEXT_COLUMN
 from clinora.report import read_steps
 from clinora.resume import list_differences
 from clinora.run import base_hashes
@@ -113,6 +114,8 @@ def main(argv: list[str] | None = None) -> int:
     add("--learning-rates", nargs="+", type=float, default=LEARNING_RATES, help="peak rates")
     add("--base", default="bundled", help="bundled, smollm2, a folder or a Hub id")
     add("--notes", default="bundled", help="bundled, mtsamples or a file")
+    add("--text-column", default=TEXT_COLUMN, help="column of the texts")
+    add("--label-column", default=LABEL_COLUMN, help="column of the labels")
     add("--token-limit", type=int, default=TOKEN_LIMIT, help="tokens read of a note")
     add("--steps", type=int, default=TrainingConfig().steps, help="steps of each training")
     add("--seed", type=int, default=0, help="seed of every training")
@@ -131,7 +134,9 @@ def main(argv: list[str] | None = None) -> int:
 def sweep(args: argparse.Namespace) -> None:
     """Measure every method at every learning rate that has no result yet."""
     keep_freed_memory()
-    notes = clinora.read_notes(args.notes)
+    notes = clinora.read_notes(
+        args.notes, text_column=args.text_column, label_column=args.label_column
+    )
     for side in ("validation", "test"):
         if not notes.on(side):
             raise ValueError(f"{args.notes} has no {side} notes")
