@@ -22,7 +22,14 @@ from clinora.checkpoint import (
     write_atomically,
 )
 from clinora.llama import LlamaConfig
-from clinora.notes import Note, Notes, check_class_names
+from clinora.notes import (
+    LABEL_COLUMN,
+    NAMED_NOTES,
+    TEXT_COLUMN,
+    Note,
+    Notes,
+    check_class_names,
+)
 from clinora.outliers import OutlierLimit
 from clinora.quantize import check_quantization
 
@@ -128,6 +135,15 @@ class DataRecord:
     def has_seen(self, note: Note) -> bool:
         """Tell whether the run was trained, validated or calibrated on this text."""
         return note.sha256[:HASH_DIGITS] in self.seen
+
+    def columns_in(self, source: str) -> tuple[str, str]:
+        """Give the columns of texts and classes in a file: those of the run's file.
+
+        Other notes that have a name, such as "bundled", have the usual columns.
+        """
+        if source in NAMED_NOTES and source != self.source:
+            return TEXT_COLUMN, LABEL_COLUMN
+        return self.text_column or TEXT_COLUMN, self.label_column or LABEL_COLUMN
 
     def is_split_of(self, notes: Notes) -> bool:
         """Tell whether the run was trained on the training and validation notes of this file."""

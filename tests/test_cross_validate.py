@@ -82,6 +82,7 @@ def test_what_is_trained_in_a_folder_is_not_trained_again(tmp_path, capsys):
         assert len(steps) == 3 * 2
         printed = capsys.readouterr().out
         metrics = {file: file.read_bytes() for file in tmp_path.glob("runs/*/metrics.jsonl")}
+        assert len(metrics) == 3
         steps.clear()
         shutil.rmtree(tmp_path / "runs" / "fold-2")
         assert tool.main(options) == 0
@@ -89,7 +90,6 @@ def test_what_is_trained_in_a_folder_is_not_trained_again(tmp_path, capsys):
         hook.remove()
     assert len(steps) == 2  # those of the second fold
     assert capsys.readouterr().out == printed
-    assert len(metrics) == 3
     for file, before in metrics.items():
         if file.parent.name != "fold-2":
             assert file.read_bytes() == before

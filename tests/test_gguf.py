@@ -469,11 +469,24 @@ ONES = np.ones((4, 64), np.float32)
         ),
         (
             {"tokenizer": {"tokens": list(range(97))}},
-            "tokenizer.ggml.tokens has elements of the wrong type",
+            "tokenizer.ggml.tokens has elements that are not of type str",
         ),
         (
             {"tokenizer": {"scores": ["0"] * 97}},
-            "tokenizer.ggml.scores has elements of the wrong type",
+            "tokenizer.ggml.scores has elements that are not of type float",
+        ),
+        (
+            {"tokenizer": {"token_type": ["1"] * 97}},
+            "tokenizer.ggml.token_type has elements that are not of type int",
+        ),
+        ({"tokenizer": {"token_type": [-1] * 97}}, "has a token of type -1: expected 0 or more"),
+        (
+            {"tokenizer": {"add_bos_token": "false"}},
+            "tokenizer.ggml.add_bos_token is missing or has the wrong type",
+        ),
+        (
+            {"tokenizer": {"add_space_prefix": [1]}},
+            "tokenizer.ggml.add_space_prefix is missing or has the wrong type",
         ),
         (
             {"tokenizer": {"model": "gpt2", "pre": ["smollm"]}},

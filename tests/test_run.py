@@ -9,7 +9,7 @@ import clinora
 import eval as eval_script
 from clinora import Classifier, LoRAConfig
 from clinora.checkpoint import BUNDLED, CheckpointError, find_base
-from clinora.notes import Note
+from clinora.notes import LABEL_COLUMN, TEXT_COLUMN, Note
 from clinora.run import BaseRecord, DataRecord, RunRecord
 from clinora.training import TrainingConfig, train
 from tests.kill_and_resume import write_notes
@@ -93,6 +93,22 @@ def test_a_run_is_of_a_files_split_if_it_has_seen_its_training_and_validation_no
     assert DataRecord(seen=frozenset(seen | validated)).is_split_of(notes)
     assert not DataRecord(seen=frozenset(seen)).is_split_of(notes)
     assert not DataRecord(seen=frozenset(seen | validated | test)).is_split_of(notes)
+
+
+@pytest.mark.parametrize(
+    ("trained_on", "source", "expected"),
+    [
+        ("mine.csv", "other.csv", ("report", "kind")),
+        ("mine.csv", "bundled", (TEXT_COLUMN, LABEL_COLUMN)),
+        ("mtsamples", "bundled", (TEXT_COLUMN, LABEL_COLUMN)),
+        ("mtsamples", "mtsamples", ("report", "kind")),  # another column of that file
+    ],
+)
+def test_columns_are_the_runs_but_other_named_notes_have_their_own(trained_on, source, expected):
+    data = DataRecord(
+        seen=frozenset(), source=trained_on, text_column="report", label_column="kind"
+    )
+    assert data.columns_in(source) == expected
 
 
 def test_a_fingerprint_decides_where_it_was_recorded(tmp_path):

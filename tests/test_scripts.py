@@ -1,6 +1,7 @@
 """The commands as a user calls them: whole jobs, help, Ctrl-C and bad input."""
 
 import csv
+import dataclasses
 import importlib
 import json
 import re
@@ -107,6 +108,20 @@ def test_the_order_of_a_runs_labels_does_not_change_its_accuracy(small_run, tmp_
         accuracy.append(metrics["after"]["by_note"]["accuracy"]["value"])
         shutil.rmtree("run")
     assert 0 < accuracy[0] == accuracy[1] < 1
+
+
+def test_a_run_of_a_file_with_other_columns_is_measured_on_the_bundled_notes(
+    small_run, tmp_path, capsys
+):
+    classifier = clinora.Classifier.load(small_run, device="cpu", precision="fp32")
+    classifier.record_training([], {})
+    classifier.data = dataclasses.replace(
+        classifier.data, source="mine.csv", text_column="report", label_column="kind"
+    )
+    classifier.save(tmp_path / "run")
+    options = ["--run", str(tmp_path / "run"), "--notes", "bundled", "--device", "cpu"]
+    assert eval_command.main(options) == 0
+    assert "\n157 notes in 188 rows\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("seed", [0, 7])

@@ -71,8 +71,8 @@ def test_the_named_columns_are_read(files, tmp_path, capsys, tool, options):
     usual, other = files
     expected = printed_by(tool, capsys, "--notes", usual, *options, "--out", tmp_path / "usual")
     names = ["--text-column", "report", "--label-column", "kind"]
-    found = printed_by(tool, capsys, "--notes", other, *names, *options, "--out", tmp_path / "oth")
-    assert found.replace(str(other), str(usual)) == expected
+    options = [*options, "--out", tmp_path / "other"]
+    assert printed_by(tool, capsys, "--notes", other, *names, *options) == expected
 
 
 @pytest.mark.parametrize("tool", [capitals, explanations], ids=["capitals", "explanations"])
@@ -84,33 +84,72 @@ def test_the_columns_are_the_runs_unless_others_are_named(files, run, capsys, to
     assert printed_by(tool, capsys, "--notes", other, *options) == expected
 
 
-def write_dialogues_without_splits(folder):
-    """Write files for ``tools.fit_outliers`` of which one lacks a column."""
-    (folder / "mtsdialog").mkdir()
+@pytest.mark.parametrize("tool", [capitals, explanations], ids=["capitals", "explanations"])
+def test_the_bundled_notes_have_their_own_columns(run, capsys, tool):
+    options = ["--run", run, "--sample", 2, "--device", "cpu"]
+    names = ["--text-column", TEXT_COLUMN, "--label-column", LABEL_COLUMN]
+    expected = printed_by(tool, capsys, *names, *options)
+    assert printed_by(tool, capsys, *options) == expected
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Write the files that ``tools.fit_outliers`` reads, with few texts."""
+    folder = tmp_path / "data"
+    (folder / "mtsdialog").mkdir(parents=True)
     labels = clinora.PUBLISHED_CLASSES
-    rows = "".join(f"visit {i},{label}\n" for i, label in enumerate(labels))
-    (folder / "mtsamples.csv").write_text(f"{TEXT_COLUMN},{LABEL_COLUMN}\n{rows}")
-    (folder / "mtsdialog" / "mtsdialog.csv").write_text("dialogue,section_text\nA,B\n")
+    rows = [f"visit number {i}: the knee hurts,{labels[i % 2]}\n" for i in range(40)]
+    (folder / "mtsamples.csv").write_text(f"{TEXT_COLUMN},{LABEL_COLUMN}\n{''.join(rows)}")
+    return folder
 
 
 @pytest.mark.parametrize(
-    ("tool", "words", "expected"),
+    ("dialogues", "expected"),
     [
-        (make_token_ids, ["{}/missing.model", "{}/ids.json"], "missing.model"),
-        (fit_outliers, ["--data", "{}/missing"], "missing"),
-        (fit_outliers, ["--data", "{}"], "split"),
-        (pictures, ["--out", "{}/mtsamples.csv"], "mtsamples.csv"),
+        (None, "mtsdialog.csv"),
+        ("dialogue,section_text\nA,B\n", "mtsdialog.csv has no column 'split'"),
+        ("split,dialogue,section_text\ntraining,A\n", "mtsdialog.csv is damaged: row 1"),
+        ("split,dialogue,section_text\ntrain,A,B\n", "'Dialogues' in the split 'training'"),
     ],
-    ids=["no-model", "no-data", "no-column", "no-folder"],
+    ids=["no-file", "no-column", "short-row", "no-texts"],
 )
-def test_a_file_that_is_not_usable_is_one_line(
-    tmp_path, monkeypatch, capsys, tool, words, expected
+def test_dialogues_that_the_detector_cannot_be_fitted_with_are_one_line(
+    data, capsys, dialogues, expected
 ):
-    write_dialogues_without_splits(tmp_path)
-    if tool is pictures:
-        monkeypatch.setattr(pictures.shutil, "which", lambda _: "chromium")
-    with pytest.raises(SystemExit, match="2"):
-        tool.main([word.format(tmp_path) for word in words])
+    if dialogues is not None:
+        (data / "mtsdialog" / "mtsdialog.csv").write_text(dialogues)
+    with pytest.raises(SystemExit) as stop:
+        fit_outliers.main(["--data", str(data)])
+    assert stop.value.code == 2
     error = capsys.readouterr().err
     assert expected in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no model"], ids=["missing", "empty", "other"])
+def test_a_file_that_is_no_sentencepiece_model_is_one_line(tmp_path, capsys, content):
+    model = tmp_path / "ids.model"
+    if content is not None:
+        model.write_bytes(content)
+    with pytest.raises(SystemExit) as stop:
+        make_token_ids.main([str(model), str(tmp_path / "ids.json")])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert "ids.model" in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("damaged", [False, True], ids=["no-folder", "damaged-report"])
+def test_pictures_that_cannot_be_made_are_one_line(tmp_path, monkeypatch, capsys, damaged):
+    monkeypatch.setattr(pictures.shutil, "which", lambda _: "chromium")
+    out = tmp_path / "out"
+    if damaged:
+        (tmp_path / "report").mkdir()
+        (tmp_path / "report" / "metrics.json").write_text("{")
+        monkeypatch.setattr(pictures, "SMOLLM2_RUN", tmp_path)
+    else:
+        out.write_text("a file")
+    with pytest.raises(SystemExit) as stop:
+        pictures.main(["--out", str(out)])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1

@@ -16,22 +16,23 @@ import clinora
 from clinora.checkpoint import BUNDLED
 from clinora.classifier import Classifier
 from clinora.evaluation import outlier_limit
-from clinora.notes import LABEL_COLUMN, SPLITS, TEXT_COLUMN
+from clinora.notes import SPLITS
 from clinora.run import RunRecord
 
 
-def add_limit(run: str, source: str) -> None:
+def add_limit(run: str, base: str | None, source: str) -> None:
     """Choose the limit and write the record."""
     folder = BUNDLED / "adapter" if run == "bundled" else Path(run)
     record = RunRecord.read(folder)
-    classifier = Classifier.load(run)
+    classifier = Classifier.load(run, base=base)
     data = record.data
     if data is None:
         raise ValueError(f"{folder} does not record which notes it was trained on")
+    text_column, label_column = data.columns_in(source)
     notes = clinora.read_notes(
         source,
-        text_column=data.text_column or TEXT_COLUMN,
-        label_column=data.label_column or LABEL_COLUMN,
+        text_column=text_column,
+        label_column=label_column,
         classes=record.labels,
         split=data.split or SPLITS[0],
         split_column=data.split_column,
@@ -50,11 +51,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--run", default="bundled", help="bundled or a run's folder")
-    parser.add_argument("--notes", required=True, help="the notes that it was trained on")
+    add = parser.add_argument
+    add("--run", default="bundled", help="bundled or a run's folder")
+    add("--base", help="the base model, if it has moved (default: the run's)")
+    add("--notes", required=True, help="the notes that it was trained on")
     args = parser.parse_args(argv)
     try:
-        add_limit(args.run, args.notes)
+        add_limit(args.run, args.base, args.notes)
     except (OSError, ValueError) as error:
         parser.exit(2, f"add_outliers.py: {error}\n")
     return 0

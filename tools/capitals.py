@@ -14,21 +14,24 @@ import numpy as np
 
 import clinora
 from clinora.classifier import Classifier
-from clinora.notes import LABEL_COLUMN, TEXT_COLUMN, are_correct, clean_text, ordinary_case
+from clinora.notes import are_correct, clean_text, ordinary_case
 
 
 def measure(args: argparse.Namespace) -> None:
     """Print the table."""
     if args.sample < 1:
         raise ValueError(f"--sample is {args.sample}: expected 1 or more")
-    classifier = Classifier.load(args.run, device=args.device, precision=args.precision)
+    classifier = Classifier.load(
+        args.run, base=args.base, device=args.device, precision=args.precision
+    )
     data = classifier.data
     if data is None:
         raise ValueError(f"{args.run} does not record which notes it has seen")
+    text_column, label_column = data.columns_in(args.notes)
     notes = clinora.read_notes(
         args.notes,
-        text_column=args.text_column or data.text_column or TEXT_COLUMN,
-        label_column=args.label_column or data.label_column or LABEL_COLUMN,
+        text_column=args.text_column or text_column,
+        label_column=args.label_column or label_column,
         classes=classifier.labels,
         may_lack_classes=True,
     ).notes
@@ -62,6 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("--run", default="bundled", help="bundled or a run's folder")
+    add("--base", help="the base model, if it has moved (default: the run's)")
     add("--notes", default="bundled", help="bundled, mtsamples or a file")
     add("--text-column", help="column of the texts (default: the run's)")
     add("--label-column", help="column of the labels (default: the run's)")

@@ -32,7 +32,7 @@ import clinora
 from clinora.device import keep_freed_memory
 from clinora.evaluation import bootstrap_mean
 from clinora.explain import effects, parts_of, variants
-from clinora.notes import LABEL_COLUMN, TEXT_COLUMN, ordinary_case
+from clinora.notes import ordinary_case
 
 LEAVE_ONE_OUT = "leave one out"
 GRADIENT = "gradient × input"
@@ -127,16 +127,19 @@ def compare(args: argparse.Namespace) -> None:
     """Measure the notes one by one, then print the table and the differences."""
     if args.sample is not None and args.sample < 1:
         raise ValueError(f"--sample is {args.sample}: expected 1 or more")
-    classifier = clinora.Classifier.load(args.run, device=args.device, precision=args.precision)
+    classifier = clinora.Classifier.load(
+        args.run, base=args.base, device=args.device, precision=args.precision
+    )
     data = classifier.data
     if data is None:
         raise ValueError(
             f"{args.run} does not record which notes it has seen: expected a run of train.py"
         )
+    text_column, label_column = data.columns_in(args.notes)
     notes = clinora.read_notes(
         args.notes,
-        text_column=args.text_column or data.text_column or TEXT_COLUMN,
-        label_column=args.label_column or data.label_column or LABEL_COLUMN,
+        text_column=args.text_column or text_column,
+        label_column=args.label_column or label_column,
         classes=classifier.labels,
         may_lack_classes=True,
     ).notes
@@ -191,6 +194,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("--run", default="bundled", help="bundled, or a run's folder")
+    add("--base", help="the base model, if it has moved (default: the run's)")
     add("--notes", default="bundled", help="bundled, mtsamples or a file")
     add("--text-column", help="column of the texts (default: the run's)")
     add("--label-column", help="column of the labels (default: the run's)")

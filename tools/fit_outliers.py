@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
@@ -29,6 +28,8 @@ from clinora.checkpoint import write_atomically
 from clinora.classifier import Classifier
 from clinora.notes import clean_text, ordinary_case
 from clinora.outliers import PROBE, OutlierScorer
+from clinora.tables.opening import open_table
+from clinora.tables.table import TableError, as_text
 from tools.clinical_lists import TO_FIT, clinical_lists
 from tools.other_text import other_texts
 
@@ -45,29 +46,53 @@ def notes_of(data: Path, side: str) -> dict[str, list[str]]:
     """Give clinical texts of one split, by their source; at most ``MOST`` of each.
 
     "Beginnings" are one to three sentences of MTSamples' notes, since people also type short notes.
+
+    Raises:
+        ValueError: A file is not as expected, or has no texts of this split.
+        OSError: A file cannot be read.
     """
     draw = random.Random(side)
     mtsamples = clinora.read_notes(data / "mtsamples.csv", classes="all").on(side)
     fictional = clinora.read_notes("bundled").on(side)
-    rows = pd.read_csv(
-        data / "mtsdialog" / "mtsdialog.csv",
-        usecols=["split", "dialogue", "section_text"],
-        dtype=str,
-        keep_default_na=False,
-    )
-    dialogues = rows[rows["split"] == side]
+    dialogues, sections = read_dialogues(data / "mtsdialog" / "mtsdialog.csv", side)
     texts = [note.text for note in mtsamples]
     sources = {
         "MTSamples": texts,
         "Beginnings": [". ".join(text.split(". ")[: draw.randint(1, 3)])[:250] for text in texts],
         "Fictional notes": [note.text for note in fictional],
-        "Dialogues": dialogues["dialogue"].tolist(),
-        "Sections of notes": dialogues["section_text"].tolist(),
+        "Dialogues": dialogues,
+        "Sections of notes": sections,
     }
     for source, texts in sources.items():
         long_enough = sorted({text for text in texts if len(text) >= 20})
+        if not long_enough:
+            raise ValueError(f"{data} has no texts for {source!r} in the split {side!r}")
         sources[source] = draw.sample(long_enough, min(MOST, len(long_enough)))
     return sources
+
+
+def read_dialogues(path: Path, side: str) -> tuple[list[str], list[str]]:
+    """Read the dialogues of one split of MTS-Dialog, and the sections of notes on them.
+
+    Raises:
+        ValueError: The file is not a table with these columns, or a row is wrong.
+        OSError: The file cannot be read.
+    """
+    dialogues = []
+    sections = []
+    try:
+        with path.open("rb") as file:
+            table = open_table(file, ["split", "dialogue", "section_text"])
+            for number, row in enumerate(table.select(), 1):
+                if row.wrong is not None:
+                    raise TableError(f"is damaged: row {number} {row.wrong}")
+                split, dialogue, section = [as_text(cell) for cell in row.cells]
+                if split == side:
+                    dialogues.append(dialogue)
+                    sections.append(section)
+    except TableError as error:
+        raise ValueError(f"{path} {error}") from None
+    return dialogues, sections
 
 
 def features_of(classifier: Classifier, scorer: OutlierScorer, texts: Sequence[str]) -> np.ndarray:
@@ -78,10 +103,11 @@ def features_of(classifier: Classifier, scorer: OutlierScorer, texts: Sequence[s
 
 def fit(data: Path) -> dict:
     """Fit the detector; returns what the file holds."""
+    sources = notes_of(data, "training") | clinical_lists(TO_FIT, LISTS, seed=0)
+    held_out = notes_of(data, "validation") | clinical_lists(TO_FIT, LISTS, seed=1)
+    other = other_texts(seed=0)
     classifier = Classifier.load("bundled", device="cpu", precision="fp32")
     scorer = OutlierScorer(torch.device("cpu"), torch.float32)
-    other = other_texts(seed=0)
-    sources = notes_of(data, "training") | clinical_lists(TO_FIT, LISTS, seed=0)
     notes = [text for texts in sources.values() for text in texts]
     outliers = [text for kind in TUNED for text in other[kind]]
     x = features_of(classifier, scorer, notes + outliers)
@@ -91,7 +117,6 @@ def fit(data: Path) -> dict:
     model.fit(scaler.transform(x), is_note)
     weight = model.coef_[0] / scaler.scale_  # of the states themselves
     lowest = []
-    held_out = notes_of(data, "validation") | clinical_lists(TO_FIT, LISTS, seed=1)
     for source, texts in held_out.items():
         scores = features_of(classifier, scorer, texts) @ weight
         lowest.append(float(np.quantile(scores, FALSE_ALARMS, method="lower")))

@@ -55,6 +55,8 @@ def tokenizer_files(values: dict[str, Any], vocab_size: int, file: Path) -> dict
     types = take_list(values, "token_type", int, file)
     if len(types) != len(tokens) or len(set(tokens)) != len(tokens):
         raise CheckpointError(f"{file}: expected different tokens, each with a type")
+    if min(types, default=0) < 0:
+        raise CheckpointError(f"{file} has a token of type {min(types)}: expected 0 or more")
     if len(tokens) > vocab_size:
         raise CheckpointError(f"{file} has {len(tokens)} tokens and {vocab_size} embeddings")
     if kind == "gpt2":
@@ -76,8 +78,17 @@ def take_list(values: dict[str, Any], name: str, kind: type, file: Path) -> list
     """Give a list of the tokenizer's metadata that must exist, with elements of type ``kind``."""
     elements = take(values, name, list, file)
     if not all(isinstance(element, kind) for element in elements):
-        raise CheckpointError(f"{file}: tokenizer.ggml.{name} has elements of the wrong type")
+        raise CheckpointError(
+            f"{file}: tokenizer.ggml.{name} has elements that are not of type {kind.__name__}"
+        )
     return elements
+
+
+def take_flag(values: dict[str, Any], name: str, default: bool, file: Path) -> bool:
+    """Give a boolean of the tokenizer's metadata; ``default`` if the file does not have it."""
+    if f"tokenizer.ggml.{name}" not in values:
+        return default
+    return take(values, name, bool, file)
 
 
 def token_of(values: dict[str, Any], name: str, file: Path) -> str:
@@ -170,7 +181,7 @@ def first_token_template(values: dict[str, Any], file: Path) -> dict[str, Any] |
         first = SMOLLM_SEPARATOR
         if first not in tokens:
             raise CheckpointError(f"{file} has no token {first}: expected that of SmolLM2")
-    elif values.get("tokenizer.ggml.add_bos_token", True):
+    elif take_flag(values, "add_bos_token", True, file):
         first = token_of(values, "bos_token_id", file)
     else:
         return None
@@ -196,7 +207,7 @@ def sentencepiece_model(values: dict[str, Any], file: Path) -> bytes:
     here, because the package protobuf is not needed for anything else. GGUF does not hold the
     settings of the training, which do not matter for encoding.
     """
-    if not values.get("tokenizer.ggml.add_bos_token", True):
+    if not take_flag(values, "add_bos_token", True, file):
         raise CheckpointError(
             f"{file} has a SentencePiece tokenizer that puts no bos token first: expected one that "
             "does, as Llama's"
@@ -208,7 +219,7 @@ def sentencepiece_model(values: dict[str, Any], file: Path) -> bytes:
         raise CheckpointError(f"{file} has {len(tokens)} tokens and {len(scores)} scores")
     pieces = []
     for token, score, kind in zip(tokens, scores, types, strict=True):
-        pieces.append((1, message((1, token.encode()), (2, float(score)), (3, kind))))
+        pieces.append((1, message((1, token.encode()), (2, score), (3, kind))))
     unknown = take(values, "unknown_token_id", int, file)
     bos = take(values, "bos_token_id", int, file)
     eos = take(values, "eos_token_id", int, file)
@@ -225,8 +236,8 @@ def sentencepiece_model(values: dict[str, Any], file: Path) -> bytes:
     )
     normalizer = message(
         (1, b"identity"),
-        (3, values.get("tokenizer.ggml.add_space_prefix", True)),
-        (4, values.get("tokenizer.ggml.remove_extra_whitespaces", False)),
+        (3, take_flag(values, "add_space_prefix", True, file)),
+        (4, take_flag(values, "remove_extra_whitespaces", False, file)),
         (5, True),  # escape_whitespaces
     )
     model = message(*pieces, (2, trainer), (3, normalizer))

@@ -47,8 +47,16 @@ TEXTS = [
 
 
 def build(path: Path) -> Tokenizer:
-    """Make a BPE tokenizer of ``tokenizers`` from the pieces of a SentencePiece file."""
-    model = SentencePieceProcessor(model_file=str(path))
+    """Make a BPE tokenizer of ``tokenizers`` from the pieces of a SentencePiece file.
+
+    Raises:
+        ValueError: The file is another one, or is damaged.
+        OSError: It cannot be read.
+    """
+    try:
+        model = SentencePieceProcessor(model_file=str(path))
+    except RuntimeError as error:
+        raise ValueError(f"{path} is not a SentencePiece model or is damaged ({error})") from None
     vocab = {}
     scores = {}
     for i in range(model.vocab_size()):
@@ -85,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         write_ids(args.model, args.out)
-    except (OSError, RuntimeError) as error:  # sentencepiece raises RuntimeError
+    except (OSError, ValueError) as error:
         parser.exit(2, f"make_token_ids.py: {error}\n")
     return 0
 

@@ -61,7 +61,9 @@ def print_table(title: str, kinds: dict[str, Sequence[str]], classifier: Classif
 
 def measure(args: argparse.Namespace) -> None:
     """Print the three tables."""
-    classifier = Classifier.load(args.run, device=args.device, precision=args.precision)
+    classifier = Classifier.load(
+        args.run, base=args.base, device=args.device, precision=args.precision
+    )
     if classifier.outliers is None:
         raise ValueError(f"{args.run} has no limit: add one with tools.add_outliers")
     other = other_texts()
@@ -79,6 +81,7 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--data", type=Path, required=True, help="folder of the notes")
     add("--run", default="bundled", help="bundled or a run's folder")
+    add("--base", help="the base model, if it has moved (default: the run's)")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--precision", default="auto", help="auto, bf16, fp16 or fp32")
     args = parser.parse_args(argv)

@@ -198,8 +198,10 @@ def main(argv: list[str] | None = None) -> int:
         parser.exit(2, "pictures.py: there is no chromium on the PATH: install Debian's package\n")
     try:
         write_pictures(args.out, chromium)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         parser.exit(2, f"pictures.py: {error}\n")
+    except ModuleNotFoundError as error:
+        parser.exit(2, f"pictures.py: {error}: install the extra dev\n")
     return 0
 
 

@@ -68,7 +68,7 @@ def evaluate_run(args: argparse.Namespace, prog: str) -> None:
     from clinora.classifier import Classifier
     from clinora.device import keep_freed_memory
     from clinora.evaluation import assess
-    from clinora.notes import LABEL_COLUMN, SPLITS, TEXT_COLUMN, read_notes
+    from clinora.notes import SPLITS, read_notes
     from clinora.report import read_steps, results_table, write_report
     from clinora.run import RUN_FILE
     from clinora.training import METRICS
@@ -101,10 +101,11 @@ def evaluate_run(args: argparse.Namespace, prog: str) -> None:
     split = data.split
     if split is None or split_column is not None:  # a column takes the place of the run's split
         split = SPLITS[0]
+    text_column, label_column = data.columns_in(source)
     notes = read_notes(
         source,
-        text_column=args.text_column or data.text_column or TEXT_COLUMN,
-        label_column=args.label_column or data.label_column or LABEL_COLUMN,
+        text_column=args.text_column or text_column,
+        label_column=args.label_column or label_column,
         classes=classifier.labels,
         split=split,
         split_column=split_column,
