@@ -137,9 +137,10 @@ class DataRecord:
         return note.sha256[:HASH_DIGITS] in self.seen
 
     def columns_in(self, source: str) -> tuple[str, str]:
-        """Give the columns of texts and classes in a file: those of the run's file.
+        """Give the columns of texts and classes to read in ``source``.
 
-        Other notes that have a name, such as "bundled", have the usual columns.
+        They are the run's own, except in other named notes, such as "bundled", which have the usual
+        columns.
         """
         if source in NAMED_NOTES and source != self.source:
             return TEXT_COLUMN, LABEL_COLUMN

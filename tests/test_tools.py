@@ -6,13 +6,14 @@ import pytest
 
 import clinora
 from clinora.notes import LABEL_COLUMN, TEXT_COLUMN
-from clinora.run import DataRecord
 from tools import (
+    add_outliers,
     capitals,
     cross_validate,
     explanations,
     fit_outliers,
     make_token_ids,
+    outlier_table,
     pictures,
     ranks,
     sweep,
@@ -41,7 +42,6 @@ def run(files, small_run, tmp_path):
     classifier = clinora.Classifier.load(small_run, device="cpu", precision="fp32")
     seen = clinora.read_notes(files[0]).notes[:1]
     classifier.record_training(seen, {})
-    assert isinstance(classifier.data, DataRecord)
     classifier.data = dataclasses.replace(
         classifier.data, source=str(files[1]), text_column="report", label_column="kind"
     )
@@ -52,6 +52,16 @@ def run(files, small_run, tmp_path):
 def printed_by(tool, capsys, *options):
     assert tool.main([str(option) for option in options]) == 0
     return capsys.readouterr().out
+
+
+def assert_one_line(tool, options, capsys, expected):
+    """Check that a tool ends with status 2 and one line that has the expected words."""
+    with pytest.raises(SystemExit) as stop:
+        tool.main([str(option) for option in options])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert expected in error
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -114,16 +124,14 @@ def data(tmp_path):
     ids=["no-file", "no-column", "short-row", "no-texts"],
 )
 def test_dialogues_that_the_detector_cannot_be_fitted_with_are_one_line(
-    data, capsys, dialogues, expected
+    data, monkeypatch, capsys, dialogues, expected
 ):
+    written = data / "outliers.json"  # never the package's own
+    monkeypatch.setattr(fit_outliers, "PROBE", written)
     if dialogues is not None:
         (data / "mtsdialog" / "mtsdialog.csv").write_text(dialogues)
-    with pytest.raises(SystemExit) as stop:
-        fit_outliers.main(["--data", str(data)])
-    assert stop.value.code == 2
-    error = capsys.readouterr().err
-    assert expected in error
-    assert error.count("\n") == 1
+    assert_one_line(fit_outliers, ["--data", data], capsys, expected)
+    assert not written.exists()
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no model"], ids=["missing", "empty", "other"])
@@ -131,25 +139,36 @@ def test_a_file_that_is_no_sentencepiece_model_is_one_line(tmp_path, capsys, con
     model = tmp_path / "ids.model"
     if content is not None:
         model.write_bytes(content)
-    with pytest.raises(SystemExit) as stop:
-        make_token_ids.main([str(model), str(tmp_path / "ids.json")])
-    assert stop.value.code == 2
-    error = capsys.readouterr().err
-    assert "ids.model" in error
-    assert error.count("\n") == 1
+    assert_one_line(make_token_ids, [model, tmp_path / "ids.json"], capsys, str(model))
 
 
-@pytest.mark.parametrize("damaged", [False, True], ids=["no-folder", "damaged-report"])
-def test_pictures_that_cannot_be_made_are_one_line(tmp_path, monkeypatch, capsys, damaged):
+def test_a_folder_for_pictures_that_is_a_file_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(pictures.shutil, "which", lambda _: "chromium")
     out = tmp_path / "out"
-    if damaged:
-        (tmp_path / "report").mkdir()
-        (tmp_path / "report" / "metrics.json").write_text("{")
-        monkeypatch.setattr(pictures, "SMOLLM2_RUN", tmp_path)
-    else:
-        out.write_text("a file")
-    with pytest.raises(SystemExit) as stop:
-        pictures.main(["--out", str(out)])
-    assert stop.value.code == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    out.write_text("a file")
+    assert_one_line(pictures, ["--out", out], capsys, str(out))
+
+
+def test_a_damaged_report_has_no_pictures(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pictures.shutil, "which", lambda _: "chromium")
+    monkeypatch.setattr(pictures, "SMOLLM2_RUN", tmp_path)
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "metrics.json").write_text("{")
+    options = ["--out", tmp_path / "out"]
+    assert_one_line(pictures, options, capsys, str(tmp_path / "report" / "metrics.json"))
+
+
+@pytest.mark.parametrize(
+    ("tool", "options"),
+    [
+        (add_outliers, ["--notes", "bundled"]),
+        (capitals, []),
+        (explanations, []),
+        (outlier_table, ["--data", "data"]),
+    ],
+    ids=["add_outliers", "capitals", "explanations", "outlier_table"],
+)
+def test_the_named_base_is_used(tmp_path, capsys, tool, options):
+    # The bundled run does not need it, so an error that names it shows that it is used.
+    missing = tmp_path / "missing-base"
+    assert_one_line(tool, [*options, "--base", missing], capsys, str(missing))

@@ -50,7 +50,7 @@ def build(path: Path) -> Tokenizer:
     """Make a BPE tokenizer of ``tokenizers`` from the pieces of a SentencePiece file.
 
     Raises:
-        ValueError: The file is another one, or is damaged.
+        ValueError: The file is not a SentencePiece model, or is damaged.
         OSError: It cannot be read.
     """
     try:

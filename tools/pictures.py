@@ -126,8 +126,17 @@ def results_figure(
 
 
 def read_report(run: Path, name: str) -> dict:
-    """Read a file of a run's report."""
-    return json.loads((run / "report" / name).read_text(encoding="utf-8"))
+    """Read a file of a run's report.
+
+    Raises:
+        ValueError: It is not JSON.
+        OSError: It cannot be read.
+    """
+    path = run / "report" / name
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error})") from None
 
 
 def _exactly(share: float) -> tuple[float, float, float]:
