@@ -12,9 +12,9 @@ import sys
 
 import numpy as np
 
-import clinora
 from clinora.classifier import Classifier
 from clinora.notes import are_correct, clean_text, ordinary_case
+from tools.unseen_notes import unseen_notes
 
 
 def measure(args: argparse.Namespace) -> None:
@@ -24,19 +24,7 @@ def measure(args: argparse.Namespace) -> None:
     classifier = Classifier.load(
         args.run, base=args.base, device=args.device, precision=args.precision
     )
-    data = classifier.data
-    if data is None:
-        raise ValueError(f"{args.run} does not record which notes it has seen")
-    text_column, label_column = data.columns_in(args.notes)
-    notes = clinora.read_notes(
-        args.notes,
-        text_column=args.text_column or text_column,
-        label_column=args.label_column or label_column,
-        classes=classifier.labels,
-        may_lack_classes=True,
-    ).notes
-    unseen = [note for note in notes if not data.has_seen(note)]
-    notes = sorted(unseen, key=lambda note: note.sha256)[: args.sample]
+    notes = unseen_notes(classifier, args)[: args.sample]
     if not notes:
         raise ValueError(f"{args.notes} has no notes that the run has not seen")
     ways = {

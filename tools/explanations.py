@@ -33,6 +33,7 @@ from clinora.device import keep_freed_memory
 from clinora.evaluation import bootstrap_mean
 from clinora.explain import effects, parts_of, variants
 from clinora.notes import ordinary_case
+from tools.unseen_notes import unseen_notes
 
 LEAVE_ONE_OUT = "leave one out"
 GRADIENT = "gradient × input"
@@ -130,25 +131,10 @@ def compare(args: argparse.Namespace) -> None:
     classifier = clinora.Classifier.load(
         args.run, base=args.base, device=args.device, precision=args.precision
     )
-    data = classifier.data
-    if data is None:
-        raise ValueError(
-            f"{args.run} does not record which notes it has seen: expected a run of train.py"
-        )
-    text_column, label_column = data.columns_in(args.notes)
-    notes = clinora.read_notes(
-        args.notes,
-        text_column=args.text_column or text_column,
-        label_column=args.label_column or label_column,
-        classes=classifier.labels,
-        may_lack_classes=True,
-    ).notes
     draw = np.random.default_rng(0)
     measured = []
     found = []
-    unseen = [note for note in notes if not data.has_seen(note)]
-    unseen.sort(key=lambda note: note.sha256)  # a file may be in the order of its classes
-    for note in unseen[: args.sample]:
+    for note in unseen_notes(classifier, args)[: args.sample]:
         parts = parts_of(classifier, note.text)
         if len(parts) < FEWEST_PARTS:
             continue
