@@ -93,7 +93,7 @@ def take_flag(values: dict[str, Any], name: str, default: bool, file: Path) -> b
 
 def token_of(values: dict[str, Any], name: str, file: Path) -> str:
     """Give the token whose id the metadata holds, such as ``bos_token_id``."""
-    tokens = take_list(values, "tokens", str, file)
+    tokens = take(values, "tokens", list, file)
     index = take(values, name, int, file)
     if not 0 <= index < len(tokens):
         raise CheckpointError(f"{file}: {name} is {index}, and there are {len(tokens)} tokens")
@@ -114,8 +114,8 @@ def byte_level_files(values: dict[str, Any], file: Path) -> dict[str, bytes]:
         raise CheckpointError(
             f"{file} has the pre-tokenizer {name!r}: expected one of {', '.join(DIVISIONS)}"
         )
-    tokens = take_list(values, "tokens", str, file)
-    types = take_list(values, "token_type", int, file)
+    tokens = take(values, "tokens", list, file)
+    types = take(values, "token_type", list, file)
     added = []
     for index, (token, kind) in enumerate(zip(tokens, types, strict=True)):
         if kind in (CONTROL, USER_DEFINED):
@@ -176,7 +176,7 @@ def first_token_template(values: dict[str, Any], file: Path) -> dict[str, Any] |
 
     As in llama.cpp, a tokenizer of Llama 3 puts its bos token there if the file does not say.
     """
-    tokens = take_list(values, "tokens", str, file)
+    tokens = take(values, "tokens", list, file)
     if values["tokenizer.ggml.pre"] == "smollm":
         first = SMOLLM_SEPARATOR
         if first not in tokens:
@@ -212,9 +212,9 @@ def sentencepiece_model(values: dict[str, Any], file: Path) -> bytes:
             f"{file} has a SentencePiece tokenizer that puts no bos token first: expected one that "
             "does, as Llama's"
         )
-    tokens = take_list(values, "tokens", str, file)
+    tokens = take(values, "tokens", list, file)
     scores = take_list(values, "scores", float, file)
-    types = take_list(values, "token_type", int, file)
+    types = take(values, "token_type", list, file)
     if len(scores) != len(tokens):
         raise CheckpointError(f"{file} has {len(tokens)} tokens and {len(scores)} scores")
     pieces = []

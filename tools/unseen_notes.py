@@ -8,6 +8,10 @@ import clinora
 def unseen_notes(classifier: clinora.Classifier, args: argparse.Namespace) -> list[clinora.Note]:
     """Read the notes that the options name, without those that the run has seen.
 
+    Args:
+        classifier: The run.
+        args: Its ``run``, ``notes``, ``text_column`` and ``label_column`` are used.
+
     Returns:
         The notes in the order of their hashes, since a file may be in the order of its classes.
 

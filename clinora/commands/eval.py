@@ -34,8 +34,8 @@ def build_parser(prog: str = "clinora eval") -> argparse.ArgumentParser:
     add("--run", default="bundled", help="folder of a trained run (default: %(default)s)")
     add("--base", help="the base model, if it has moved (default: the run's)")
     add("--notes", help="bundled, mtsamples, a file or a folder (default: the run's)")
-    add("--text-column", help="column of the texts (default: the run's or the named notes')")
-    add("--label-column", help="column of the labels (default: the run's or the named notes')")
+    add("--text-column", help="column of the texts (default: that of the run or named notes)")
+    add("--label-column", help="column of the labels (default: that of the run or named notes)")
     add("--split-column", help="column of the splits (default: the run's if --notes is absent)")
     add(
         "--include-seen",
