@@ -31,6 +31,11 @@ from torch.utils.checkpoint import checkpoint
 
 from clinora.kernels import causal_attention, gated_silu, last_token_attention, rms_normalize
 
+# Llama 3.1 405B has 126 layers and 2.1e9 entries in its largest weight. A damaged configuration
+# could ask for more than PyTorch can even describe.
+MOST_LAYERS = 1000
+MOST_ENTRIES = 10**11
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RopeScaling:
@@ -66,7 +71,8 @@ class LlamaConfig:
     ``hidden_size / num_attention_heads``. The other defaults are those of Transformers.
 
     Raises:
-        ValueError: A value is of another type or out of its range, or sizes do not fit together.
+        ValueError: A value is of another type or out of its range, sizes do not fit together, or
+            there are more than ``MOST_LAYERS`` layers or ``MOST_ENTRIES`` entries in a weight.
     """
 
     vocab_size: int
@@ -87,6 +93,10 @@ class LlamaConfig:
 
     def __post_init__(self) -> None:
         _check_values(self)
+        if self.num_hidden_layers > MOST_LAYERS:
+            raise ValueError(
+                f"num_hidden_layers is {self.num_hidden_layers}: expected at most {MOST_LAYERS}"
+            )
         width = self.hidden_size
         heads = self.num_attention_heads
         if self.num_key_value_heads is None:
@@ -104,6 +114,12 @@ class LlamaConfig:
             object.__setattr__(self, "head_dim", width // heads)
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd: RoPE rotates pairs")
+        longest = max(self.vocab_size, self.intermediate_size, heads * self.head_dim)
+        if longest * width > MOST_ENTRIES:
+            raise ValueError(
+                f"the largest weight is {longest} × {width}: expected at most {MOST_ENTRIES:,} "
+                "entries"
+            )
 
     @classmethod
     def from_json(cls, path: str | Path) -> "LlamaConfig":

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -475,6 +476,8 @@ ONES = np.ones((4, 64), np.float32)
             {"tokenizer": {"scores": ["0"] * 97}},
             "tokenizer.ggml.scores has elements that are not of type float",
         ),
+        ({"tokenizer": {"scores": [math.inf] * 97}}, "has a score that is not a finite float32"),
+        ({"llama__block_count": 10**9}, "num_hidden_layers is 1000000000: expected at most 1000"),
         (
             {"tokenizer": {"token_type": ["1"] * 97}},
             "tokenizer.ggml.token_type has elements that are not of type int",

@@ -10,6 +10,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
 
@@ -19,6 +20,8 @@ from clinora.checkpoint import CheckpointError
 CONTROL = 3
 USER_DEFINED = 4
 BYTE = 6
+
+MOST_SCORE = float(np.finfo(np.float32).max)  # SentencePiece stores scores in float32
 
 # How GGUF's pre-tokenizers divide a text before BPE.
 LLAMA3_REGEX = (
@@ -217,6 +220,8 @@ def sentencepiece_model(values: dict[str, Any], file: Path) -> bytes:
     types = take(values, "token_type", list, file)
     if len(scores) != len(tokens):
         raise CheckpointError(f"{file} has {len(tokens)} tokens and {len(scores)} scores")
+    if not all(abs(score) <= MOST_SCORE for score in scores):
+        raise CheckpointError(f"{file} has a score that is not a finite float32")
     pieces = []
     for token, score, kind in zip(tokens, scores, types, strict=True):
         pieces.append((1, message((1, token.encode()), (2, score), (3, kind))))
