@@ -20,6 +20,7 @@ grouped-query attention, Ainslie et al. 2023, section 2.2; the gated MLP, Shazee
 
 import json
 import math
+import sys
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,8 @@ from torch.utils.checkpoint import checkpoint
 from clinora.kernels import causal_attention, gated_silu, last_token_attention, rms_normalize
 
 # Llama 3.1 405B has 126 layers and 2.1e9 entries in its largest weight. A damaged configuration
-# could ask for more than PyTorch can even describe.
+# could ask for so many layers that building them never ends, or for a tensor larger than PyTorch
+# can describe.
 MOST_LAYERS = 1000
 MOST_ENTRIES = 10**11
 
@@ -114,12 +116,17 @@ class LlamaConfig:
             object.__setattr__(self, "head_dim", width // heads)
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd: RoPE rotates pairs")
-        longest = max(self.vocab_size, self.intermediate_size, heads * self.head_dim)
-        if longest * width > MOST_ENTRIES:
-            raise ValueError(
-                f"the largest weight is {longest} × {width}: expected at most {MOST_ENTRIES:,} "
-                "entries"
-            )
+        rows_of_weights = {
+            "vocab_size": self.vocab_size,
+            "intermediate_size": self.intermediate_size,
+            "num_attention_heads · head_dim": heads * self.head_dim,
+        }
+        for name, rows in rows_of_weights.items():
+            if rows * width > MOST_ENTRIES:
+                raise ValueError(
+                    f"{name} is {rows} and hidden_size is {width}: expected a product of at most "
+                    f"{MOST_ENTRIES}"
+                )
 
     @classmethod
     def from_json(cls, path: str | Path) -> "LlamaConfig":
@@ -218,7 +225,7 @@ def _check_values(config: LlamaConfig | RopeScaling) -> None:
         elif field.type is float:
             expected = "a positive number"
             # JSON may write 10000.0 as 10000
-            fits = type(value) in (int, float) and 0 < value < math.inf
+            fits = type(value) in (int, float) and 0 < value <= sys.float_info.max
         elif field.type == RopeScaling | None:
             expected = "a RopeScaling"
             fits = isinstance(value, RopeScaling)

@@ -121,7 +121,11 @@ def write_gguf(path, model, kind="F32", tokenizer=None, tensors=None, architectu
 
 
 def add(writer, key, value):
-    """Add metadata with the type that llama.cpp gives it."""
+    """Add metadata with the type that llama.cpp gives it; an array of NumPy is one of float64."""
+    if isinstance(value, np.ndarray):
+        of = gguf.GGUFValueType
+        writer.add_key_value(key, value.tolist(), of.ARRAY, sub_type=of.FLOAT64)
+        return
     kinds = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
     kinds |= {str: writer.add_string, list: writer.add_array}
     kinds[type(value)](key, value)

@@ -119,6 +119,14 @@ def messages(client, session):
             yield json.loads(line.removeprefix("data: "))
 
 
+def read_until(stream, mark):
+    """Read a stream's lines up to the first that holds ``mark``."""
+    for line in stream:
+        if mark in line:
+            return
+    raise AssertionError(f"the stream ended before {mark}")
+
+
 # Notes every name looked up and every address connected to, of any library.
 SITECUSTOMIZE = """
 import sys
@@ -211,8 +219,12 @@ class Person:
         self.json = page.locator(".json-holder")
         self.card = page.locator(".answer-card")
         self.explanation = page.locator("#explanation")
+        self.wait_until_open()
+
+    def wait_until_open(self):
+        """Wait for a page that is being loaded: just opened, it may lose a text or a click."""
         self.note.wait_for()
-        page.wait_for_timeout(1000)  # just opened, the page may lose a text or a click
+        self.page.wait_for_timeout(1000)
 
     def _note_request(self, request):
         own = request.url.startswith((f"{self.url}/", "data:", "blob:"))

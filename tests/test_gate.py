@@ -239,6 +239,7 @@ def test_a_link_on_another_site_does_not_end_the_visit(chromium, served):
     page.goto(elsewhere)
     page.get_by_text("the classifier").click()
     page.wait_for_url(f"{served.url()}/")
+    page.locator("#note textarea").wait_for()  # a page that is loading could not be closed
     assert context.cookies() == visit
     context.close()
 
@@ -682,11 +683,11 @@ def test_the_page_uses_every_open_route_and_event_and_no_other(
     person.submit("fever")  # the page finds that nobody answers, and asks until somebody does
     again = create_app(classifier, tmp_path)
     with served_from_a_thread(again, port=port):
-        expect(person.note).to_have_value("", timeout=60_000)  # the page has loaded itself anew
-        page.wait_for_timeout(1000)  # just opened, the page may lose a text or a click
+        expect(person.note).to_have_value("", timeout=60_000)  # the page has reloaded itself
+        person.wait_until_open()
         person.submit("cough")
         expect(person.text).to_have_value(re.compile("Predicted Label"))
-        context.close()  # it may wait for ever for a page that is loading
+        context.close()  # this can wait without end for a page that is loading
     open_routes = {
         route for route in routes_of(again) if not route.startswith("HEAD") and "/v1/" not in route
     } - {"GET /health", "GET /ready", "GET /metrics", "GET /openapi.json", "GET /docs"}

@@ -476,7 +476,9 @@ ONES = np.ones((4, 64), np.float32)
             {"tokenizer": {"scores": ["0"] * 97}},
             "tokenizer.ggml.scores has elements that are not of type float",
         ),
-        ({"tokenizer": {"scores": [math.inf] * 97}}, "has a score that is not a finite float32"),
+        ({"tokenizer": {"scores": np.full(97, 1e300)}}, "scores has 1e+300 for the token '<unk>'"),
+        ({"tokenizer": {"scores": [0.0] * 96 + [math.inf]}}, "scores has inf for the token '93'"),
+        ({"tokenizer": {"scores": [0.0] * 96 + [math.nan]}}, "scores has nan for the token '93'"),
         ({"llama__block_count": 10**9}, "num_hidden_layers is 1000000000: expected at most 1000"),
         (
             {"tokenizer": {"token_type": ["1"] * 97}},

@@ -19,7 +19,17 @@ from clinora.serving.lesson_process import (
     LessonTakenError,
     LessonTimeError,
 )
-from tests.served import ENDLESS_LESSON, LESSON_STEP, PICTURE, ROOT, call, join, messages, running
+from tests.served import (
+    ENDLESS_LESSON,
+    LESSON_STEP,
+    PICTURE,
+    ROOT,
+    call,
+    join,
+    messages,
+    read_until,
+    running,
+)
 from tests.test_fairness import Visitor
 
 END = {
@@ -276,9 +286,7 @@ def test_a_lesson_ends_when_its_visitor_leaves_the_page(classifier, tmp_path):
     with running(app) as port:
         visitor = Visitor(f"127.0.0.1:{port}")
         visitor.trigger("train_lesson")
-        line = b""
-        while b"largest" not in line:
-            line = visitor.stream.readline()
+        read_until(visitor.stream, b"largest")
         visitor.leave()
         end = time.monotonic() + 20
         taken = True
@@ -302,8 +310,7 @@ def test_a_visitor_stops_the_lesson_on_the_page(classifier, tmp_path):
         other = Visitor(f"127.0.0.1:{port}")
         assert other.join("stop_lesson") == 200  # another browser: it stops nothing
         for _ in range(3):  # it goes on
-            while b"process_generating" not in visitor.stream.readline():
-                pass
+            read_until(visitor.stream, b"process_generating")
         stopping = Visitor(f"127.0.0.1:{port}")
         stopping.cookie = visitor.cookie
         assert stopping.join("stop_lesson") == 200

@@ -836,10 +836,11 @@ def test_config_reads_what_transformers_writes(tmp_path):
         ({"head_dim": 65}, "head_dim 65 is odd"),
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0: expected a whole number .* least 1"),
         ({"num_hidden_layers": 1001}, "num_hidden_layers is 1001: expected at most 1000"),
-        ({"vocab_size": 10**30}, rf"the largest weight is {10**30} × 2048: expected at most"),
-        ({"hidden_size": 10**11, "head_dim": 64}, rf"largest weight is .* × {10**11}: expected"),
-        ({"intermediate_size": 10**30}, rf"largest weight is {10**30} × 2048: expected at most"),
-        ({"head_dim": 10**30}, rf"largest weight is {32 * 10**30} × 2048: expected at most"),
+        ({"vocab_size": 48_828_126}, "vocab_size is 48828126 and hidden_size is 2048: expected a"),
+        ({"vocab_size": 10**30}, rf"vocab_size is {10**30} and hidden_size is 2048"),
+        ({"intermediate_size": 10**30}, rf"intermediate_size is {10**30} and hidden_size is 2048"),
+        ({"head_dim": 10**30}, rf"num_attention_heads · head_dim is {32 * 10**30} and hidden_size"),
+        ({"hidden_size": 10**11, "head_dim": 64}, rf"hidden_size is {10**11}: expected a product"),
         ({"num_key_value_heads": 0}, "num_key_value_heads is 0: expected a whole number"),
         ({"num_attention_heads": 0}, "num_attention_heads is 0: expected a whole number"),
         ({"max_position_embeddings": -1}, "max_position_embeddings is -1: expected a whole number"),
@@ -849,6 +850,7 @@ def test_config_reads_what_transformers_writes(tmp_path):
         ({"rms_norm_eps": "x"}, "rms_norm_eps is 'x': expected a positive number"),
         ({"rms_norm_eps": -1e-5}, "rms_norm_eps is -1e-05: expected a positive number"),
         ({"initializer_range": math.nan}, "initializer_range is nan: expected a positive number"),
+        ({"rope_theta": 10**400}, "rope_theta is 10+: expected a positive number"),
         ({"rope_theta": [1e4]}, r"rope_theta is \[10000.0\]: expected a positive number"),
         ({"rope_theta": "10000"}, "rope_theta is '10000': expected a positive number"),
         ({"rope_parameters": {"rope_theta": {}}}, "rope_theta is {}: expected a positive number"),
@@ -861,6 +863,12 @@ def test_config_reads_what_transformers_writes(tmp_path):
 def test_config_refuses_by_name_what_the_decoder_does_not_do(config_file, changes, message):
     with pytest.raises(ValueError, match=rf"config\.json:? .*{message}"):
         LlamaConfig.from_json(config_file(**changes))
+
+
+def test_config_takes_the_largest_sizes(config_file):
+    """48,828,125 × 2,048 is 10^11."""
+    config = LlamaConfig.from_json(config_file(num_hidden_layers=1000, vocab_size=48_828_125))
+    assert (config.num_hidden_layers, config.vocab_size) == (1000, 48_828_125)
 
 
 def test_config_takes_whole_numbers_for_real_ones(config_file):

@@ -20,7 +20,7 @@ import clinora
 from clinora.serving import gate
 from clinora.serving.app import create_app
 from clinora.serving.server import Connection, Limits
-from tests.served import running
+from tests.served import read_until, running
 
 ROOT = Path(__file__).parents[1]
 # Each request is of one visit: the service takes any name for it.
@@ -205,8 +205,7 @@ def test_a_stream_is_no_unfinished_request(start):
     sent = get("/gradio_api/heartbeat/one")
     with start(seconds=0.5) as port, connected(port, sent) as client:
         stream = client.makefile("rb")
-        while b"ALIVE" not in stream.readline():
-            pass
+        read_until(stream, b"ALIVE")
         client.settimeout(3)
         with pytest.raises(TimeoutError):  # open, and silent until the next sign of life
             while client.recv(1000).strip():
@@ -369,8 +368,7 @@ def test_sigterm_does_not_wait_for_a_stream_that_has_no_result_to_deliver(proces
     with connected(port, CALL) as joined, connected(port) as first, connected(port) as second:
         assert status_of(joined) == 200
         first.sendall(EVENTS)
-        while b"process_completed" not in first.recv(100_000):
-            pass
+        read_until(first.makefile("rb"), b"process_completed")
         second.sendall(EVENTS)
         second.settimeout(2)
         with pytest.raises(TimeoutError):  # it waits for a next event

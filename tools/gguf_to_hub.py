@@ -328,9 +328,9 @@ def convert(file: Path, folder: Path, dtype: torch.dtype | None = None) -> None:
     values, tensors = read_gguf(file)
     check_architecture(values, file)
     config = read_config(values, tensors, file)
-    scaling = recover_scaling(tensors, config, file)
     parameters = {hub_name(name): tensors[name] for name in tensors if name != ROPE_FACTORS}
     check_parameters(parameters, config, file)
+    scaling = recover_scaling(tensors, config, file)
     tokenizer = tokenizer_files(values, config.vocab_size, file)
     if dtype is None:
         dtype = narrowest_dtype(tensor for _, tensor in dequantised(parameters, config, file))

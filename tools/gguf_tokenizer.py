@@ -21,7 +21,7 @@ CONTROL = 3
 USER_DEFINED = 4
 BYTE = 6
 
-MOST_SCORE = float(np.finfo(np.float32).max)  # SentencePiece stores scores in float32
+LARGEST_SCORE = float(np.finfo(np.float32).max)  # tokenizer.model holds scores in float32
 
 # How GGUF's pre-tokenizers divide a text before BPE.
 LLAMA3_REGEX = (
@@ -220,8 +220,12 @@ def sentencepiece_model(values: dict[str, Any], file: Path) -> bytes:
     types = take(values, "token_type", list, file)
     if len(scores) != len(tokens):
         raise CheckpointError(f"{file} has {len(tokens)} tokens and {len(scores)} scores")
-    if not all(abs(score) <= MOST_SCORE for score in scores):
-        raise CheckpointError(f"{file} has a score that is not a finite float32")
+    for token, score in zip(tokens, scores, strict=True):
+        if not abs(score) <= LARGEST_SCORE:  # written so that NaN is refused
+            raise CheckpointError(
+                f"{file}: tokenizer.ggml.scores has {score} for the token {token!r}: expected a "
+                "finite number of float32"
+            )
     pieces = []
     for token, score, kind in zip(tokens, scores, types, strict=True):
         pieces.append((1, message((1, token.encode()), (2, score), (3, kind))))
