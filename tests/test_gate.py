@@ -239,7 +239,7 @@ def test_a_link_on_another_site_does_not_end_the_visit(chromium, served):
     page.goto(elsewhere)
     page.get_by_text("the classifier").click()
     page.wait_for_url(f"{served.url()}/")
-    page.locator("#note textarea").wait_for()  # a page that is loading could not be closed
+    page.locator("#note textarea").wait_for()  # closing a page that is loading may never end
     assert context.cookies() == visit
     context.close()
 
@@ -684,10 +684,10 @@ def test_the_page_uses_every_open_route_and_event_and_no_other(
     again = create_app(classifier, tmp_path)
     with served_from_a_thread(again, port=port):
         expect(person.note).to_have_value("", timeout=60_000)  # the page has reloaded itself
-        person.wait_until_open()
+        person.wait_until_open()  # closing a page that is loading may never end
         person.submit("cough")
         expect(person.text).to_have_value(re.compile("Predicted Label"))
-        context.close()  # this can wait without end for a page that is loading
+        context.close()
     open_routes = {
         route for route in routes_of(again) if not route.startswith("HEAD") and "/v1/" not in route
     } - {"GET /health", "GET /ready", "GET /metrics", "GET /openapi.json", "GET /docs"}
